@@ -1,0 +1,283 @@
+/* backend: THE op interface. One row of MD_OPS per operation; a backend is a table of functions made
+ * from the rows, so a wrong signature is a compile error and a missing row is named at start.
+ *
+ * Letters (everywhere): B images, T tokens of an image with cls, N = B*T rows, C width, H heads,
+ * D = C/H head width, F mlp width, P patch side, G = patches of an image, M masked patches of an
+ * image, K width of a target. All floating tensors fp32 unless a row says otherwise.
+ *
+ * Contract of every op: inputs are not changed; every element of an output is written, or, when its
+ * bit is set in `accumulate`, added to; an output may share memory with an input only where the row
+ * says so; nothing is allocated; nothing communicates; sums run in an order that depends on the
+ * shapes only; the only errors are wrong arguments (MD_ERR_BUG) and device failures. An optional
+ * operand is NULL. Scratch beyond the operands comes from md_backend.scratch, sized at setup.
+ *
+ * Every args struct begins as md_operands does: `check`, `plan` and tracing need no per-op code. */
+#ifndef MD_BACKEND_H
+#define MD_BACKEND_H
+
+#include "src/tensor.h"
+
+#define MD_OP_IN  10
+#define MD_OP_OUT 6
+
+/* The common beginning of every args struct. Unused entries are NULL; gaps are allowed. */
+typedef struct md_operands {
+    const md_tensor *in[MD_OP_IN];
+    md_tensor *out[MD_OP_OUT];
+    uint32_t accumulate; /* bit i: out[i] += instead of out[i] = */
+} md_operands;
+
+/* Names the operands of one op without copying the layout of md_operands. */
+#define MD_IN(...)                                                                                 \
+    union {                                                                                        \
+        const md_tensor *in[MD_OP_IN];                                                             \
+        struct {                                                                                   \
+            const md_tensor __VA_ARGS__;                                                           \
+        };                                                                                         \
+    }
+#define MD_OUT(...)                                                                                \
+    union {                                                                                        \
+        md_tensor *out[MD_OP_OUT];                                                                 \
+        struct {                                                                                   \
+            md_tensor __VA_ARGS__;                                                                 \
+        };                                                                                         \
+    };                                                                                             \
+    uint32_t accumulate
+
+typedef struct md_backend md_backend;
+
+typedef enum md_act { MD_ACT_NONE, MD_ACT_GELU, MD_ACT_QUICK_GELU } md_act;
+
+/* y = act(op_a(a) op_b(b) + bias). a [m,k] (or [k,m] with trans_a), b [k,n] (or [n,k] with trans_b),
+ * y [m,n] in the matrix view; bias [n]. With act, pre (optional) receives the value before act.
+ * b_frozen: b never changes, so the backend may keep a packed copy of it (made by md_backend_pack).
+ * Linear layer: fwd trans_b; data gradient plain; weight gradient trans_a with accumulate. */
+typedef struct md_gemm_args {
+    MD_IN(*a, *b, *bias);
+    MD_OUT(*y, *pre);
+    bool trans_a, trans_b, b_frozen;
+    md_act act;
+} md_gemm_args;
+
+/* y[c] = sum over rows of x[r, c]: gradient of a bias. y [C]. */
+typedef struct md_colsum_args {
+    MD_IN(*x);
+    MD_OUT(*y);
+} md_colsum_args;
+
+/* dx = dy * act'(x) with x the value before the activation; dx may be dy. dbias [C] (optional, may
+ * accumulate) = column sums of dx. */
+typedef struct md_act_bwd_args {
+    MD_IN(*x, *dy);
+    MD_OUT(*dx, *dbias);
+    md_act act;
+} md_act_bwd_args;
+
+/* y = (x - mean) * rstd * weight + bias over the last axis, biased variance. weight, bias optional
+ * (both or none). mean, rstd [rows] optional. y may be x when mean and rstd are NULL.
+ * unbiased: divide by cols - 1 (MAE's patch normalisation). */
+typedef struct md_layernorm_args {
+    MD_IN(*x, *weight, *bias);
+    MD_OUT(*y, *mean, *rstd);
+    float eps;
+    bool unbiased;
+} md_layernorm_args;
+
+/* One residual step and the LayerNorm after it, in one pass:
+ *   r = x + keep[image] * gamma * branch          (branch absent: r = x, and r may be NULL)
+ *   y = LN(r) * weight + bias, mean, rstd of r
+ * x, branch, r, y [B, T, C]; gamma [C] optional; keep [B] optional (0 or 1/(1-p), drop path).
+ * r may be x. y optional: then only the residual is done. */
+typedef struct md_residual_ln_args {
+    MD_IN(*x, *branch, *gamma, *keep, *weight, *bias);
+    MD_OUT(*r, *y, *mean, *rstd);
+    float eps;
+} md_residual_ln_args;
+
+/* Backward of residual_ln. dr [B,T,C] (optional) gradient arriving at r from the next residual step,
+ * dy at y (optional). g = dr + LN'(dy);  dx = g;  dbranch = keep * gamma * g;
+ * dgamma[c] = sum keep * branch * g;  dweight[c] = sum dy * (r - mean) * rstd;  dbias[c] = sum dy.
+ * dx may be dr. dbranch, dgamma absent when there was no branch or no gamma. mean, rstd [N]. */
+typedef struct md_residual_ln_bwd_args {
+    MD_IN(*r, *branch, *gamma, *keep, *weight, *mean, *rstd, *dr, *dy);
+    MD_OUT(*dx, *dbranch, *dgamma, *dweight, *dbias);
+} md_residual_ln_bwd_args;
+
+/* Softmax attention of every image and head with an additive bias:
+ *   o = softmax(q k^T * scale + rel) v,  lse [B, H, T] = log of the softmax denominators.
+ * qkv [B, T, 3, H, D]; rel [H, T, T] optional; o [B, T, H, D]; lse optional. */
+typedef struct md_attention_args {
+    MD_IN(*qkv, *rel);
+    MD_OUT(*o, *lse);
+    int heads;
+    float scale;
+} md_attention_args;
+
+/* dqkv from do; drel [H,T,T] = sum over images of dlogits (optional; may accumulate). dqkv must not
+ * share memory with qkv. */
+typedef struct md_attention_bwd_args {
+    MD_IN(*qkv, *rel, *o, *lse, *d_o);
+    MD_OUT(*dqkv, *drel);
+    int heads;
+    float scale;
+} md_attention_bwd_args;
+
+/* rel[h, i, j] = table[index[i, j], h]. index i32 [T, T], table [R, H], rel [H, T, T]. */
+typedef struct md_rel_gather_args {
+    MD_IN(*table, *index);
+    MD_OUT(*rel);
+} md_rel_gather_args;
+
+/* dtable[index[i,j], h] (+)= drel[h, i, j]: zero first unless accumulate. */
+typedef struct md_rel_scatter_args {
+    MD_IN(*drel, *index);
+    MD_OUT(*dtable);
+} md_rel_scatter_args;
+
+typedef enum md_patch_order { MD_PATCH_CHW, MD_PATCH_HWC } md_patch_order;
+
+/* Cuts u8 images into normalised patch vectors: patch[b*G + gy*g + gx, i] =
+ * (image[b, y, x, ch] / 255 - mean[ch]) / std[ch]. image u8 [B, S, S, 3]; patch [B*G, 3*P*P];
+ * inner order (ch, y, x) as a convolution weight, or (y, x, ch) as MAE's targets. */
+typedef struct md_patchify_args {
+    MD_IN(*image);
+    MD_OUT(*patch);
+    int side; /* P */
+    md_patch_order order;
+    float mean[3], std[3];
+} md_patchify_args;
+
+/* tokens[b, 0] = cls + pos[0];  tokens[b, 1+i] = (masked ? mask_token : patch[b, i]) + pos[1+i].
+ * patch [B, G, C]; cls, mask_token [C]; pos [G+1, C] optional; mask u8 [B, G] optional (with
+ * mask_token); tokens [B, G+1, C]. */
+typedef struct md_tokens_args {
+    MD_IN(*patch, *cls, *mask_token, *pos, *mask);
+    MD_OUT(*tokens);
+} md_tokens_args;
+
+/* dpatch = 0 at masked tokens; dcls [C], dmask_token [C], dpos [G+1, C] sums over the batch. */
+typedef struct md_tokens_bwd_args {
+    MD_IN(*dtokens, *mask);
+    MD_OUT(*dpatch, *dcls, *dmask_token, *dpos);
+} md_tokens_bwd_args;
+
+/* y[r] = x[index[r]] on rows of width C: x [N, C], index i32 [R], y [R, C]. */
+typedef struct md_gather_rows_args {
+    MD_IN(*x, *index);
+    MD_OUT(*y);
+} md_gather_rows_args;
+
+/* dx = 0 except dx[index[r]] = dy[r]; index has no duplicates and rises. */
+typedef struct md_scatter_rows_args {
+    MD_IN(*dy, *index);
+    MD_OUT(*dx);
+} md_scatter_rows_args;
+
+typedef enum md_loss_kind { MD_LOSS_SMOOTH_L1, MD_LOSS_L1, MD_LOSS_L2 } md_loss_kind;
+
+/* loss[0] = scale * sum over all elements of l(pred - target);  dpred = scale * l'(pred - target).
+ * With d = pred - target: smooth-L1 d^2/(2 beta) for |d| < beta, else |d| - beta/2; L1 |d|; L2 d^2.
+ * loss f64 [1]; dpred optional, may be pred. */
+typedef struct md_loss_args {
+    MD_IN(*pred, *target);
+    MD_OUT(*loss, *dpred);
+    md_loss_kind kind;
+    float beta, scale;
+} md_loss_args;
+
+/* sum[0] = sum of x^2 (f64), nonfinite[0] (f64) = number of NaN or Inf elements. */
+typedef struct md_sumsq_args {
+    MD_IN(*x);
+    MD_OUT(*sum, *nonfinite);
+} md_sumsq_args;
+
+/* Decoupled AdamW on one contiguous range (Loshchilov and Hutter 2019), g = grad * grad_scale:
+ *   p *= 1 - lr*wd;  m += (1-b1)(g-m);  v = b2 v + (1-b2) g^2;
+ *   p -= lr / (1-b1^t) * m / (sqrt(v) / sqrt(1-b2^t) + eps).
+ * param, m, v are accumulated outputs (updated in place). step = t >= 1. */
+typedef struct md_adamw_args {
+    MD_IN(*grad);
+    MD_OUT(*param, *m, *v);
+    float lr, beta1, beta2, eps, weight_decay, grad_scale;
+    int64_t step;
+} md_adamw_args;
+
+/* y = value. */
+typedef struct md_fill_args {
+    MD_IN(*unused);
+    MD_OUT(*y);
+    float value;
+} md_fill_args;
+
+/* y = alpha * x (accumulate: y += alpha * x). Same shapes; y may be x when not accumulating. */
+typedef struct md_axpy_args {
+    MD_IN(*x);
+    MD_OUT(*y);
+    float alpha;
+} md_axpy_args;
+
+#define MD_OPS(X)                                                                                  \
+    X(gemm)                                                                                        \
+    X(colsum)                                                                                      \
+    X(act_bwd)                                                                                     \
+    X(layernorm)                                                                                   \
+    X(residual_ln)                                                                                 \
+    X(residual_ln_bwd)                                                                             \
+    X(attention)                                                                                   \
+    X(attention_bwd)                                                                               \
+    X(rel_gather)                                                                                  \
+    X(rel_scatter)                                                                                 \
+    X(patchify)                                                                                    \
+    X(tokens)                                                                                      \
+    X(tokens_bwd)                                                                                  \
+    X(gather_rows)                                                                                 \
+    X(scatter_rows)                                                                                \
+    X(loss)                                                                                        \
+    X(sumsq)                                                                                       \
+    X(adamw)                                                                                       \
+    X(fill)                                                                                        \
+    X(axpy)
+
+typedef enum md_op {
+#define MD_OP_ENUM(op) MD_OP_##op,
+    MD_OPS(MD_OP_ENUM)
+#undef MD_OP_ENUM
+        MD_OP_COUNT
+} md_op;
+
+/* The function table of a backend, one entry per row. */
+typedef struct md_op_table {
+#define MD_OP_FIELD(op) md_status (*op)(md_backend * be, const md_##op##_args *a);
+    MD_OPS(MD_OP_FIELD)
+#undef MD_OP_FIELD
+} md_op_table;
+
+struct md_backend {
+    const char *name;
+    const md_op_table *ops;
+    /* Scratch bytes this op needs with these arguments (data pointers may be NULL). May be NULL. */
+    size_t (*scratch_bytes)(md_backend *be, md_op op, const md_operands *a);
+    void (*destroy)(md_backend *be);
+    /* Set by whoever plans memory, at least the largest scratch_bytes; 64-byte aligned. */
+    void *scratch;
+    size_t scratch_size;
+    int threads;
+    void *impl;
+};
+
+/* MD_OP(be, gemm, .a = &x, .b = &w, .y = &y) */
+#define MD_OP(be, op, ...) ((be)->ops->op((be), &(md_##op##_args){__VA_ARGS__}))
+
+/* "gemm" for MD_OP_gemm. */
+const char *md_op_name(md_op op);
+
+/* Makes the backend of this name: "cpu", "plan", "check" (checks access rules around cpu), "cuda".
+ * threads: OpenMP threads to use (cpu), 0 = all this process may use. MD_ERR_CONFIG for a name that
+ * is unknown or not compiled in, with what to do about it. Local. */
+md_status md_backend_create(const char *name, int threads, md_backend **out);
+void md_backend_destroy(md_backend *be);
+
+/* Comma separated names of the backends in this binary. */
+const char *md_backend_list(void);
+
+#endif

@@ -1,0 +1,103 @@
+/* config_keys: every configuration key, once. Parser, checks, --help, `config reference`, the resolved
+ * config and struct md_config are made by walking this table. No include guard: included by X-macro.
+ *
+ * X(field, key, type, default, min, max, unit, help)
+ *   type    BOOL, INT (int64), REAL (double), STR, CHOICE (string out of the comma list in `unit`),
+ *           REAL3 (three numbers; default is a C initialiser)
+ *   min/max bounds of INT and REAL (both ends allowed); 0, 0 for the others
+ * A string default of "" means: not set. */
+// clang-format off
+
+/* run */
+X(task, "task", CHOICE, "pretrain", 0, 0, "pretrain", "What to train.")
+X(backend, "backend", CHOICE, "cpu", 0, 0, "cpu,check,cuda", "Where the ops run; check = cpu with every op's access rules enforced (slow).")
+X(precision, "precision", CHOICE, "fp32", 0, 0, "fp32", "Compute precision of the ops.")
+X(threads, "threads", INT, 0, 0, 1024, "threads", "Compute threads of a rank; 0 = its share of the cores it may run on.")
+X(run_dir, "run.dir", STR, "", 0, 0, "path", "Run directory; empty = runs/<name of the config file>.")
+X(run_seed, "run.seed", INT, 0, 0, 9007199254740991, "", "Seed of initialisation, order, crops, masks and drop path.")
+
+/* data */
+X(data_train, "data.train", STR, "", 0, 0, "path", "Image store to train on (made by `md_hpc convert`).")
+X(data_split, "data.split", STR, "train", 0, 0, "", "Split of the image store to train on.")
+X(data_reader, "data.reader", CHOICE, "pread", 0, 0, "pread,hdf5", "How image bytes are read: pread at the data set's offset in worker threads, or HDF5 on the main thread.")
+X(data_workers, "data.workers", INT, 0, 0, 256, "threads", "Loader threads of a rank; 0 = one for every compute thread, at most 8.")
+X(data_prefetch, "data.prefetch", INT, 2, 1, 64, "batches", "Micro-batches decoded ahead.")
+X(data_max_bad, "data.max_bad", REAL, 0.001, 0, 1, "fraction", "Stop when more than this fraction of an epoch's images (and more than 10) could not be read or decoded.")
+X(data_sync, "data.sync", BOOL, false, 0, 0, "", "Load every batch when it is needed instead of ahead (for measurements).")
+
+/* image and augmentation */
+X(image_size, "image.size", INT, 224, 8, 2048, "pixels", "Side of the student's square input.")
+X(image_mean, "image.mean", REAL3, {0.485 COMMA 0.456 COMMA 0.406}, 0, 1, "", "Channel means of the student's input, pixels in [0, 1].")
+X(image_std, "image.std", REAL3, {0.229 COMMA 0.224 COMMA 0.225}, 0.001, 10, "", "Channel standard deviations of the student's input.")
+X(augment_crop_min, "augment.crop_min", REAL, 0.2, 0.0001, 1, "fraction", "Least area of a random resized crop.")
+X(augment_crop_max, "augment.crop_max", REAL, 1.0, 0.0001, 1, "fraction", "Largest area of a random resized crop.")
+X(augment_ratio_min, "augment.ratio_min", REAL, 0.75, 0.01, 1, "", "Least aspect ratio of a crop.")
+X(augment_ratio_max, "augment.ratio_max", REAL, 1.3333333333333333, 1, 100, "", "Largest aspect ratio of a crop.")
+X(augment_flip, "augment.flip", REAL, 0.5, 0, 1, "probability", "Horizontal flip.")
+X(augment_jitter, "augment.jitter", REAL, 0.4, 0, 1, "", "Strength of brightness, contrast and saturation jitter; 0 = off.")
+
+/* student */
+X(model_width, "model.width", INT, 768, 8, 65536, "channels", "Width C of the student.")
+X(model_layers, "model.layers", INT, 12, 1, 1024, "blocks", "Number of blocks L.")
+X(model_heads, "model.heads", INT, 12, 1, 1024, "heads", "Attention heads H; divides model.width.")
+X(model_mlp, "model.mlp", INT, 0, 0, 262144, "channels", "Hidden width F of the MLP; 0 = 4 * model.width.")
+X(model_patch, "model.patch", INT, 16, 1, 256, "pixels", "Patch side P; divides image.size.")
+X(model_rel_pos, "model.rel_pos", CHOICE, "shared", 0, 0, "shared,per_layer,none", "Relative position bias tables.")
+X(model_abs_pos, "model.abs_pos", BOOL, false, 0, 0, "", "Learned absolute position embedding.")
+X(model_layer_scale, "model.layer_scale", REAL, 0.1, 0, 10, "", "Initial value of layer scale; 0 = no layer scale.")
+X(model_drop_path, "model.drop_path", REAL, 0.1, 0, 0.99, "probability", "Drop path of the last block; rises linearly from 0 at the first.")
+X(model_ln_eps, "model.ln_eps", REAL, 1e-6, 1e-12, 1e-2, "", "Epsilon of the student's LayerNorms.")
+X(model_init_std, "model.init_std", REAL, 0.02, 1e-6, 1, "", "Standard deviation of the truncated normal initialisation (cut at one sigma).")
+
+/* method axes */
+X(teacher_kind, "method.teacher.kind", CHOICE, "vit", 0, 0, "vit,pixel", "Where targets come from: a frozen ViT, or the picture's own patches.")
+X(teacher_weights, "method.teacher.weights", STR, "", 0, 0, "path", "Weights of the vit teacher (made by `md_hpc weights import`).")
+X(teacher_stage, "method.teacher.stage", CHOICE, "ln_post", 0, 0, "raw,ln_post,ln_post_proj", "Feature taken from the teacher: last block, after its final LayerNorm, after its projection.")
+X(teacher_layers, "method.teacher.layers", INT, 1, 1, 1024, "blocks", "Targets are the mean of the last k block outputs.")
+X(teacher_pos, "method.teacher.pos_interpolation", CHOICE, "beit2", 0, 0, "beit2,exact", "Scale of the bicubic resize of the teacher's positions: (g + 0.1) / G as BEiT v2, or g / G.")
+X(teacher_image_size, "method.teacher.image_size", INT, 0, 0, 2048, "pixels", "Side of the teacher's input; 0 = what gives it the student's grid.")
+X(target_norm, "method.target.norm", CHOICE, "layernorm", 0, 0, "none,layernorm,patch_norm", "Normalisation of each target vector: LayerNorm without affine, or MAE's (unbiased variance).")
+X(target_eps, "method.target.eps", REAL, 1e-6, 1e-12, 1e-2, "", "Epsilon of the target normalisation.")
+X(mask_kind, "method.mask.kind", CHOICE, "block", 0, 0, "block,random,none", "How patches are chosen for masking.")
+X(mask_ratio, "method.mask.ratio", REAL, 0.4, 0.0, 0.99, "fraction", "Fraction of patches to mask; rounded to a whole number.")
+X(mask_count, "method.mask.count", INT, 0, 0, 65536, "patches", "Exact number of patches to mask; 0 = by method.mask.ratio.")
+X(mask_min_block, "method.mask.min_block", INT, 16, 1, 65536, "patches", "Least area of a block (kind block).")
+X(mask_aspect, "method.mask.aspect", REAL, 0.3, 0.01, 1, "", "Least aspect ratio of a block; the largest is its inverse.")
+X(student_mode, "method.student.mode", CHOICE, "replace", 0, 0, "replace", "What the encoder sees of a masked patch: the mask token in its place.")
+X(head_kind, "method.head.kind", CHOICE, "linear", 0, 0, "linear", "Prediction head.")
+X(loss_kind, "method.loss.kind", CHOICE, "smooth_l1", 0, 0, "smooth_l1,l1,l2", "Distance between prediction and target.")
+X(loss_beta, "method.loss.beta", REAL, 2.0, 1e-6, 1000, "", "Where smooth-L1 turns from quadratic to linear.")
+X(loss_on, "method.loss.on", CHOICE, "masked", 0, 0, "masked,all", "Tokens the loss is taken on.")
+
+/* optimizer */
+X(optim_lr, "optim.lr", REAL, 1.5e-3, 0, 100, "", "Peak learning rate (used as given, whatever the batch).")
+X(optim_min_lr, "optim.min_lr", REAL, 1e-5, 0, 100, "", "Learning rate the cosine ends at.")
+X(optim_warmup_epochs, "optim.warmup_epochs", REAL, 10, 0, 10000, "epochs", "Linear warm-up from 0.")
+X(optim_beta1, "optim.beta1", REAL, 0.9, 0, 0.999999, "", "AdamW decay of the first moment.")
+X(optim_beta2, "optim.beta2", REAL, 0.999, 0, 0.9999999, "", "AdamW decay of the second moment.")
+X(optim_eps, "optim.eps", REAL, 1e-8, 1e-16, 1, "", "AdamW epsilon.")
+X(optim_weight_decay, "optim.weight_decay", REAL, 0.05, 0, 10, "", "Decoupled weight decay of matrices; vectors and biases are not decayed.")
+X(optim_clip, "optim.clip", REAL, 3.0, 0, 1e9, "", "Global gradient norm to clip to; 0 = off.")
+X(optim_max_skipped, "optim.max_skipped", INT, 10, 1, 1000000, "steps", "Stop after this many steps in a row with a non-finite loss or gradient.")
+
+/* training length and batch */
+X(train_epochs, "train.epochs", REAL, 300, 0, 1000000, "epochs", "Length of the run, and of the cosine.")
+X(train_max_steps, "train.max_steps", INT, 0, 0, 1000000000000, "steps", "Stop (finished) after this step; 0 = at the end of the epochs. The schedule is not changed.")
+X(train_batch, "train.batch", INT, 2048, 1, 16777216, "images", "Global batch of one optimizer step.")
+X(train_micro_batch, "train.micro_batch", INT, 0, 0, 65536, "images", "Images of one forward and backward pass on a data-parallel rank; 0 = batch / data-parallel ranks.")
+X(train_recompute, "train.recompute", BOOL, false, 0, 0, "", "Keep block inputs only and run each block again in the backward pass.")
+
+/* parallel */
+X(parallel_tensor, "parallel.tensor", INT, 1, 1, 1, "ranks", "Ranks that share one model (tensor parallel).")
+X(parallel_bucket_mib, "parallel.bucket_mib", INT, 32, 1, 4096, "MiB", "Size of a gradient bucket of the data-parallel reduction.")
+X(parallel_overlap, "parallel.overlap", BOOL, true, 0, 0, "", "Reduce gradient buckets while the backward pass goes on.")
+
+/* checkpoints, logs, checks */
+X(checkpoint_every, "checkpoint.every", INT, 0, 0, 1000000000, "steps", "Steps between checkpoints; 0 = once an epoch. One is always written at the end and when stopped.")
+X(checkpoint_keep, "checkpoint.keep", INT, 2, 1, 1000, "files", "Newest checkpoints kept.")
+X(checkpoint_keep_every, "checkpoint.keep_every", INT, 0, 0, 1000000000, "steps", "Checkpoints at multiples of this step are kept for ever; 0 = none.")
+X(checkpoint_resume, "checkpoint.resume", STR, "auto", 0, 0, "", "auto = newest valid one of the run directory, none = start new, or a checkpoint's path.")
+X(log_every, "log.every", INT, 10, 1, 1000000, "steps", "Steps between progress lines; metrics.jsonl has every step.")
+X(log_level, "log.level", CHOICE, "info", 0, 0, "debug,info,warn,error", "Least severe message shown.")
+X(check_every, "check.every", INT, 0, 0, 1000000000, "steps", "Steps between checks that all replicas hold the same parameters; 0 = off.")
+// clang-format on

@@ -1,0 +1,62 @@
+/* tensor: what every op, collective and file routine passes around: a contiguous row-major block
+ * with a shape, a type, a memory kind and a distribution over the tensor-parallel group. No strides,
+ * no ownership: whoever allocated the block frees it. data == NULL is a planned tensor: it has a
+ * shape but no memory (the plan backend and the arena's first pass). */
+#ifndef MD_TENSOR_H
+#define MD_TENSOR_H
+
+#include "src/base.h"
+
+/* X(name, bytes) */
+#define MD_DTYPES(X) X(F32, 4) X(BF16, 2) X(F64, 8) X(I32, 4) X(I64, 8) X(U8, 1) X(F16, 2)
+
+typedef enum md_dtype {
+#define MD_DTYPE_ENUM(name, bytes) MD_##name,
+    MD_DTYPES(MD_DTYPE_ENUM)
+#undef MD_DTYPE_ENUM
+} md_dtype;
+
+typedef enum md_mem { MD_HOST, MD_DEVICE, MD_PINNED } md_mem;
+
+/* Distribution over the tp group: the same on every rank, cut along rows or columns, or a partial
+ * sum that still has to be reduced. The graph builder refuses a node whose inputs do not fit. */
+typedef enum md_place { MD_REPL, MD_CUT_ROWS, MD_CUT_COLS, MD_PARTIAL } md_place;
+
+#define MD_MAX_RANK 4
+
+typedef struct md_tensor {
+    void *data;
+    int64_t dim[MD_MAX_RANK];
+    uint8_t rank, dtype, mem, place;
+} md_tensor;
+
+size_t md_dtype_bytes(md_dtype t);
+const char *md_dtype_name(md_dtype t);
+const char *md_place_name(md_place p);
+
+/* Elements and bytes; a rank-0 tensor has one element. Local. */
+int64_t md_tensor_count(const md_tensor *t);
+size_t md_tensor_bytes(const md_tensor *t);
+/* Elements in the last dimension, and the product of all the others: the matrix view [rows, cols]. */
+int64_t md_tensor_cols(const md_tensor *t);
+int64_t md_tensor_rows(const md_tensor *t);
+bool md_tensor_same_shape(const md_tensor *a, const md_tensor *b);
+/* "[8, 197, 768] f32" into buf; returns buf. */
+const char *md_tensor_describe(const md_tensor *t, char *buf, size_t size);
+
+/* A replicated host tensor of the given shape over data (may be NULL). rank = number of dims. */
+md_tensor md_tensor_make(void *data, md_dtype dtype, int rank, const int64_t *dim);
+#define MD_TENSOR(data, dtype, ...)                                                                \
+    md_tensor_make((data), (dtype), (int)MD_COUNT(((int64_t[]){__VA_ARGS__})),                     \
+                   (int64_t[]){__VA_ARGS__})
+
+static inline float *md_f32(const md_tensor *t)
+{
+    return (float *)t->data;
+}
+static inline int32_t *md_i32(const md_tensor *t)
+{
+    return (int32_t *)t->data;
+}
+
+#endif
