@@ -49,11 +49,21 @@ TESTS    := $(TEST_SRC:%.c=$(BUILD)/%)
 BENCH_SRC := $(wildcard bench/*.c)
 BENCHES   := $(BENCH_SRC:%.c=$(BUILD)/%)
 
-.PHONY: all tests
+.PHONY: all tests FORCE
 all: $(PROG)
 	@cp -f $(PROG) md_hpc 2>/dev/null || true
 
 tests: $(TESTS)
+
+# What the binary was made of; rewritten only when it changed, so that nothing is rebuilt in vain.
+BUILD_SOURCE := $(shell git describe --always --dirty --abbrev=12 2>/dev/null || echo unknown)
+$(BUILD)/build_stamp.h: FORCE
+	@mkdir -p $(@D)
+	@printf '#define MD_BUILD_SOURCE "%s"\n#define MD_BUILD_FLAGS "%s"\n' \
+	    '$(BUILD_SOURCE)' '$(OPT) $(CFLAGS) $(SANFLAGS)' > $@.new
+	@cmp -s $@.new $@ && rm -f $@.new || mv $@.new $@
+$(BUILD)/src/log.o: $(BUILD)/build_stamp.h
+$(BUILD)/src/log.o: CPPFLAGS_ALL += -I$(BUILD)
 
 $(BUILD)/%.o: %.c
 	@mkdir -p $(@D)

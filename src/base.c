@@ -12,7 +12,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#define TEXT_SIZE 1024
+#define TEXT_SIZE 4096
 static _Thread_local char error_text[TEXT_SIZE];
 static int base_rank, base_size = 1;
 static void (*abort_hook)(int code);

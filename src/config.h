@@ -11,7 +11,6 @@
 #define MD_CONFIG_STR 512
 
 typedef struct md_config {
-#define COMMA ,
 #define MD_FIELD_BOOL(f)   bool f;
 #define MD_FIELD_INT(f)    int64_t f;
 #define MD_FIELD_REAL(f)   double f;
