@@ -102,14 +102,10 @@ _Noreturn void md_abort(int code)
 _Noreturn void md_assert_fail(const char *file, int line, const char *cond, const char *fmt, ...)
 {
     fprintf(stderr, "md_hpc: rank %d: internal error at %s:%d: %s", base_rank, file, line, cond);
-    if (*fmt) {
-        va_list ap;
-        va_start(ap, fmt);
-        fputs(" (", stderr);
-        vfprintf(stderr, fmt, ap);
-        fputs(")", stderr);
-        va_end(ap);
-    }
+    va_list ap;
+    va_start(ap, fmt);
+    vfprintf(stderr, fmt, ap); /* begins with a space: see MD_ASSERT */
+    va_end(ap);
     fputc('\n', stderr);
     md_abort(MD_ERR_BUG);
 }

@@ -62,7 +62,7 @@ md_status md_error_prefix(md_status st, const char *fmt, ...) __attribute__((for
 #define MD_ASSERT(cond, ...)                                                                       \
     do {                                                                                           \
         if (__builtin_expect(!(cond), 0))                                                          \
-            md_assert_fail(__FILE__, __LINE__, #cond, "" __VA_ARGS__);                             \
+            md_assert_fail(__FILE__, __LINE__, #cond, " " __VA_ARGS__);                             \
     } while (0)
 _Noreturn void md_assert_fail(const char *file, int line, const char *cond, const char *fmt, ...)
     __attribute__((format(printf, 4, 5)));

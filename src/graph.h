@@ -1,0 +1,167 @@
+/* graph: the model, described once: a list of nodes over single-assignment slots whose shapes are
+ * known when the list is built. No branches and no dynamic shapes, so lifetimes fall out of the list,
+ * memory is planned once, and the same list serves every backend and every process grid.
+ *
+ * Building: md_n_* calls (nodes_*.c) append nodes; the first error is kept and later calls do nothing,
+ * so that a builder checks once, in md_graph_finish. Slots are small integers; MD_NO_SLOT is "absent".
+ *
+ * Running: md_graph_forward walks the nodes, md_graph_backward walks them in reverse. Every parameter
+ * belongs to one node, so its gradient is complete when that node's backward has run: then the hook is
+ * called. A slot read by several nodes gets its gradient summed in reverse node order. */
+#ifndef MD_GRAPH_H
+#define MD_GRAPH_H
+
+#include "kernels/backend.h"
+#include "src/param.h"
+
+typedef int md_slot;
+#define MD_NO_SLOT (-1)
+#define MD_NO_PARAM (-1)
+
+#define MD_NODE_IN    4
+#define MD_NODE_OUT   4
+#define MD_NODE_PARAM 4
+
+/* Attributes of a node; each kind reads the few it names. */
+typedef struct md_attr {
+    md_act act;
+    int heads, side;
+    float eps, scale, beta;
+    bool unbiased;
+    md_patch_order order;
+    md_loss_kind loss;
+    float mean[3], std[3];
+} md_attr;
+
+typedef struct md_graph md_graph;
+typedef struct md_node md_node;
+
+/* One row per kind of node. infer checks the inputs and declares the outputs (md_node_output). bwd is
+ * NULL for kinds that pass no gradient. keep_in, keep_out: bit k set when bwd reads the value of
+ * input or output k. alias_fwd: output 0 may take input 0's memory when nothing reads that later;
+ * alias_bwd: the gradient of input 0 may take the memory of the gradient of output 0. accumulates:
+ * bit k set when bwd can add to the gradient of input k. */
+typedef struct md_node_kind {
+    const char *name;
+    md_status (*infer)(md_graph *g, md_node *n);
+    md_status (*fwd)(md_graph *g, const md_node *n);
+    md_status (*bwd)(md_graph *g, const md_node *n);
+    uint32_t keep_in, keep_out, accumulates;
+    bool alias_fwd, alias_bwd;
+} md_node_kind;
+
+struct md_node {
+    const md_node_kind *kind;
+    md_slot in[MD_NODE_IN], out[MD_NODE_OUT];
+    int param[MD_NODE_PARAM];
+    uint32_t accumulate_in; /* bit k: this node adds to the gradient of input k instead of writing it */
+    md_attr attr;
+};
+
+typedef struct md_slot_row {
+    char name[32];
+    md_tensor value, grad; /* data NULL until bound */
+    bool external, needs_grad;
+    int producer;   /* node, -1 for inputs */
+    int first_use, last_use; /* nodes that read the value in the forward pass; -1 none */
+    int value_block, grad_block; /* arena blocks, -1 none */
+} md_slot_row;
+
+/* Called on the walking thread when the gradient of parameter `param` is complete. */
+typedef void (*md_grad_ready)(void *context, int param);
+
+struct md_graph {
+    md_params *params;
+    md_backend *be;
+    md_node *node;
+    int nodes, node_capacity;
+    md_slot_row *slot;
+    int slots, slot_capacity;
+    bool training;   /* a backward pass will run */
+    bool accumulate; /* this backward adds to the parameter gradients */
+    md_status status;
+    size_t region_bytes;
+    struct md_arena_block *blocks;
+    int n_blocks;
+};
+
+void md_graph_init(md_graph *g, md_params *params, bool training);
+void md_graph_free(md_graph *g);
+
+/* A tensor that comes from outside, bound before each run. Not differentiated. */
+md_slot md_graph_input(md_graph *g, const char *name, md_dtype dtype, int rank, const int64_t *dim);
+/* Takes a node's output out of the planned region: the caller binds memory of its own. */
+void md_graph_set_external(md_graph *g, md_slot s);
+/* Shape of a slot. */
+const md_tensor *md_graph_tensor(const md_graph *g, md_slot s);
+
+/* For node kinds: appends a node; returns it, or NULL after an earlier error. in and param hold
+ * MD_NODE_IN and MD_NODE_PARAM entries. infer has run on return. */
+md_node *md_graph_add(md_graph *g, const md_node *node);
+/* For infer: declares output k of node n. needs_grad is derived. */
+md_status md_node_output(md_graph *g, md_node *n, int k, md_dtype dtype, int rank,
+                         const int64_t *dim);
+
+/* Ends building: returns the first error, finds lifetimes and plans the region. Local. */
+md_status md_graph_finish(md_graph *g);
+/* Gives the planned slots their memory: region must hold g->region_bytes, 64-byte aligned. */
+void md_graph_bind_region(md_graph *g, void *region);
+/* Binds an external slot. */
+void md_graph_bind(md_graph *g, md_slot s, void *data);
+
+/* Runs the nodes on backend be. backward: accumulate adds to parameter gradients instead of writing
+ * them; hook may be NULL. Local; errors name the node. */
+md_status md_graph_forward(md_graph *g, md_backend *be);
+md_status md_graph_backward(md_graph *g, md_backend *be, bool accumulate, md_grad_ready hook,
+                            void *context);
+
+/* For node kinds: operands by position; NULL when absent or (gradients) not wanted. */
+md_tensor *md_in(md_graph *g, const md_node *n, int k);
+md_tensor *md_out(md_graph *g, const md_node *n, int k);
+md_tensor *md_in_grad(md_graph *g, const md_node *n, int k);
+md_tensor *md_out_grad(md_graph *g, const md_node *n, int k);
+
+/* Order in which backward completes the parameter gradients: fills order[params->count] and returns
+ * how many rows the graph differentiates. */
+int md_graph_grad_order(const md_graph *g, int *order);
+
+/* ---- nodes_core.c ---- */
+
+/* Patch vectors of u8 images [B, S, S, 3] -> [B*G, 3*P*P], normalised. */
+md_slot md_n_patchify(md_graph *g, md_slot image, const md_attr *attr);
+/* y = act(x w^T + b): x [.., I], w [O, I], -> [.., O]. bias: a parameter, MD_NO_PARAM for none. */
+md_slot md_n_linear(md_graph *g, md_slot x, int w, int bias, md_act act);
+/* The same with the bias in a slot [O]. */
+md_slot md_n_linear_slot(md_graph *g, md_slot x, int w, md_slot bias);
+/* [q_bias, 0, v_bias] of BEiT's attention, which has no key bias: -> [3C]. */
+md_slot md_n_qv_bias(md_graph *g, int q_bias, int v_bias);
+/* Token sequence: cls first, masked patches replaced. patch [B*G, C] -> [B, G+1, C]. mask (u8 [B, G])
+ * and mask_token go together; pos [G+1, C] optional. */
+md_slot md_n_tokens(md_graph *g, md_slot patch, md_slot mask, int64_t images, const int params[3]);
+/* Relative position bias of a square grid: table [R, H] -> [H, T, T]; index i32 [T, T]. */
+md_slot md_n_rel_bias(md_graph *g, md_slot index, int table);
+/* Attention output [B, T, C] from qkv [B, T, 3C] and rel (optional). */
+md_slot md_n_attention(md_graph *g, md_slot qkv, md_slot rel, int heads);
+
+typedef struct md_residual_in {
+    md_slot x, branch, keep; /* branch and keep (f32 [B]) optional */
+    int gamma;               /* layer scale [C], optional */
+    int weight, bias;        /* LayerNorm, both MD_NO_PARAM: residual only */
+    float eps;
+} md_residual_in;
+/* r = x + keep * gamma * branch, y = LN(r). *r is x itself without a branch; *y is MD_NO_SLOT
+ * without a norm. */
+void md_n_residual_ln(md_graph *g, const md_residual_in *in, md_slot *r, md_slot *y);
+/* LayerNorm over the last axis without affine parameters, or with (weight, bias). No gradient. */
+md_slot md_n_layernorm(md_graph *g, md_slot x, const int params[2], const md_attr *attr);
+/* Rows of x (matrix view [N, C]) chosen by index i32 [R] -> [R, C]. */
+md_slot md_n_gather_rows(md_graph *g, md_slot x, md_slot index);
+/* sum (optional) + scale * x. No gradient. */
+md_slot md_n_add_scaled(md_graph *g, md_slot sum, md_slot x, float scale);
+
+/* ---- nodes_loss.c ---- */
+
+/* scale * sum of loss(pred - target) -> f64 [1]. The end of a training graph. */
+md_slot md_n_loss(md_graph *g, md_slot pred, md_slot target, const md_attr *attr);
+
+#endif

@@ -1,0 +1,26 @@
+/* nodes: what the nodes_*.c files share. Not for builders. */
+#ifndef MD_NODES_H
+#define MD_NODES_H
+
+#include "src/graph.h"
+
+/* A node without inputs and parameters. */
+#define MD_NO_NODE ((md_node){.in = {-1, -1, -1, -1}, .param = {-1, -1, -1, -1}})
+
+/* Runs one op on the graph's backend. */
+#define MD_RUN(op, ...) g->be->ops->op(g->be, &(md_##op##_args){__VA_ARGS__})
+
+/* Value and gradient of parameter k of node n, through the tensor variable t; NULL when absent. */
+#define MD_PARAM(k, t)                                                                             \
+    (n->param[k] == MD_NO_PARAM ? NULL : ((t) = md_param_value(g->params, n->param[k]), &(t)))
+#define MD_PARAM_GRAD(k, t)                                                                        \
+    (n->param[k] == MD_NO_PARAM ? NULL : ((t) = md_param_grad(g->params, n->param[k]), &(t)))
+
+/* Appends the node and returns its output 0. */
+md_slot md_node_append(md_graph *g, const md_node *node);
+
+/* MD_ERR_BUG naming `what` unless t has this width, or (t may be NULL) this many elements. */
+md_status md_want_cols(const md_tensor *t, int64_t cols, const char *what);
+md_status md_want_count(const md_tensor *t, int64_t count, const char *what);
+
+#endif

@@ -1,0 +1,372 @@
+/* nodes_core: the node kinds of an encoder. Shapes use the letters of kernels/backend.h. */
+#include "src/nodes.h"
+
+md_slot md_node_append(md_graph *g, const md_node *node)
+{
+    const md_node *n = md_graph_add(g, node);
+    return n ? n->out[0] : MD_NO_SLOT;
+}
+
+md_status md_want_cols(const md_tensor *t, int64_t cols, const char *what)
+{
+    if (md_tensor_cols(t) != cols)
+        MD_FAIL(MD_ERR_BUG, "%s has width %lld, expected %lld", what, (long long)md_tensor_cols(t),
+                (long long)cols);
+    return MD_OK;
+}
+
+md_status md_want_count(const md_tensor *t, int64_t count, const char *what)
+{
+    if (t && md_tensor_count(t) != count)
+        MD_FAIL(MD_ERR_BUG, "%s has %lld elements, expected %lld", what,
+                (long long)md_tensor_count(t), (long long)count);
+    return MD_OK;
+}
+
+/* ---- patchify ---- */
+
+static md_status patchify_infer(md_graph *g, md_node *n)
+{
+    const md_tensor *image = md_in(g, n, 0);
+    int64_t b = image->dim[0], s = image->dim[1], p = n->attr.side;
+    if (image->rank != 4 || image->dim[2] != s || image->dim[3] != 3 || s % p != 0)
+        MD_FAIL(MD_ERR_BUG, "an image side of %lld does not divide into patches of %lld",
+                (long long)s, (long long)p);
+    return md_node_output(g, n, 0, MD_F32, 2, (int64_t[]){b * (s / p) * (s / p), 3 * p * p});
+}
+
+static md_status patchify_fwd(md_graph *g, const md_node *n)
+{
+    const md_attr *a = &n->attr;
+    return MD_RUN(patchify, .image = md_in(g, n, 0), .patch = md_out(g, n, 0), .side = a->side,
+               .order = a->order, .mean = {a->mean[0], a->mean[1], a->mean[2]},
+               .std = {a->std[0], a->std[1], a->std[2]});
+}
+
+static const md_node_kind kind_patchify = {
+    .name = "patchify", .infer = patchify_infer, .fwd = patchify_fwd};
+
+md_slot md_n_patchify(md_graph *g, md_slot image, const md_attr *attr)
+{
+    md_node n = MD_NO_NODE;
+    n.kind = &kind_patchify;
+    n.in[0] = image;
+    n.attr = *attr;
+    return md_node_append(g, &n);
+}
+
+/* ---- linear: in x, bias slot; param w, bias; out y, value before the activation ---- */
+
+static md_tensor weight_matrix(md_tensor w)
+{
+    int64_t rows = w.dim[0], cols = md_tensor_count(&w) / rows;
+    return MD_TENSOR(w.data, MD_F32, rows, cols);
+}
+
+static md_status linear_infer(md_graph *g, md_node *n)
+{
+    const md_tensor *x = md_in(g, n, 0);
+    md_tensor w = weight_matrix(md_param_value(g->params, n->param[0])), b;
+    MD_TRY(md_want_cols(x, w.dim[1], "input"));
+    MD_TRY(md_want_count(MD_PARAM(1, b), w.dim[0], "bias"));
+    MD_TRY(md_want_count(md_in(g, n, 1), w.dim[0], "bias"));
+    int64_t dim[MD_MAX_RANK];
+    int rank = x->rank;
+    for (int i = 0; i < rank; i++)
+        dim[i] = x->dim[i];
+    dim[rank - 1] = w.dim[0];
+    MD_TRY(md_node_output(g, n, 0, MD_F32, rank, dim));
+    if (n->attr.act != MD_ACT_NONE && g->training)
+        MD_TRY(md_node_output(g, n, 1, MD_F32, rank, dim));
+    return MD_OK;
+}
+
+static md_status linear_fwd(md_graph *g, const md_node *n)
+{
+    md_tensor w = weight_matrix(md_param_value(g->params, n->param[0])), b;
+    const md_tensor *bias = n->in[1] != MD_NO_SLOT ? md_in(g, n, 1) : MD_PARAM(1, b);
+    return MD_RUN(gemm, .a = md_in(g, n, 0), .b = &w, .bias = bias, .y = md_out(g, n, 0),
+               .pre = md_out(g, n, 1), .trans_b = true, .act = n->attr.act,
+               .b_frozen = !g->training);
+}
+
+static md_status linear_bwd(md_graph *g, const md_node *n)
+{
+    md_tensor *dy = md_out_grad(g, n, 0), *dx = md_in_grad(g, n, 0), *dbias_slot = md_in_grad(g, n, 1);
+    md_tensor w = weight_matrix(md_param_value(g->params, n->param[0]));
+    md_tensor dw = weight_matrix(md_param_grad(g->params, n->param[0])), db;
+    md_tensor *dbias = dbias_slot ? dbias_slot : MD_PARAM_GRAD(1, db);
+    bool add_bias = dbias_slot ? n->accumulate_in >> 1 & 1 : g->accumulate;
+    if (n->attr.act != MD_ACT_NONE)
+        MD_TRY(MD_RUN(act_bwd, .x = md_out(g, n, 1), .dy = dy, .dx = dy, .dbias = dbias,
+                   .act = n->attr.act, .accumulate = dbias && add_bias ? 2u : 0u));
+    else if (dbias)
+        MD_TRY(MD_RUN(colsum, .x = dy, .y = dbias, .accumulate = add_bias));
+    MD_TRY(MD_RUN(gemm, .a = dy, .b = md_in(g, n, 0), .y = &dw, .trans_a = true,
+               .accumulate = g->accumulate));
+    if (dx)
+        MD_TRY(MD_RUN(gemm, .a = dy, .b = &w, .y = dx));
+    return MD_OK;
+}
+
+static const md_node_kind kind_linear = {.name = "linear",
+                                         .infer = linear_infer,
+                                         .fwd = linear_fwd,
+                                         .bwd = linear_bwd,
+                                         .keep_in = 1u << 0,
+                                         .keep_out = 1u << 1};
+
+md_slot md_n_linear(md_graph *g, md_slot x, int w, int bias, md_act act)
+{
+    md_node n = MD_NO_NODE;
+    n.kind = &kind_linear;
+    n.in[0] = x;
+    n.param[0] = w;
+    n.param[1] = bias;
+    n.attr.act = act;
+    return md_node_append(g, &n);
+}
+
+md_slot md_n_linear_slot(md_graph *g, md_slot x, int w, md_slot bias)
+{
+    md_node n = MD_NO_NODE;
+    n.kind = &kind_linear;
+    n.in[0] = x;
+    n.in[1] = bias;
+    n.param[0] = w;
+    return md_node_append(g, &n);
+}
+
+/* ---- qv_bias: param q, v; out [q, 0, v] ---- */
+
+static md_status qv_bias_infer(md_graph *g, md_node *n)
+{
+    md_tensor q = md_param_value(g->params, n->param[0]), v;
+    int64_t c = md_tensor_count(&q);
+    MD_TRY(md_want_count(MD_PARAM(1, v), c, "v_bias"));
+    return md_node_output(g, n, 0, MD_F32, 1, (int64_t[]){3 * c});
+}
+
+/* The k-th third of a [3C] tensor. */
+static md_tensor third(const md_tensor *t, int k)
+{
+    int64_t c = t->dim[0] / 3;
+    return MD_TENSOR(t->data ? (float *)t->data + k * c : NULL, MD_F32, c);
+}
+
+static md_status qv_bias_fwd(md_graph *g, const md_node *n)
+{
+    const md_tensor *out = md_out(g, n, 0);
+    md_tensor q, v, part[3] = {third(out, 0), third(out, 1), third(out, 2)};
+    MD_TRY(MD_RUN(axpy, .x = MD_PARAM(0, q), .y = &part[0], .alpha = 1.0f));
+    MD_TRY(MD_RUN(fill, .y = &part[1], .value = 0.0f));
+    return MD_RUN(axpy, .x = MD_PARAM(1, v), .y = &part[2], .alpha = 1.0f);
+}
+
+static md_status qv_bias_bwd(md_graph *g, const md_node *n)
+{
+    const md_tensor *d = md_out_grad(g, n, 0);
+    md_tensor dq, dv, from_q = third(d, 0), from_v = third(d, 2);
+    MD_TRY(MD_RUN(axpy, .x = &from_q, .y = MD_PARAM_GRAD(0, dq), .alpha = 1.0f,
+               .accumulate = g->accumulate));
+    return MD_RUN(axpy, .x = &from_v, .y = MD_PARAM_GRAD(1, dv), .alpha = 1.0f,
+               .accumulate = g->accumulate);
+}
+
+static const md_node_kind kind_qv_bias = {
+    .name = "qv_bias", .infer = qv_bias_infer, .fwd = qv_bias_fwd, .bwd = qv_bias_bwd};
+
+md_slot md_n_qv_bias(md_graph *g, int q_bias, int v_bias)
+{
+    md_node n = MD_NO_NODE;
+    n.kind = &kind_qv_bias;
+    n.param[0] = q_bias;
+    n.param[1] = v_bias;
+    return md_node_append(g, &n);
+}
+
+/* ---- tokens: in patch, mask; param cls, mask_token, pos ---- */
+
+static md_status tokens_infer(md_graph *g, md_node *n)
+{
+    const md_tensor *patch = md_in(g, n, 0);
+    int64_t b = n->attr.side, rows = md_tensor_rows(patch), c = md_tensor_cols(patch);
+    md_tensor t;
+    if (rows % b != 0)
+        MD_FAIL(MD_ERR_BUG, "%lld patches do not divide over %lld images", (long long)rows,
+                (long long)b);
+    MD_TRY(md_want_count(MD_PARAM(0, t), c, "cls_token"));
+    MD_TRY(md_want_count(MD_PARAM(1, t), c, "mask_token"));
+    MD_TRY(md_want_count(MD_PARAM(2, t), (rows / b + 1) * c, "pos_embed"));
+    MD_TRY(md_want_count(md_in(g, n, 1), rows, "mask"));
+    return md_node_output(g, n, 0, MD_F32, 3, (int64_t[]){b, rows / b + 1, c});
+}
+
+/* [B*G, C] seen as [B, G, C]. */
+static md_tensor by_image(const md_tensor *patch, const md_tensor *tokens)
+{
+    return MD_TENSOR(patch->data, MD_F32, tokens->dim[0], tokens->dim[1] - 1, tokens->dim[2]);
+}
+
+static md_status tokens_fwd(md_graph *g, const md_node *n)
+{
+    md_tensor *out = md_out(g, n, 0), cls, mask_token, pos;
+    md_tensor patch = by_image(md_in(g, n, 0), out);
+    return MD_RUN(tokens, .patch = &patch, .cls = MD_PARAM(0, cls), .mask_token = MD_PARAM(1, mask_token),
+               .pos = MD_PARAM(2, pos), .mask = md_in(g, n, 1), .tokens = out);
+}
+
+static md_status tokens_bwd(md_graph *g, const md_node *n)
+{
+    md_tensor *dtokens = md_out_grad(g, n, 0), cls, mask_token, pos;
+    md_tensor dpatch = by_image(md_in_grad(g, n, 0), dtokens);
+    return MD_RUN(tokens_bwd, .dtokens = dtokens, .mask = md_in(g, n, 1), .dpatch = &dpatch,
+               .dcls = MD_PARAM_GRAD(0, cls), .dmask_token = MD_PARAM_GRAD(1, mask_token),
+               .dpos = MD_PARAM_GRAD(2, pos), .accumulate = g->accumulate ? 0xeu : 0u);
+}
+
+static const md_node_kind kind_tokens = {.name = "tokens",
+                                         .infer = tokens_infer,
+                                         .fwd = tokens_fwd,
+                                         .bwd = tokens_bwd,
+                                         .keep_in = 1u << 1};
+
+md_slot md_n_tokens(md_graph *g, md_slot patch, md_slot mask, int64_t images, const int params[3])
+{
+    md_node n = MD_NO_NODE;
+    n.kind = &kind_tokens;
+    n.in[0] = patch;
+    n.in[1] = mask;
+    n.attr.side = (int)images;
+    for (int k = 0; k < 3; k++)
+        n.param[k] = params[k];
+    return md_node_append(g, &n);
+}
+
+/* ---- relative position bias: in index; param table ---- */
+
+static md_status rel_bias_infer(md_graph *g, md_node *n)
+{
+    const md_tensor *index = md_in(g, n, 0);
+    md_tensor table = md_param_value(g->params, n->param[0]);
+    int64_t t = index->dim[0];
+    return md_node_output(g, n, 0, MD_F32, 3, (int64_t[]){table.dim[1], t, t});
+}
+
+static md_status rel_bias_fwd(md_graph *g, const md_node *n)
+{
+    md_tensor table;
+    return MD_RUN(rel_gather, .table = MD_PARAM(0, table), .index = md_in(g, n, 0),
+               .rel = md_out(g, n, 0));
+}
+
+static md_status rel_bias_bwd(md_graph *g, const md_node *n)
+{
+    md_tensor dtable;
+    return MD_RUN(rel_scatter, .drel = md_out_grad(g, n, 0), .index = md_in(g, n, 0),
+               .dtable = MD_PARAM_GRAD(0, dtable), .accumulate = g->accumulate);
+}
+
+static const md_node_kind kind_rel_bias = {.name = "rel_bias",
+                                           .infer = rel_bias_infer,
+                                           .fwd = rel_bias_fwd,
+                                           .bwd = rel_bias_bwd,
+                                           .keep_in = 1u << 0};
+
+md_slot md_n_rel_bias(md_graph *g, md_slot index, int table)
+{
+    md_node n = MD_NO_NODE;
+    n.kind = &kind_rel_bias;
+    n.in[0] = index;
+    n.param[0] = table;
+    return md_node_append(g, &n);
+}
+
+/* ---- attention: in qkv, rel; out o, lse ---- */
+
+static md_status attention_infer(md_graph *g, md_node *n)
+{
+    const md_tensor *qkv = md_in(g, n, 0), *rel = md_in(g, n, 1);
+    int64_t b = qkv->dim[0], t = qkv->dim[1], c = qkv->dim[2] / 3, h = n->attr.heads;
+    if (qkv->rank != 3 || qkv->dim[2] % 3 != 0 || c % h != 0)
+        MD_FAIL(MD_ERR_BUG, "width %lld does not divide into %lld heads", (long long)c,
+                (long long)h);
+    MD_TRY(md_want_count(rel, h * t * t, "relative position bias"));
+    n->attr.scale = 1.0f / __builtin_sqrtf((float)(c / h));
+    MD_TRY(md_node_output(g, n, 0, MD_F32, 3, (int64_t[]){b, t, c}));
+    if (g->training)
+        MD_TRY(md_node_output(g, n, 1, MD_F32, 3, (int64_t[]){b, h, t}));
+    return MD_OK;
+}
+
+static md_status attention_fwd(md_graph *g, const md_node *n)
+{
+    return MD_RUN(attention, .qkv = md_in(g, n, 0), .rel = md_in(g, n, 1), .o = md_out(g, n, 0),
+               .lse = md_out(g, n, 1), .heads = n->attr.heads, .scale = n->attr.scale);
+}
+
+static md_status attention_bwd(md_graph *g, const md_node *n)
+{
+    return MD_RUN(attention_bwd, .qkv = md_in(g, n, 0), .rel = md_in(g, n, 1), .o = md_out(g, n, 0),
+               .lse = md_out(g, n, 1), .d_o = md_out_grad(g, n, 0), .dqkv = md_in_grad(g, n, 0),
+               .drel = md_in_grad(g, n, 1), .heads = n->attr.heads, .scale = n->attr.scale,
+               .accumulate = n->accumulate_in);
+}
+
+static const md_node_kind kind_attention = {.name = "attention",
+                                            .infer = attention_infer,
+                                            .fwd = attention_fwd,
+                                            .bwd = attention_bwd,
+                                            .keep_in = 3u,
+                                            .keep_out = 3u,
+                                            .accumulates = 1u << 1};
+
+md_slot md_n_attention(md_graph *g, md_slot qkv, md_slot rel, int heads)
+{
+    md_node n = MD_NO_NODE;
+    n.kind = &kind_attention;
+    n.in[0] = qkv;
+    n.in[1] = rel;
+    n.attr.heads = heads;
+    return md_node_append(g, &n);
+}
+
+/* ---- gather_rows: in x, index ---- */
+
+static md_status gather_rows_infer(md_graph *g, md_node *n)
+{
+    const md_tensor *x = md_in(g, n, 0), *index = md_in(g, n, 1);
+    return md_node_output(g, n, 0, MD_F32, 2, (int64_t[]){index->dim[0], md_tensor_cols(x)});
+}
+
+static md_tensor as_matrix(const md_tensor *t)
+{
+    return MD_TENSOR(t->data, (md_dtype)t->dtype, md_tensor_rows(t), md_tensor_cols(t));
+}
+
+static md_status gather_rows_fwd(md_graph *g, const md_node *n)
+{
+    md_tensor x = as_matrix(md_in(g, n, 0));
+    return MD_RUN(gather_rows, .x = &x, .index = md_in(g, n, 1), .y = md_out(g, n, 0));
+}
+
+static md_status gather_rows_bwd(md_graph *g, const md_node *n)
+{
+    md_tensor dx = as_matrix(md_in_grad(g, n, 0));
+    return MD_RUN(scatter_rows, .dy = md_out_grad(g, n, 0), .index = md_in(g, n, 1), .dx = &dx);
+}
+
+static const md_node_kind kind_gather_rows = {.name = "gather_rows",
+                                              .infer = gather_rows_infer,
+                                              .fwd = gather_rows_fwd,
+                                              .bwd = gather_rows_bwd,
+                                              .keep_in = 1u << 1};
+
+md_slot md_n_gather_rows(md_graph *g, md_slot x, md_slot index)
+{
+    md_node n = MD_NO_NODE;
+    n.kind = &kind_gather_rows;
+    n.in[0] = x;
+    n.in[1] = index;
+    return md_node_append(g, &n);
+}

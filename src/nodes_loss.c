@@ -1,0 +1,44 @@
+/* nodes_loss: the end of a training graph. */
+#include "src/nodes.h"
+
+/* ---- loss: in pred, target; out f64 [1] ---- */
+
+static md_status loss_infer(md_graph *g, md_node *n)
+{
+    const md_tensor *pred = md_in(g, n, 0);
+    MD_TRY(md_want_count(md_in(g, n, 1), md_tensor_count(pred), "target"));
+    return md_node_output(g, n, 0, MD_F64, 1, (int64_t[]){1});
+}
+
+static md_status loss_run(md_graph *g, const md_node *n, md_tensor *dpred)
+{
+    return MD_RUN(loss, .pred = md_in(g, n, 0), .target = md_in(g, n, 1), .loss = md_out(g, n, 0),
+                  .dpred = dpred, .kind = n->attr.loss, .beta = n->attr.beta,
+                  .scale = n->attr.scale);
+}
+
+static md_status loss_fwd(md_graph *g, const md_node *n)
+{
+    return loss_run(g, n, NULL);
+}
+
+/* The loss is the root: its own gradient is 1, so the op gives the gradient of pred directly. */
+static md_status loss_bwd(md_graph *g, const md_node *n)
+{
+    return loss_run(g, n, md_in_grad(g, n, 0));
+}
+
+static const md_node_kind kind_loss = {
+    .name = "loss", .infer = loss_infer, .fwd = loss_fwd, .bwd = loss_bwd, .keep_in = 3u};
+
+md_slot md_n_loss(md_graph *g, md_slot pred, md_slot target, const md_attr *attr)
+{
+    md_node n = MD_NO_NODE;
+    n.kind = &kind_loss;
+    n.in[0] = pred;
+    n.in[1] = target;
+    n.attr = *attr;
+    md_slot s = md_node_append(g, &n);
+    md_graph_set_external(g, s);
+    return s;
+}

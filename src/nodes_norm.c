@@ -1,0 +1,153 @@
+/* nodes_norm: residual steps, normalisations and sums. */
+#include "src/nodes.h"
+
+/* ---- residual_ln: in x, branch, keep; param gamma, weight, bias; out r, y, mean, rstd.
+ * Without a branch there is no r: readers use x. ---- */
+
+static bool has_branch(const md_node *n)
+{
+    return n->in[1] != MD_NO_SLOT;
+}
+
+static bool has_norm(const md_node *n)
+{
+    return n->param[1] != MD_NO_PARAM;
+}
+
+static md_status residual_ln_infer(md_graph *g, md_node *n)
+{
+    const md_tensor *x = md_in(g, n, 0), *branch = md_in(g, n, 1);
+    int64_t c = md_tensor_cols(x);
+    md_tensor t;
+    MD_TRY(md_want_count(branch, md_tensor_count(x), "branch"));
+    MD_TRY(md_want_count(md_in(g, n, 2), x->dim[0], "keep"));
+    MD_TRY(md_want_count(MD_PARAM(0, t), c, "layer scale"));
+    MD_TRY(md_want_count(MD_PARAM(1, t), c, "norm weight"));
+    MD_TRY(md_want_count(MD_PARAM(2, t), c, "norm bias"));
+    md_tensor shape = *x;
+    if (has_branch(n))
+        MD_TRY(md_node_output(g, n, 0, MD_F32, shape.rank, shape.dim));
+    if (!has_norm(n))
+        return MD_OK;
+    MD_TRY(md_node_output(g, n, 1, MD_F32, shape.rank, shape.dim));
+    if (!g->training)
+        return MD_OK;
+    int64_t rows = md_tensor_rows(&shape);
+    MD_TRY(md_node_output(g, n, 2, MD_F32, 1, &rows));
+    return md_node_output(g, n, 3, MD_F32, 1, &rows);
+}
+
+static md_status residual_ln_fwd(md_graph *g, const md_node *n)
+{
+    md_tensor gamma, weight, bias;
+    return MD_RUN(residual_ln, .x = md_in(g, n, 0), .branch = md_in(g, n, 1),
+                  .keep = md_in(g, n, 2), .gamma = MD_PARAM(0, gamma),
+                  .weight = MD_PARAM(1, weight), .bias = MD_PARAM(2, bias), .r = md_out(g, n, 0),
+                  .y = md_out(g, n, 1), .mean = md_out(g, n, 2), .rstd = md_out(g, n, 3),
+                  .eps = n->attr.eps);
+}
+
+static md_status residual_ln_bwd(md_graph *g, const md_node *n)
+{
+    md_tensor gamma, weight, dgamma, dweight, dbias;
+    md_tensor *dy = md_out_grad(g, n, 1), *dx = md_in_grad(g, n, 0);
+    bool branch = has_branch(n);
+    const md_tensor *dr = branch ? md_out_grad(g, n, 0) : (n->accumulate_in & 1) ? dx : NULL;
+    return MD_RUN(residual_ln_bwd, .r = branch ? md_out(g, n, 0) : md_in(g, n, 0),
+                  .branch = md_in(g, n, 1), .keep = md_in(g, n, 2), .gamma = MD_PARAM(0, gamma),
+                  .weight = dy ? MD_PARAM(1, weight) : NULL, .mean = md_out(g, n, 2),
+                  .rstd = md_out(g, n, 3), .dr = dr, .dy = dy, .dx = dx,
+                  .dbranch = md_in_grad(g, n, 1),
+                  .dgamma = MD_PARAM_GRAD(0, dgamma), .dweight = dy ? MD_PARAM_GRAD(1, dweight) : NULL,
+                  .dbias = dy ? MD_PARAM_GRAD(2, dbias) : NULL,
+                  .accumulate = g->accumulate ? 0x1cu : 0u);
+}
+
+static const md_node_kind kind_residual_ln = {.name = "residual_ln",
+                                              .infer = residual_ln_infer,
+                                              .fwd = residual_ln_fwd,
+                                              .bwd = residual_ln_bwd,
+                                              .keep_in = 1u << 1 | 1u << 2,
+                                              .keep_out = 1u << 0 | 1u << 2 | 1u << 3,
+                                              .alias_fwd = true,
+                                              .alias_bwd = true};
+
+/* Without a branch the input itself is what the backward reads, and since later nodes read it too,
+ * its gradient is added to. */
+static const md_node_kind kind_affine_ln = {.name = "affine_ln",
+                                            .infer = residual_ln_infer,
+                                            .fwd = residual_ln_fwd,
+                                            .bwd = residual_ln_bwd,
+                                            .keep_in = 1u << 0,
+                                            .keep_out = 1u << 2 | 1u << 3,
+                                            .accumulates = 1u << 0};
+
+void md_n_residual_ln(md_graph *g, const md_residual_in *in, md_slot *r, md_slot *y)
+{
+    md_node n = MD_NO_NODE;
+    n.kind = in->branch == MD_NO_SLOT ? &kind_affine_ln : &kind_residual_ln;
+    n.in[0] = in->x;
+    n.in[1] = in->branch;
+    n.in[2] = in->keep;
+    n.param[0] = in->gamma;
+    n.param[1] = in->weight;
+    n.param[2] = in->bias;
+    n.attr.eps = in->eps;
+    const md_node *made = md_graph_add(g, &n);
+    *r = !made ? MD_NO_SLOT : has_branch(made) ? made->out[0] : in->x;
+    *y = made ? made->out[1] : MD_NO_SLOT;
+}
+
+/* ---- layernorm: in x; param weight, bias (both or none); no gradient ---- */
+
+static md_status same_shape_infer(md_graph *g, md_node *n)
+{
+    md_tensor shape = *md_in(g, n, 0);
+    return md_node_output(g, n, 0, MD_F32, shape.rank, shape.dim);
+}
+
+static md_status layernorm_fwd(md_graph *g, const md_node *n)
+{
+    md_tensor weight, bias;
+    return MD_RUN(layernorm, .x = md_in(g, n, 0), .weight = MD_PARAM(0, weight),
+                  .bias = MD_PARAM(1, bias), .y = md_out(g, n, 0), .eps = n->attr.eps,
+                  .unbiased = n->attr.unbiased);
+}
+
+static const md_node_kind kind_layernorm = {
+    .name = "layernorm", .infer = same_shape_infer, .fwd = layernorm_fwd, .alias_fwd = true};
+
+md_slot md_n_layernorm(md_graph *g, md_slot x, const int params[2], const md_attr *attr)
+{
+    md_node n = MD_NO_NODE;
+    n.kind = &kind_layernorm;
+    n.in[0] = x;
+    n.param[0] = params ? params[0] : MD_NO_PARAM;
+    n.param[1] = params ? params[1] : MD_NO_PARAM;
+    n.attr = *attr;
+    return md_node_append(g, &n);
+}
+
+/* ---- add_scaled: in x, sum; out sum + scale * x; no gradient ---- */
+
+static md_status add_scaled_fwd(md_graph *g, const md_node *n)
+{
+    md_tensor *out = md_out(g, n, 0);
+    if (n->in[1] != MD_NO_SLOT)
+        MD_TRY(MD_RUN(axpy, .x = md_in(g, n, 1), .y = out, .alpha = 1.0f));
+    return MD_RUN(axpy, .x = md_in(g, n, 0), .y = out, .alpha = n->attr.scale,
+                  .accumulate = n->in[1] != MD_NO_SLOT);
+}
+
+static const md_node_kind kind_add_scaled = {
+    .name = "add_scaled", .infer = same_shape_infer, .fwd = add_scaled_fwd};
+
+md_slot md_n_add_scaled(md_graph *g, md_slot sum, md_slot x, float scale)
+{
+    md_node n = MD_NO_NODE;
+    n.kind = &kind_add_scaled;
+    n.in[0] = x;
+    n.in[1] = sum;
+    n.attr.scale = scale;
+    return md_node_append(g, &n);
+}
