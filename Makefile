@@ -1,87 +1,214 @@
-# md_hpc: make [CUDA=0] [SAN=address,undefined] [BUILD=dir] [MPI_HOME= HDF5_HOME= LIBCONFIG_HOME=
-# CUDA_HOME= NCCL_HOME=] ; make demo | test | bench-cpu | install PREFIX= DESTDIR=
+# md_hpc
+#
+#   make                     build ./md_hpc            make test    build and run every test
+#   make demo                the two-minute tour       make lint    layers, tokens, style, scripts
+#   make deps                install what is missing   make info    what this build would use
+#   make install PREFIX=     and uninstall             make clean
+#
+# Variables, on the command line or in the environment:
+#   MPI_HOME HDF5_HOME LIBCONFIG_HOME JPEG_HOME PNG_HOME JANSSON_HOME XXHASH_HOME ZLIB_HOME DNNL_HOME
+#   OPENBLAS_HOME CMOCKA_HOME   prefixes of libraries that pkg-config does not find (modules, Spack)
+#   MARCH=native             CPU to build for, the build machine's by default; MARCH= for any
+#   BUILD=build V=1          build folder; show whole commands
+#   SAN=address,undefined    sanitizer build, in its own folder
+#   CUDA=0                   the CUDA backend is not part of this version: 0 is the only value
+#   DEPS=0                   `make test` and `make demo` do not look at Debian packages
+#   PREFIX=/usr/local DESTDIR=
 .SUFFIXES:
+.DELETE_ON_ERROR:
 .DEFAULT_GOAL := all
-
-BUILD  ?= build$(if $(SAN),-san)
-PREFIX ?= /usr/local
-PKG    ?= pkg-config
-
-MPICC  := $(if $(MPI_HOME),$(MPI_HOME)/bin/mpicc,mpicc)
-CSTD   := -std=c11 -D_GNU_SOURCE
-WARN   := -Wall -Wextra -Wshadow -Wconversion -Wno-missing-field-initializers
-OPT    ?= -O3 -march=native -fno-math-errno -fno-trapping-math
-CFLAGS ?= -g
-SANFLAGS := $(if $(SAN),-fsanitize=$(SAN) -fno-omit-frame-pointer -fno-sanitize-recover=undefined)
-
-home_flags = $(if $(1),-I$(1)/include)
-home_libs  = $(if $(1),-L$(1)/lib -Wl$(comma)-rpath$(comma)$(1)/lib)
-comma := ,
-
-HDF5_CFLAGS := $(if $(HDF5_HOME),$(call home_flags,$(HDF5_HOME)),$(shell $(PKG) --cflags hdf5-openmpi 2>/dev/null))
-HDF5_LIBS   := $(if $(HDF5_HOME),$(call home_libs,$(HDF5_HOME)) -lhdf5,$(shell $(PKG) --libs hdf5-openmpi 2>/dev/null))
-CONF_CFLAGS := $(call home_flags,$(LIBCONFIG_HOME))
-CONF_LIBS   := $(call home_libs,$(LIBCONFIG_HOME)) -lconfig
-
-# oneDNN 2.x where it is there, any CBLAS otherwise.
-ONEDNN ?= $(shell printf '\#include <dnnl.h>\n\#if DNNL_VERSION_MAJOR != 2\n\#error\n\#endif\n' | $(CC) -E - >/dev/null 2>&1 && echo 1 || echo 0)
-ifeq ($(ONEDNN),1)
-BLAS_CFLAGS := -DMD_ONEDNN=1
-BLAS_LIBS   := -ldnnl
-else
-BLAS_CFLAGS := -DMD_ONEDNN=0 $(shell $(PKG) --cflags openblas 2>/dev/null)
-BLAS_LIBS   := $(or $(shell $(PKG) --libs openblas 2>/dev/null),-lopenblas)
+ifeq ($(MAKELEVEL),0)
+MAKEFLAGS += -j$(shell nproc 2>/dev/null || echo 1)
 endif
 
-MPI_CFLAGS := $(shell $(MPICC) --showme:compile 2>/dev/null)
-MPI_LIBS   := $(shell $(MPICC) --showme:link 2>/dev/null)
+empty :=
+space := $(empty) $(empty)
+comma := ,
+squeeze = $(subst $(space),,$(1))
 
-CPPFLAGS_ALL := -I. $(MPI_CFLAGS) $(HDF5_CFLAGS) $(CONF_CFLAGS) $(BLAS_CFLAGS) $(CPPFLAGS)
-CFLAGS_ALL   := $(CSTD) $(WARN) $(OPT) -fopenmp -pthread $(CFLAGS) $(SANFLAGS)
-LIBS_ALL     := $(HDF5_LIBS) $(MPI_LIBS) $(CONF_LIBS) $(BLAS_LIBS) -ljpeg -lpng -ljansson -lz -lm -lpthread
+SAN    ?=
+BUILD  ?= build$(if $(SAN),-$(subst $(comma),-,$(SAN)))
+PREFIX ?= /usr/local
+CUDA   ?= 0
+MARCH  ?= native
+
+ifneq ($(CUDA),0)
+$(error CUDA=$(CUDA): this version has no CUDA backend; build with CUDA=0)
+endif
+
+# ---- compiler and flags ----
+
+MPICC      ?= $(if $(MPI_HOME),$(MPI_HOME)/bin/)mpicc
+MPIRUN     ?= $(if $(MPI_HOME),$(MPI_HOME)/bin/)mpirun
+PKG_CONFIG ?= pkg-config
+OPT        ?= $(if $(SAN),-O1,-O3) $(if $(MARCH),-march=$(MARCH)) -fno-math-errno -fno-trapping-math
+CFLAGS     ?= -g
+CSTD       := -std=c11 -D_GNU_SOURCE
+WARN       := -Wall -Wextra -Wshadow -Wconversion -Wno-missing-field-initializers
+SANFLAGS   := $(if $(SAN),-fsanitize=$(SAN) -fno-omit-frame-pointer -fno-sanitize-recover=undefined)
+
+# ---- libraries: NAME_HOME, else pkg-config, else the compiler's own search path ----
+
+home_cflags = $(addprefix -I,$(wildcard $(1)/include))
+home_libs   = $(foreach d,$(wildcard $(1)/lib $(1)/lib64),-L$(d) -Wl,-rpath,$(d)) $(2)
+# $(call dep_cflags,HOME,pkg-config names) and $(call dep_libs,HOME,pkg-config names,-lname): the
+# first pkg-config name that is installed counts.
+dep_pkg    = $(firstword $(foreach p,$(1),$(shell $(PKG_CONFIG) --exists $(p) 2>/dev/null && echo $(p))))
+dep_cflags = $(if $(1),$(call home_cflags,$(1)),$(if $(2),$(shell $(PKG_CONFIG) --cflags $(2) 2>/dev/null)))
+dep_libs   = $(if $(1),$(call home_libs,$(1),$(3)),$(or $(if $(2),$(shell $(PKG_CONFIG) --libs $(2) 2>/dev/null)),$(3)))
+
+# oneDNN 2.x where it is there, any CBLAS otherwise.
+ONEDNN ?= $(shell printf '\#include <dnnl.h>\n\#if DNNL_VERSION_MAJOR != 2\n\#error\n\#endif\n' | \
+    $(CC) $(call home_cflags,$(DNNL_HOME)) -E - >/dev/null 2>&1 && echo 1 || echo 0)
+ifeq ($(ONEDNN),1)
+BLAS_CFLAGS := -DMD_ONEDNN=1 $(call dep_cflags,$(DNNL_HOME))
+BLAS_LIBS   := $(call dep_libs,$(DNNL_HOME),,-ldnnl)
+else
+BLAS_CFLAGS := -DMD_ONEDNN=0 $(call dep_cflags,$(OPENBLAS_HOME),openblas)
+BLAS_LIBS   := $(call dep_libs,$(OPENBLAS_HOME),openblas,-lopenblas)
+endif
+
+HDF5_PKG := $(call dep_pkg,hdf5-openmpi hdf5-mpich hdf5-mpi hdf5)
+MPI_SHOW := $(shell $(MPICC) -show 2>/dev/null)
+
+DEP_CFLAGS := $(filter -I% -D% -pthread,$(MPI_SHOW)) \
+    $(call dep_cflags,$(HDF5_HOME),$(HDF5_PKG)) \
+    $(call dep_cflags,$(LIBCONFIG_HOME),libconfig) \
+    $(call dep_cflags,$(JPEG_HOME),libjpeg) \
+    $(call dep_cflags,$(PNG_HOME),libpng) \
+    $(call dep_cflags,$(JANSSON_HOME),jansson) \
+    $(call dep_cflags,$(XXHASH_HOME),libxxhash) \
+    $(call dep_cflags,$(ZLIB_HOME),zlib) \
+    $(BLAS_CFLAGS)
+DEP_LIBS := $(call dep_libs,$(HDF5_HOME),$(HDF5_PKG),-lhdf5) \
+    $(filter -L% -l% -Wl$(comma)% -pthread,$(MPI_SHOW)) \
+    $(call dep_libs,$(LIBCONFIG_HOME),libconfig,-lconfig) \
+    $(call dep_libs,$(JPEG_HOME),libjpeg,-ljpeg) \
+    $(call dep_libs,$(PNG_HOME),libpng,-lpng) \
+    $(call dep_libs,$(JANSSON_HOME),jansson,-ljansson) \
+    $(call dep_libs,$(ZLIB_HOME),zlib,-lz) \
+    $(BLAS_LIBS) -lm -lpthread
+TEST_CFLAGS := $(call dep_cflags,$(CMOCKA_HOME),cmocka)
+TEST_LIBS   := $(call dep_libs,$(CMOCKA_HOME),cmocka,-lcmocka)
+
+CFLAGS_ALL := $(strip $(CSTD) $(WARN) $(OPT) -fopenmp -pthread $(CFLAGS) $(SANFLAGS))
+COMPILE    := $(CC) -I. $(strip $(DEP_CFLAGS)) $(CPPFLAGS) $(CFLAGS_ALL)
+LIBS_ALL   := $(LDFLAGS) $(strip $(DEP_LIBS))
+
+# ---- files ----
 
 SRC  := $(wildcard src/*.c kernels/*.c kernels/*/*.c mpi/*.c io/*.c)
 OBJ  := $(SRC:%.c=$(BUILD)/%.o)
 LIB  := $(BUILD)/libmd_hpc.a
 PROG := $(BUILD)/md_hpc
-TEST_SRC := $(wildcard tests/unit/test_*.c tests/ops/test_*.c tests/par/test_*.c)
-TESTS    := $(TEST_SRC:%.c=$(BUILD)/%)
+TEST_SRC  := $(wildcard tests/unit/test_*.c tests/ops/test_*.c tests/par/test_*.c)
+TESTS     := $(TEST_SRC:%.c=$(BUILD)/%)
 BENCH_SRC := $(wildcard bench/*.c)
 BENCHES   := $(BENCH_SRC:%.c=$(BUILD)/%)
 
-.PHONY: all tests FORCE
+# ---- rules ----
+
+ifeq ($(V),1)
+Q :=
+say := @:
+else
+Q := @
+say := @$(if $(findstring s,$(filter-out --%,$(firstword -$(MAKEFLAGS)))),:,printf '  %-5s %s\n')
+endif
+
+.PHONY: all tests benches test lint demo deps info install uninstall clean FORCE
+
 all: $(PROG)
-	@cp -f $(PROG) md_hpc 2>/dev/null || true
+	@cmp -s $(PROG) md_hpc || cp -f $(PROG) md_hpc
 
 tests: $(TESTS)
+benches: $(BENCHES)
+
+# Everything is rebuilt when the compiler or a flag changes, and nothing when none does. The new
+# set is probed first: one line a library, and the way to get the missing ones.
+PROBE = CC='$(CC)' MPICC='$(MPICC)' PKG_CONFIG='$(PKG_CONFIG)' ONEDNN='$(ONEDNN)' \
+    PROBE_CC='$(COMPILE)' PROBE_LIBS='$(LIBS_ALL)' scripts/probe.sh $(BUILD)
+$(BUILD)/flags: FORCE
+	@mkdir -p $(@D)
+	@printf '%s\n' '$(COMPILE)' '$(LIBS_ALL)' '$(TEST_CFLAGS) $(TEST_LIBS)' > $@.new
+	@cmp -s $@.new $@ && rm -f $@.new || { \
+	    $(PROBE) && mv $@.new $@; }
 
 # What the binary was made of; rewritten only when it changed, so that nothing is rebuilt in vain.
 BUILD_SOURCE := $(shell git describe --always --dirty --abbrev=12 2>/dev/null || echo unknown)
 $(BUILD)/build_stamp.h: FORCE
 	@mkdir -p $(@D)
 	@printf '#define MD_BUILD_SOURCE "%s"\n#define MD_BUILD_FLAGS "%s"\n' \
-	    '$(BUILD_SOURCE)' '$(OPT) $(CFLAGS) $(SANFLAGS)' > $@.new
+	    '$(BUILD_SOURCE)' '$(CFLAGS_ALL)' > $@.new
 	@cmp -s $@.new $@ && rm -f $@.new || mv $@.new $@
 $(BUILD)/src/log.o: $(BUILD)/build_stamp.h
-$(BUILD)/src/log.o: CPPFLAGS_ALL += -I$(BUILD)
+$(BUILD)/src/log.o: private CPPFLAGS += -I$(BUILD)
 
-$(BUILD)/%.o: %.c
+$(BUILD)/%.o: %.c $(BUILD)/flags
+	$(say) CC $<
 	@mkdir -p $(@D)
-	$(CC) $(CPPFLAGS_ALL) $(CFLAGS_ALL) -MMD -MP -c $< -o $@
+	$(Q)$(COMPILE) $(CPPFLAGS) -MMD -MP -c $< -o $@
 
 $(LIB): $(filter-out $(BUILD)/src/main.o,$(OBJ))
+	$(say) AR $@
 	@rm -f $@
-	$(AR) rcs $@ $^
+	$(Q)$(AR) rcs $@ $^
 
 $(PROG): $(BUILD)/src/main.o $(LIB)
-	$(CC) $(CFLAGS_ALL) $(LDFLAGS) $^ -o $@ $(LIBS_ALL)
+	$(say) LINK $@
+	$(Q)$(CC) $(CFLAGS_ALL) $^ -o $@ $(LIBS_ALL)
 
 $(BUILD)/tests/%: tests/%.c $(LIB)
+	$(say) TEST $<
 	@mkdir -p $(@D)
-	$(CC) $(CPPFLAGS_ALL) $(CFLAGS_ALL) -MMD -MP $< $(LIB) -o $@ $(LDFLAGS) -lcmocka $(LIBS_ALL)
+	$(Q)$(COMPILE) $(TEST_CFLAGS) -MMD -MP $< $(LIB) -o $@ $(TEST_LIBS) $(LIBS_ALL)
 
 $(BUILD)/bench/%: bench/%.c $(LIB)
+	$(say) BENCH $<
 	@mkdir -p $(@D)
-	$(CC) $(CPPFLAGS_ALL) $(CFLAGS_ALL) -MMD -MP $< $(LIB) -o $@ $(LDFLAGS) $(LIBS_ALL)
+	$(Q)$(COMPILE) -MMD -MP $< $(LIB) -o $@ $(LIBS_ALL)
 
 -include $(OBJ:.o=.d) $(TESTS:=.d) $(BENCHES:=.d)
+
+# ---- people's targets ----
+
+# Debian packages are looked at unless libraries were named by hand.
+HOMES := $(MPI_HOME)$(HDF5_HOME)$(LIBCONFIG_HOME)$(JPEG_HOME)$(PNG_HOME)$(JANSSON_HOME)$(XXHASH_HOME)
+HOMES := $(HOMES)$(ZLIB_HOME)$(DNNL_HOME)$(OPENBLAS_HOME)$(CMOCKA_HOME)
+DEPS  ?= $(if $(call squeeze,$(HOMES)),0,1)
+need_deps = $(if $(filter 1,$(DEPS)),scripts/deps.sh $(1) || exit 1;)
+
+deps:
+	@scripts/deps.sh build test demo lint
+
+# Recursive, because flags are known only after the packages are there.
+test:
+	@$(call need_deps,build test) $(MAKE) --no-print-directory $(if $(wildcard src/main.c),all) tests
+	@MAKE='$(MAKE)' BUILD='$(BUILD)' SAN='$(SAN)' MPIRUN='$(MPIRUN)' tests/run.sh $(TESTS_ONLY)
+
+demo:
+	@$(call need_deps,build demo) $(MAKE) --no-print-directory all
+	@BUILD='$(BUILD)' MPIRUN='$(MPIRUN)' scripts/demo.sh
+
+lint:
+	@tests/lint/run.sh
+
+info:
+	@printf '%-10s %s\n' compiler '$(CC): $(shell $(CC) --version 2>/dev/null | head -n 1)' \
+	    flags '$(CFLAGS_ALL)' includes '$(strip $(DEP_CFLAGS))' libraries '$(LIBS_ALL)' \
+	    source '$(BUILD_SOURCE)' folder '$(BUILD)' prefix '$(DESTDIR)$(PREFIX)'
+	@$(PROBE)
+
+SHARE := $(DESTDIR)$(PREFIX)/share/md_hpc
+DOC   := $(DESTDIR)$(PREFIX)/share/doc/md_hpc
+install: all
+	install -D -m 755 $(PROG) $(DESTDIR)$(PREFIX)/bin/md_hpc
+	set -e; for f in $$(find config -name '*.cfg' | sort); do install -D -m 644 $$f $(SHARE)/$$f; done
+	install -D -m 644 -t $(DOC) README.md INSTALL.md LICENSE
+
+uninstall:
+	rm -f $(DESTDIR)$(PREFIX)/bin/md_hpc
+	rm -rf $(SHARE) $(DOC)
+
+clean:
+	rm -rf $(BUILD) md_hpc
