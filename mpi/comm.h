@@ -2,9 +2,10 @@
  * alone (comm_self), MPI on host buffers (comm_mpi), later NCCL.
  *
  * Every function is Collective over the group of `c` unless it says Local; all ranks must call in
- * the same order with the same count, type and operation. Sums are reduced in an order that depends
- * on the group's size only, so the same layout gives the same bits. Errors inside a collective are
- * not recoverable: they are reported and end the job (MD_ERR_DEVICE). */
+ * the same order with the same count, type and operation. Only the thread that started MPI calls.
+ * Sums are reduced in an order that depends on the group's size only, so the same layout gives the
+ * same bits. Errors inside a collective are not recoverable: they are reported and end the job
+ * (MD_ERR_DEVICE). */
 #ifndef MD_COMM_H
 #define MD_COMM_H
 
@@ -21,7 +22,8 @@ typedef struct md_comm_request {
 
 /* A group of one rank: every collective is the identity. Local. */
 md_status md_comm_self(md_comm **out);
-/* Frees a group made by md_comm_self, md_comm_split or md_mpi_start. NULL is fine. */
+/* Frees a group made by md_comm_self or md_comm_split*, with its shared blocks; the world group
+ * goes with md_mpi_stop. NULL is fine. */
 void md_comm_free(md_comm *c);
 
 /* Rank in the group and its size. Local. */
@@ -44,11 +46,13 @@ void md_comm_reduce_scatter(md_comm *c, const float *send, float *recv, int64_t 
 /* Exclusive prefix sum of one int64; rank 0 gets 0. */
 int64_t md_comm_exscan(md_comm *c, int64_t value);
 
-/* Non-blocking forms: buf must stay untouched until md_comm_wait. md_comm_poll lets pending
- * collectives advance without blocking (Local) and costs microseconds. */
+/* Non-blocking forms: buf must stay untouched until md_comm_wait; at most 2^30 elements.
+ * md_comm_poll lets n pending collectives advance without blocking (Local, microseconds) and
+ * returns true when all are done; md_comm_wait is still due and then returns at once. Waiting on an
+ * idle request is fine. */
 void md_comm_allreduce_begin(md_comm *c, void *buf, int64_t n, md_dtype dtype, md_reduce op,
                              md_comm_request *req);
-void md_comm_poll(md_comm *c, md_comm_request *req, int n);
+bool md_comm_poll(md_comm *c, md_comm_request *req, int n);
 void md_comm_wait(md_comm *c, md_comm_request *req);
 
 /* Bytes this rank has handed to collectives of this group so far. Local. */

@@ -1,0 +1,38 @@
+/* comm_ops: what stands behind md_comm. One row of functions per carrier: self (comm_self.c), MPI
+ * (comm_mpi.c); a further carrier is a further row. comm.c is the only caller: it counts bytes,
+ * passes the fault sites and skips empty calls, so a row holds nothing but the transport. Private
+ * to mpi/. */
+#ifndef MD_COMM_OPS_H
+#define MD_COMM_OPS_H
+
+#include "mpi/comm.h"
+
+typedef struct md_comm_ops {
+    const char *name;
+    void (*free)(md_comm *c);
+    md_status (*split)(md_comm *c, int colour, int key, md_comm **out);
+    md_status (*split_node)(md_comm *c, md_comm **out);
+    void (*barrier)(md_comm *c);
+    void (*allreduce)(md_comm *c, void *buf, int64_t n, md_dtype dtype, md_reduce op);
+    void (*bcast)(md_comm *c, void *buf, int64_t bytes, int root);
+    void (*allgather)(md_comm *c, const void *send, void *recv, int64_t bytes);
+    void (*reduce_scatter)(md_comm *c, const float *send, float *recv, int64_t n);
+    int64_t (*exscan)(md_comm *c, int64_t value);
+    void (*allreduce_begin)(md_comm *c, void *buf, int64_t n, md_dtype dtype, md_reduce op,
+                            md_comm_request *req);
+    bool (*poll)(md_comm *c, md_comm_request *req);
+    void (*wait)(md_comm *c, md_comm_request *req);
+    md_status (*shared)(md_comm *c, size_t bytes, void **out);
+} md_comm_ops;
+
+/* First member of every carrier's own struct. */
+struct md_comm {
+    const md_comm_ops *ops;
+    int rank, size;
+    int64_t bytes; /* handed to collectives so far */
+};
+
+/* Reports a dead collective on stderr and ends the job with MD_ERR_DEVICE. */
+_Noreturn void md_comm_die(const md_comm *c, const char *what, const char *why);
+
+#endif
