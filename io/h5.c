@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "mpi/agree.h"
+#include "mpi/comm_mpi.h"
 
 #define ALIGNMENT   ((hsize_t)1 << 20)
 #define ALIGN_FROM  ((hsize_t)64 << 10) /* smaller objects are packed */
@@ -61,7 +62,7 @@ md_status md_h5_fail(md_status st, hid_t loc, const char *fmt, ...)
     return say(st, path, reason, what);
 }
 
-static hid_t access_plist(bool write)
+static hid_t access_plist(md_comm *c, bool write)
 {
     hid_t fapl = H5Pcreate(H5P_FILE_ACCESS);
     bool ok = fapl >= 0 && H5Pset_libver_bounds(fapl, H5F_LIBVER_EARLIEST, H5F_LIBVER_V18) >= 0 &&
@@ -69,6 +70,8 @@ static hid_t access_plist(bool write)
               H5Pset_fclose_degree(fapl, H5F_CLOSE_STRONG) >= 0;
     if (ok && !write)
         ok = H5Pset_file_locking(fapl, false, true) >= 0;
+    if (ok && c && md_comm_size(c) > 1)
+        ok = H5Pset_fapl_mpio(fapl, md_comm_mpi_handle(c), MPI_INFO_NULL) >= 0;
     if (!ok && fapl >= 0) {
         H5Pclose(fapl);
         return -1;
@@ -95,7 +98,7 @@ md_status md_h5_create(const char *path, md_comm *c, hid_t *file)
             close(fd);
     }
     MD_TRY(agree(c, st));
-    hid_t fapl = access_plist(true);
+    hid_t fapl = access_plist(c, true);
     *file = H5Fcreate(path, H5F_ACC_TRUNC, H5P_DEFAULT, fapl);
     if (*file < 0)
         st = fail_path(MD_ERR_CREATE, path, "cannot create");
@@ -131,7 +134,7 @@ md_status md_h5_open(const char *path, md_comm *c, bool write, hid_t *file)
     *file = -1;
     H5Eset_auto2(H5E_DEFAULT, NULL, NULL);
     MD_TRY(agree(c, check_openable(path, write)));
-    hid_t fapl = access_plist(write);
+    hid_t fapl = access_plist(c, write);
     *file = H5Fopen(path, write ? H5F_ACC_RDWR : H5F_ACC_RDONLY, fapl);
     md_status st = MD_OK;
     if (*file < 0)
@@ -396,108 +399,4 @@ md_status md_h5_write_all(hid_t dset, hid_t type, const void *buf)
 md_status md_h5_read_all(hid_t dset, hid_t type, void *buf)
 {
     return move_all(dset, type, buf, false);
-}
-
-static md_status attr_write(hid_t loc, const char *name, hid_t file_type, const void *value)
-{
-    hid_t space = H5Screate(H5S_SCALAR);
-    hid_t a = H5Acreate2(loc, name, file_type, space, H5P_DEFAULT, H5P_DEFAULT);
-    md_status st = MD_OK;
-    if (a < 0 || H5Awrite(a, file_type, value) < 0)
-        st = md_h5_fail(MD_ERR_IO, loc, "cannot write attribute %s", name);
-    md_h5_release(a);
-    md_h5_release(space);
-    return st;
-}
-
-/* A fixed-length string type of `size` bytes, the last one NUL. */
-static hid_t string_type(size_t size)
-{
-    hid_t type = H5Tcopy(H5T_C_S1);
-    H5Tset_size(type, size);
-    H5Tset_cset(type, H5T_CSET_UTF8);
-    return type;
-}
-
-md_status md_h5_attr_write_str(hid_t loc, const char *name, const char *value)
-{
-    hid_t type = string_type(strlen(value) + 1);
-    md_status st = attr_write(loc, name, type, value);
-    md_h5_release(type);
-    return st;
-}
-
-md_status md_h5_attr_write_i64(hid_t loc, const char *name, int64_t value)
-{
-    return attr_write(loc, name, H5T_STD_I64LE, &value);
-}
-
-md_status md_h5_attr_write_f64(hid_t loc, const char *name, double value)
-{
-    return attr_write(loc, name, H5T_IEEE_F64LE, &value);
-}
-
-/* Opens a scalar attribute whose type is of the given class; *type is the stored type. */
-static md_status attr_open(hid_t loc, const char *name, H5T_class_t class, hid_t *attr, hid_t *type)
-{
-    *attr = *type = -1;
-    if (H5Aexists(loc, name) <= 0)
-        return md_h5_fail(MD_ERR_DATA, loc, "has no attribute %s", name);
-    hid_t a = H5Aopen(loc, name, H5P_DEFAULT);
-    hid_t t = H5Aget_type(a), space = H5Aget_space(a);
-    bool ok = H5Tget_class(t) == class && H5Sget_simple_extent_npoints(space) == 1;
-    if (ok && class == H5T_STRING)
-        ok = H5Tis_variable_str(t) == 0;
-    md_h5_release(space);
-    if (!ok) {
-        md_h5_release(t);
-        md_h5_release(a);
-        return md_h5_fail(MD_ERR_DATA, loc, "attribute %s is not one plain %s", name,
-                          class == H5T_STRING ? "fixed-length string" : "number");
-    }
-    *attr = a;
-    *type = t;
-    return MD_OK;
-}
-
-static md_status attr_read_number(hid_t loc, const char *name, H5T_class_t class, hid_t mem,
-                                  void *value)
-{
-    hid_t a, t;
-    MD_TRY(attr_open(loc, name, class, &a, &t));
-    md_status st = MD_OK;
-    if (H5Aread(a, mem, value) < 0)
-        st = md_h5_fail(MD_ERR_DATA, loc, "cannot read attribute %s", name);
-    md_h5_release(t);
-    md_h5_release(a);
-    return st;
-}
-
-md_status md_h5_attr_read_i64(hid_t loc, const char *name, int64_t *value)
-{
-    return attr_read_number(loc, name, H5T_INTEGER, H5T_NATIVE_INT64, value);
-}
-
-md_status md_h5_attr_read_f64(hid_t loc, const char *name, double *value)
-{
-    return attr_read_number(loc, name, H5T_FLOAT, H5T_NATIVE_DOUBLE, value);
-}
-
-md_status md_h5_attr_read_str(hid_t loc, const char *name, char *buf, size_t cap)
-{
-    hid_t a, t;
-    MD_TRY(attr_open(loc, name, H5T_STRING, &a, &t));
-    md_status st = MD_OK;
-    size_t size = H5Tget_size(t);
-    /* A stored string may fill its field without a NUL. */
-    if (size >= cap)
-        st = md_h5_fail(MD_ERR_DATA, loc, "attribute %s is too long (%zu bytes, at most %zu)", name,
-                        size, cap - 1);
-    else if (H5Aread(a, t, buf) < 0)
-        st = md_h5_fail(MD_ERR_DATA, loc, "cannot read attribute %s", name);
-    else
-        buf[size] = 0;
-    md_h5_release(t);
-    md_h5_release(a);
-    return st;
 }

@@ -78,4 +78,13 @@ md_status md_h5_attr_read_str(hid_t loc, const char *name, char *buf, size_t cap
 md_status md_h5_attr_read_i64(hid_t loc, const char *name, int64_t *value);
 md_status md_h5_attr_read_f64(hid_t loc, const char *name, double *value);
 
+/* n strings as a data set of fixed-length strings, each field ended by at least one NUL. Reading
+ * gives a block of n fields of *width bytes that the caller frees with md_free; another number of
+ * strings, or a field without NUL, is MD_ERR_DATA. */
+md_status md_h5_strings_write(hid_t loc, const char *name, int64_t n, const char *const *strings);
+md_status md_h5_strings_read(hid_t loc, const char *name, int64_t n, char **out, size_t *width);
+
+/* The names in a group as "a, b, c" into buf, cut to cap. */
+void md_h5_list(hid_t loc, char *buf, size_t cap);
+
 #endif
