@@ -116,7 +116,7 @@ Q := @
 say := @$(if $(findstring s,$(filter-out --%,$(firstword -$(MAKEFLAGS)))),:,printf '  %-5s %s\n')
 endif
 
-.PHONY: all tests benches test lint demo deps info install uninstall clean FORCE
+.PHONY: all tests benches test lint format demo deps info install uninstall clean FORCE
 
 all: $(PROG)
 	@cmp -s $(PROG) md_hpc || cp -f $(PROG) md_hpc
@@ -192,6 +192,10 @@ demo:
 
 lint:
 	@tests/lint/run.sh
+
+# Every C file as clang-format writes it.
+format:
+	clang-format-14 -i $$(git ls-files '*.[ch]' | grep -v '^tests/golden/')
 
 info:
 	@printf '%-10s %s\n' compiler '$(CC): $(shell $(CC) --version 2>/dev/null | head -n 1)' \
