@@ -1,5 +1,5 @@
-/* backend: THE op interface. One row of MD_OPS per operation; a backend is a table of functions made
- * from the rows, so a wrong signature is a compile error and a missing row is named at start.
+/* backend: THE op interface. One row of MD_OPS per operation; a backend is a table of functions
+ * made from the rows, so a wrong signature is a compile error and a missing row is named at start.
  *
  * Letters (everywhere): B images, T tokens of an image with cls, N = B*T rows, C width, H heads,
  * D = C/H head width, F mlp width, P patch side, G = patches of an image, M masked patches of an
@@ -28,29 +28,30 @@ typedef struct md_operands {
 } md_operands;
 
 /* Names the operands of one op without copying the layout of md_operands. */
-#define MD_IN(...)                                                                                 \
-    union {                                                                                        \
-        const md_tensor *in[MD_OP_IN];                                                             \
-        struct {                                                                                   \
-            const md_tensor __VA_ARGS__;                                                           \
-        };                                                                                         \
+#define MD_IN(...)                       \
+    union {                              \
+        const md_tensor *in[MD_OP_IN];   \
+        struct {                         \
+            const md_tensor __VA_ARGS__; \
+        };                               \
     }
-#define MD_OUT(...)                                                                                \
-    union {                                                                                        \
-        md_tensor *out[MD_OP_OUT];                                                                 \
-        struct {                                                                                   \
-            md_tensor __VA_ARGS__;                                                                 \
-        };                                                                                         \
-    };                                                                                             \
+#define MD_OUT(...)                \
+    union {                        \
+        md_tensor *out[MD_OP_OUT]; \
+        struct {                   \
+            md_tensor __VA_ARGS__; \
+        };                         \
+    };                             \
     uint32_t accumulate
 
 typedef struct md_backend md_backend;
 
 typedef enum md_act { MD_ACT_NONE, MD_ACT_GELU, MD_ACT_QUICK_GELU } md_act;
 
-/* y = act(op_a(a) op_b(b) + bias). a [m,k] (or [k,m] with trans_a), b [k,n] (or [n,k] with trans_b),
- * y [m,n] in the matrix view; bias [n]. With act, pre (optional) receives the value before act.
- * b_frozen: b never changes, so the backend may keep a packed copy of it (made by md_backend_pack).
+/* y = act(op_a(a) op_b(b) + bias). a [m,k] (or [k,m] with trans_a), b [k,n] (or [n,k] with
+ * trans_b), y [m,n] in the matrix view; bias [n]. With act, pre (optional) receives the value
+ * before act; y accumulates only without act, pre never. b_frozen: b at this address never changes
+ * for the life of the backend, so the backend may keep a packed copy of it, made at the first use.
  * Linear layer: fwd trans_b; data gradient plain; weight gradient trans_a with accumulate. */
 typedef struct md_gemm_args {
     MD_IN(*a, *b, *bias);
@@ -86,18 +87,20 @@ typedef struct md_layernorm_args {
 /* One residual step and the LayerNorm after it, in one pass:
  *   r = x + keep[image] * gamma * branch          (branch absent: r = x, and r may be NULL)
  *   y = LN(r) * weight + bias, mean, rstd of r
- * x, branch, r, y [B, T, C]; gamma [C] optional; keep [B] optional (0 or 1/(1-p), drop path).
- * r may be x. y optional: then only the residual is done. */
+ * x, branch, r, y [N, C] in the matrix view; gamma [C] optional; keep [B] optional (0 or 1/(1-p),
+ * drop path; N is a multiple of B, rows of an image follow each other). r may be x. y optional:
+ * then only the residual is done. No accumulation. */
 typedef struct md_residual_ln_args {
     MD_IN(*x, *branch, *gamma, *keep, *weight, *bias);
     MD_OUT(*r, *y, *mean, *rstd);
     float eps;
 } md_residual_ln_args;
 
-/* Backward of residual_ln. dr [B,T,C] (optional) gradient arriving at r from the next residual step,
- * dy at y (optional). g = dr + LN'(dy);  dx = g;  dbranch = keep * gamma * g;
- * dgamma[c] = sum keep * branch * g;  dweight[c] = sum dy * (r - mean) * rstd;  dbias[c] = sum dy.
- * dx may be dr. dbranch, dgamma absent when there was no branch or no gamma. mean, rstd [N]. */
+/* Backward of residual_ln. dr [B,T,C] (optional) gradient arriving at r from the next residual
+ * step, dy at y (optional). g = dr + LN'(dy);  dx = g;  dbranch = keep * gamma * g; dgamma[c] = sum
+ * keep * branch * g;  dweight[c] = sum dy * (r - mean) * rstd;  dbias[c] = sum dy. dx may be dr.
+ * dbranch, dgamma absent when there was no branch or no gamma. mean, rstd [N]; r, weight (ones when
+ * NULL), mean and rstd are needed with dy only. Only the three parameter gradients accumulate. */
 typedef struct md_residual_ln_bwd_args {
     MD_IN(*r, *branch, *gamma, *keep, *weight, *mean, *rstd, *dr, *dy);
     MD_OUT(*dx, *dbranch, *dgamma, *dweight, *dbias);
@@ -105,7 +108,8 @@ typedef struct md_residual_ln_bwd_args {
 
 /* Softmax attention of every image and head with an additive bias:
  *   o = softmax(q k^T * scale + rel) v,  lse [B, H, T] = log of the softmax denominators.
- * qkv [B, T, 3, H, D]; rel [H, T, T] optional; o [B, T, H, D]; lse optional. */
+ * qkv [B, T, 3C], each row q, k, v in this order, each [H, D]; rel [H, T, T] optional; o [B, T, C],
+ * each row [H, D]; lse optional. */
 typedef struct md_attention_args {
     MD_IN(*qkv, *rel);
     MD_OUT(*o, *lse);
@@ -113,8 +117,8 @@ typedef struct md_attention_args {
     float scale;
 } md_attention_args;
 
-/* dqkv from do; drel [H,T,T] = sum over images of dlogits (optional; may accumulate). dqkv must not
- * share memory with qkv. */
+/* dqkv [B, T, 3C] from d_o; drel [H,T,T] = sum over images of dlogits (optional; may accumulate).
+ * dqkv must not share memory with qkv. */
 typedef struct md_attention_bwd_args {
     MD_IN(*qkv, *rel, *o, *lse, *d_o);
     MD_OUT(*dqkv, *drel);
@@ -216,26 +220,26 @@ typedef struct md_axpy_args {
     float alpha;
 } md_axpy_args;
 
-#define MD_OPS(X)                                                                                  \
-    X(gemm)                                                                                        \
-    X(colsum)                                                                                      \
-    X(act_bwd)                                                                                     \
-    X(layernorm)                                                                                   \
-    X(residual_ln)                                                                                 \
-    X(residual_ln_bwd)                                                                             \
-    X(attention)                                                                                   \
-    X(attention_bwd)                                                                               \
-    X(rel_gather)                                                                                  \
-    X(rel_scatter)                                                                                 \
-    X(patchify)                                                                                    \
-    X(tokens)                                                                                      \
-    X(tokens_bwd)                                                                                  \
-    X(gather_rows)                                                                                 \
-    X(scatter_rows)                                                                                \
-    X(loss)                                                                                        \
-    X(sumsq)                                                                                       \
-    X(adamw)                                                                                       \
-    X(fill)                                                                                        \
+#define MD_OPS(X)      \
+    X(gemm)            \
+    X(colsum)          \
+    X(act_bwd)         \
+    X(layernorm)       \
+    X(residual_ln)     \
+    X(residual_ln_bwd) \
+    X(attention)       \
+    X(attention_bwd)   \
+    X(rel_gather)      \
+    X(rel_scatter)     \
+    X(patchify)        \
+    X(tokens)          \
+    X(tokens_bwd)      \
+    X(gather_rows)     \
+    X(scatter_rows)    \
+    X(loss)            \
+    X(sumsq)           \
+    X(adamw)           \
+    X(fill)            \
     X(axpy)
 
 typedef enum md_op {
@@ -255,7 +259,10 @@ typedef struct md_op_table {
 struct md_backend {
     const char *name;
     const md_op_table *ops;
-    /* Scratch bytes this op needs with these arguments (data pointers may be NULL). May be NULL. */
+    /* Scratch bytes this op needs with these arguments (a is the whole args struct; data pointers
+     * may be NULL). Also the place where a backend prepares what depends on shapes only, so that
+     * the op itself allocates nothing; an op whose scratch was never asked for prepares itself at
+     * its first run. May be NULL: no op needs scratch. */
     size_t (*scratch_bytes)(md_backend *be, md_op op, const md_operands *a);
     void (*destroy)(md_backend *be);
     /* Set by whoever plans memory, at least the largest scratch_bytes; 64-byte aligned. */
@@ -271,9 +278,18 @@ struct md_backend {
 /* "gemm" for MD_OP_gemm. */
 const char *md_op_name(md_op op);
 
+/* Checks the operands of an op against its row in the shape table (presence, dtype, shape, host
+ * memory or not is the backend's matter) and that accumulate names present outputs only. Every
+ * backend calls it first. MD_ERR_BUG naming op and operand. Local. */
+md_status md_op_check(md_op op, const md_operands *a);
+/* Name of operand i of an op ("weight", "dx"); NULL beyond the last one. */
+const char *md_op_in_name(md_op op, int i);
+const char *md_op_out_name(md_op op, int i);
+
 /* Makes the backend of this name: "cpu", "plan", "check" (checks access rules around cpu), "cuda".
  * threads: OpenMP threads to use (cpu), 0 = all this process may use. MD_ERR_CONFIG for a name that
- * is unknown or not compiled in, with what to do about it. Local. */
+ * is unknown or not compiled in, with what to do about it. Local.
+ * The cpu backend is used by one thread at a time (it starts its own OpenMP threads). */
 md_status md_backend_create(const char *name, int threads, md_backend **out);
 void md_backend_destroy(md_backend *be);
 

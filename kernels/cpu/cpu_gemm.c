@@ -1,0 +1,161 @@
+/* cpu_gemm: gemm, the forward activation where its input is kept, act_bwd and colsum. */
+#include "kernels/cpu/cpu_internal.h"
+#include "kernels/scalar_math.h"
+
+/* With pre the product goes there and a second pass makes y from it. */
+static cpu_mm_shape gemm_shape(const md_gemm_args *a)
+{
+    int64_t m = md_tensor_rows(a->y), n = md_tensor_cols(a->y);
+    int64_t k = a->trans_a ? md_tensor_rows(a->a) : md_tensor_cols(a->a);
+    return (cpu_mm_shape){.m = m,
+                          .n = n,
+                          .k = k,
+                          .lda = a->trans_a ? m : k,
+                          .ldb = a->trans_b ? k : n,
+                          .ldc = n,
+                          .batch = 1,
+                          .trans_a = a->trans_a,
+                          .trans_b = a->trans_b,
+                          .accumulate = a->accumulate & 1,
+                          .bias = a->bias != NULL,
+                          .act = (uint8_t)(a->pre ? MD_ACT_NONE : a->act)};
+}
+
+size_t cpu_gemm_scratch(md_backend *be, const md_gemm_args *a)
+{
+    cpu_mm_shape s = gemm_shape(a);
+    cpu_mm *mm;
+    return cpu_mm_plan(cpu_mm_of(be), &s, &mm) == MD_OK ? cpu_mm_scratch(mm) : 0;
+}
+
+static void act_forward(const md_backend *be, const float *x, float *y, int64_t n, md_act act)
+{
+    enum { BLOCK = 4096 };
+#pragma omp parallel for num_threads(be->threads) if (n > CPU_SERIAL_BELOW)
+    for (int64_t first = 0; first < n; first += BLOCK) {
+        int64_t end = MD_MIN(n, first + BLOCK);
+        if (act == MD_ACT_GELU) {
+#pragma omp simd
+            for (int64_t i = first; i < end; i++)
+                y[i] = md_gelu(x[i]);
+        } else {
+#pragma omp simd
+            for (int64_t i = first; i < end; i++)
+                y[i] = md_quick_gelu(x[i]);
+        }
+    }
+}
+
+md_status cpu_gemm(md_backend *be, const md_gemm_args *a)
+{
+    CPU_CHECK(gemm, a);
+    if (a->act != MD_ACT_NONE && a->accumulate)
+        MD_FAIL(MD_ERR_BUG, "gemm: accumulation with an activation");
+    if (a->pre && a->act == MD_ACT_NONE)
+        MD_FAIL(MD_ERR_BUG, "gemm: pre without an activation");
+    cpu_mm_shape s = gemm_shape(a);
+    cpu_mm *mm;
+    void *scratch;
+    MD_TRY(cpu_mm_plan(cpu_mm_of(be), &s, &mm));
+    MD_TRY(cpu_scratch(be, MD_OP_gemm, cpu_mm_scratch(mm), &scratch));
+    float *c = md_f32(a->pre ? a->pre : a->y);
+    MD_TRY(cpu_mm_run(mm, &(cpu_mm_run_args){.a = md_f32(a->a),
+                                             .b = md_f32(a->b),
+                                             .c = c,
+                                             .bias = a->bias ? md_f32(a->bias) : NULL,
+                                             .scratch = scratch}));
+    if (a->pre)
+        act_forward(be, c, md_f32(a->y), s.m * s.n, a->act);
+    return MD_OK;
+}
+
+/* Rows of a chunk of a column sum: enough that the partial rows stay small beside the input. */
+#define COLSUM_ROWS 8
+
+size_t cpu_colsum_scratch(md_backend *be, const md_colsum_args *a)
+{
+    (void)be;
+    int64_t chunks = cpu_chunks(md_tensor_rows(a->x), COLSUM_ROWS);
+    return sizeof(float) * (size_t)(chunks * md_tensor_cols(a->x));
+}
+
+md_status cpu_colsum(md_backend *be, const md_colsum_args *a)
+{
+    CPU_CHECK(colsum, a);
+    const float *x = md_f32(a->x);
+    int64_t rows = md_tensor_rows(a->x), cols = md_tensor_cols(a->x);
+    int64_t chunks = cpu_chunks(rows, COLSUM_ROWS);
+    void *scratch;
+    MD_TRY(cpu_scratch(be, MD_OP_colsum, cpu_colsum_scratch(be, a), &scratch));
+    float *part = scratch;
+#pragma omp parallel for num_threads(be->threads) if (rows * cols > CPU_SERIAL_BELOW)
+    for (int64_t i = 0; i < chunks; i++) {
+        float *sum = part + i * cols;
+        memset(sum, 0, sizeof *sum * (size_t)cols);
+        for (int64_t r = cpu_chunk_begin(rows, chunks, i); r < cpu_chunk_begin(rows, chunks, i + 1);
+             r++) {
+#pragma omp simd
+            for (int64_t c = 0; c < cols; c++)
+                sum[c] += x[r * cols + c];
+        }
+    }
+    cpu_reduce_chunks(be, part, chunks, cols, a->y, a->accumulate & 1);
+    return MD_OK;
+}
+
+size_t cpu_act_bwd_scratch(md_backend *be, const md_act_bwd_args *a)
+{
+    (void)be;
+    if (!a->dbias)
+        return 0;
+    int64_t chunks = cpu_chunks(md_tensor_rows(a->x), COLSUM_ROWS);
+    return sizeof(float) * (size_t)(chunks * md_tensor_cols(a->x));
+}
+
+static void act_bwd_row(md_act act, const float *x, const float *dy, float *dx, int64_t n)
+{
+    if (act == MD_ACT_GELU) {
+#pragma omp simd
+        for (int64_t c = 0; c < n; c++)
+            dx[c] = dy[c] * md_gelu_grad(x[c]);
+    } else if (act == MD_ACT_QUICK_GELU) {
+#pragma omp simd
+        for (int64_t c = 0; c < n; c++)
+            dx[c] = dy[c] * md_quick_gelu_grad(x[c]);
+    } else if (dx != dy) {
+        memcpy(dx, dy, sizeof *dx * (size_t)n);
+    }
+}
+
+md_status cpu_act_bwd(md_backend *be, const md_act_bwd_args *a)
+{
+    CPU_CHECK(act_bwd, a);
+    if (a->accumulate & 1)
+        MD_FAIL(MD_ERR_BUG, "act_bwd: dx does not accumulate");
+    const float *x = md_f32(a->x), *dy = md_f32(a->dy);
+    float *dx = md_f32(a->dx);
+    int64_t rows = md_tensor_rows(a->x), cols = md_tensor_cols(a->x);
+    int64_t chunks = cpu_chunks(rows, COLSUM_ROWS);
+    void *scratch;
+    MD_TRY(cpu_scratch(be, MD_OP_act_bwd, cpu_act_bwd_scratch(be, a), &scratch));
+    float *part = a->dbias ? scratch : NULL;
+#pragma omp parallel for num_threads(be->threads) if (rows * cols > CPU_SERIAL_BELOW)
+    for (int64_t i = 0; i < chunks; i++) {
+        float *sum = part ? part + i * cols : NULL;
+        if (sum)
+            memset(sum, 0, sizeof *sum * (size_t)cols);
+        for (int64_t r = cpu_chunk_begin(rows, chunks, i); r < cpu_chunk_begin(rows, chunks, i + 1);
+             r++) {
+            float *out = dx + r * cols;
+            act_bwd_row(a->act, x + r * cols, dy + r * cols, out, cols);
+            if (!sum)
+                continue;
+#pragma omp simd
+            for (int64_t c = 0; c < cols; c++)
+                sum[c] += out[c];
+        }
+    }
+    if (part)
+        cpu_reduce_chunks(be, part, chunks, cols, a->dbias, a->accumulate >> 1 & 1);
+    return MD_OK;
+}

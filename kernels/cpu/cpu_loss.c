@@ -1,0 +1,121 @@
+/* cpu_loss: the loss and the squared norm. Sums are f64, per chunk, added in chunk order. */
+#include "kernels/cpu/cpu_internal.h"
+#include "kernels/scalar_math.h"
+
+#define SUM_LEAST 4096
+
+static double add_up(const double *part, int64_t chunks)
+{
+    double sum = 0.0;
+    for (int64_t i = 0; i < chunks; i++)
+        sum += part[i];
+    return sum;
+}
+
+static void store_sum(const md_tensor *t, bool accumulate, double value)
+{
+    double *out = t->data;
+    *out = accumulate ? *out + value : value;
+}
+
+size_t cpu_loss_scratch(md_backend *be, const md_loss_args *a)
+{
+    (void)be, (void)a;
+    return sizeof(double) * CPU_CHUNKS;
+}
+
+typedef struct loss_range {
+    const float *pred, *target;
+    float *dpred;
+    int64_t first, end;
+} loss_range;
+
+#define LOSS_LOOP(value, grad)                                                               \
+    do {                                                                                     \
+        if (q.dpred) {                                                                       \
+            _Pragma("omp simd reduction(+ : sum)") for (int64_t i = q.first; i < q.end; i++) \
+            {                                                                                \
+                float d = q.pred[i] - q.target[i];                                           \
+                sum += (double)(value);                                                      \
+                q.dpred[i] = scale * (grad);                                                 \
+            }                                                                                \
+        } else {                                                                             \
+            _Pragma("omp simd reduction(+ : sum)") for (int64_t i = q.first; i < q.end; i++) \
+            {                                                                                \
+                float d = q.pred[i] - q.target[i];                                           \
+                sum += (double)(value);                                                      \
+            }                                                                                \
+        }                                                                                    \
+    } while (0)
+
+static double loss_of(md_loss_kind kind, float beta, float scale, loss_range q)
+{
+    double sum = 0.0;
+    switch (kind) {
+    case MD_LOSS_SMOOTH_L1:
+        LOSS_LOOP(md_smooth_l1(d, beta), md_smooth_l1_grad(d, beta));
+        break;
+    case MD_LOSS_L1:
+        LOSS_LOOP(fabsf(d), (d > 0.0f ? 1.0f : d < 0.0f ? -1.0f : d));
+        break;
+    case MD_LOSS_L2:
+        LOSS_LOOP(d * d, 2.0f * d);
+        break;
+    }
+    return sum;
+}
+
+md_status cpu_loss(md_backend *be, const md_loss_args *a)
+{
+    CPU_CHECK(loss, a);
+    if (a->kind == MD_LOSS_SMOOTH_L1 && !(a->beta > 0.0f))
+        MD_FAIL(MD_ERR_BUG, "loss: smooth L1 with beta %g", (double)a->beta);
+    if (a->accumulate >> 1 & 1)
+        MD_FAIL(MD_ERR_BUG, "loss: dpred does not accumulate");
+    int64_t n = md_tensor_count(a->pred), chunks = cpu_chunks(n, SUM_LEAST);
+    void *scratch;
+    MD_TRY(cpu_scratch(be, MD_OP_loss, cpu_loss_scratch(be, a), &scratch));
+    double *part = scratch;
+#pragma omp parallel for num_threads(be->threads) if (n > CPU_SERIAL_BELOW)
+    for (int64_t i = 0; i < chunks; i++)
+        part[i] = loss_of(a->kind, a->beta, a->scale,
+                          (loss_range){.pred = md_f32(a->pred),
+                                       .target = md_f32(a->target),
+                                       .dpred = a->dpred ? md_f32(a->dpred) : NULL,
+                                       .first = cpu_chunk_begin(n, chunks, i),
+                                       .end = cpu_chunk_begin(n, chunks, i + 1)});
+    store_sum(a->loss, a->accumulate & 1, (double)a->scale * add_up(part, chunks));
+    return MD_OK;
+}
+
+size_t cpu_sumsq_scratch(md_backend *be, const md_sumsq_args *a)
+{
+    (void)be, (void)a;
+    return 2 * sizeof(double) * CPU_CHUNKS;
+}
+
+md_status cpu_sumsq(md_backend *be, const md_sumsq_args *a)
+{
+    CPU_CHECK(sumsq, a);
+    const float *x = md_f32(a->x);
+    int64_t n = md_tensor_count(a->x), chunks = cpu_chunks(n, SUM_LEAST);
+    void *scratch;
+    MD_TRY(cpu_scratch(be, MD_OP_sumsq, cpu_sumsq_scratch(be, a), &scratch));
+    double *part = scratch, *part_bad = part + CPU_CHUNKS;
+#pragma omp parallel for num_threads(be->threads) if (n > CPU_SERIAL_BELOW)
+    for (int64_t i = 0; i < chunks; i++) {
+        double sum = 0.0;
+        int32_t bad = 0;
+        int64_t end = cpu_chunk_begin(n, chunks, i + 1);
+#pragma omp simd reduction(+ : sum, bad)
+        for (int64_t j = cpu_chunk_begin(n, chunks, i); j < end; j++) {
+            sum += (double)x[j] * (double)x[j];
+            bad += md_nonfinite(x[j]);
+        }
+        part[i] = sum;
+        part_bad[i] = (double)bad;
+    }
+    store_sum(a->sum, a->accumulate & 1, add_up(part, chunks));
+    store_sum(a->nonfinite, a->accumulate >> 1 & 1, add_up(part_bad, chunks));
+    return MD_OK;
+}

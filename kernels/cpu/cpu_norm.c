@@ -1,0 +1,251 @@
+/* cpu_norm: LayerNorm alone, and fused with the residual step before it, forward and backward. Each
+ * row is read from memory once and finished while it is in the first-level cache. */
+#include "kernels/cpu/cpu_internal.h"
+
+typedef struct row_stats {
+    float mean, rstd;
+} row_stats;
+
+/* Two passes over the row: the variance of differences does not cancel. */
+static row_stats stats_of(const float *x, int64_t n, float eps, int64_t divisor)
+{
+    float sum = 0.0f, square = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t c = 0; c < n; c++)
+        sum += x[c];
+    float mean = sum / (float)n;
+#pragma omp simd reduction(+ : square)
+    for (int64_t c = 0; c < n; c++)
+        square += (x[c] - mean) * (x[c] - mean);
+    return (row_stats){mean, 1.0f / sqrtf(square / (float)divisor + eps)};
+}
+
+static void normalise(const float *x, row_stats s, const float *weight, const float *bias, float *y,
+                      int64_t n)
+{
+    if (weight) {
+#pragma omp simd
+        for (int64_t c = 0; c < n; c++)
+            y[c] = (x[c] - s.mean) * s.rstd * weight[c] + bias[c];
+    } else {
+#pragma omp simd
+        for (int64_t c = 0; c < n; c++)
+            y[c] = (x[c] - s.mean) * s.rstd;
+    }
+}
+
+static const float *in_data(const md_tensor *t)
+{
+    return t ? md_f32(t) : NULL;
+}
+
+static float *out_data(md_tensor *t)
+{
+    return t ? md_f32(t) : NULL;
+}
+
+md_status cpu_layernorm(md_backend *be, const md_layernorm_args *a)
+{
+    CPU_CHECK(layernorm, a);
+    if (!a->weight != !a->bias || a->accumulate)
+        MD_FAIL(MD_ERR_BUG, "layernorm: weight and bias come together, and nothing accumulates");
+    const float *x = md_f32(a->x), *weight = in_data(a->weight), *bias = in_data(a->bias);
+    float *y = md_f32(a->y), *mean = out_data(a->mean), *rstd = out_data(a->rstd);
+    int64_t rows = md_tensor_rows(a->x), cols = md_tensor_cols(a->x);
+    int64_t divisor = a->unbiased ? MD_MAX(1, cols - 1) : cols;
+#pragma omp parallel for num_threads(be->threads) if (rows * cols > CPU_SERIAL_BELOW)
+    for (int64_t r = 0; r < rows; r++) {
+        row_stats s = stats_of(x + r * cols, cols, a->eps, divisor);
+        normalise(x + r * cols, s, weight, bias, y + r * cols, cols);
+        if (mean)
+            mean[r] = s.mean;
+        if (rstd)
+            rstd[r] = s.rstd;
+    }
+    return MD_OK;
+}
+
+/* r = x + k * gamma * branch */
+static void residual_row(const float *x, const float *branch, const float *gamma, float k, float *r,
+                         int64_t n)
+{
+    if (gamma) {
+#pragma omp simd
+        for (int64_t c = 0; c < n; c++)
+            r[c] = x[c] + k * gamma[c] * branch[c];
+    } else {
+#pragma omp simd
+        for (int64_t c = 0; c < n; c++)
+            r[c] = x[c] + k * branch[c];
+    }
+}
+
+static md_status residual_ln_check(const md_residual_ln_args *a)
+{
+    CPU_CHECK(residual_ln, a);
+    if (a->keep && md_tensor_rows(a->x) % md_tensor_count(a->keep) != 0)
+        MD_FAIL(MD_ERR_BUG, "residual_ln: %lld rows are not whole images",
+                (long long)md_tensor_rows(a->x));
+    if (!a->weight != !a->bias || (a->branch && !a->r) || (!a->branch && (a->gamma || a->keep)) ||
+        (!a->r && !a->y) || a->accumulate)
+        MD_FAIL(MD_ERR_BUG, "residual_ln: this set of operands makes no sense");
+    return MD_OK;
+}
+
+md_status cpu_residual_ln(md_backend *be, const md_residual_ln_args *a)
+{
+    MD_TRY(residual_ln_check(a));
+    const float *x = md_f32(a->x), *branch = in_data(a->branch), *gamma = in_data(a->gamma);
+    const float *keep = in_data(a->keep), *weight = in_data(a->weight), *bias = in_data(a->bias);
+    float *r = out_data(a->r), *y = out_data(a->y);
+    float *mean = out_data(a->mean), *rstd = out_data(a->rstd);
+    int64_t rows = md_tensor_rows(a->x), cols = md_tensor_cols(a->x);
+    int64_t tokens = keep ? rows / md_tensor_count(a->keep) : rows;
+#pragma omp parallel for num_threads(be->threads) if (rows * cols > CPU_SERIAL_BELOW)
+    for (int64_t i = 0; i < rows; i++) {
+        const float *row = x + i * cols;
+        float *sum = r ? r + i * cols : NULL;
+        if (branch)
+            residual_row(row, branch + i * cols, gamma, keep ? keep[i / tokens] : 1.0f, sum, cols);
+        else if (sum && sum != row)
+            memcpy(sum, row, sizeof *sum * (size_t)cols);
+        if (!y && !mean && !rstd)
+            continue;
+        row = sum ? sum : row;
+        row_stats s = stats_of(row, cols, a->eps, cols);
+        if (y)
+            normalise(row, s, weight, bias, y + i * cols, cols);
+        if (mean)
+            mean[i] = s.mean;
+        if (rstd)
+            rstd[i] = s.rstd;
+    }
+    return MD_OK;
+}
+
+/* Backward. Absent vectors become a row of ones or zeros in the scratch, so that the inner loops
+ * have no conditions. Scratch: ones [C], zeros [C], then per chunk the sums dgamma, dweight, dbias
+ * [3, C]. */
+#define LN_BWD_ROWS 8
+
+typedef struct ln_bwd {
+    const float *r, *branch, *gamma, *keep, *weight, *mean, *rstd, *dr, *dy;
+    float *dx, *dbranch;
+    const float *ones, *zeros;
+    int64_t cols, tokens;
+} ln_bwd;
+
+size_t cpu_residual_ln_bwd_scratch(md_backend *be, const md_residual_ln_bwd_args *a)
+{
+    (void)be;
+    int64_t chunks = cpu_chunks(md_tensor_rows(a->dx), LN_BWD_ROWS);
+    return sizeof(float) * (size_t)((2 + 3 * chunks) * md_tensor_cols(a->dx));
+}
+
+/* g = dr + LN'(dy) for one row into dx; adds the row's part of dweight and dbias. */
+static void ln_bwd_row(const ln_bwd *k, int64_t i, float *dweight, float *dbias)
+{
+    int64_t n = k->cols;
+    const float *dr = k->dr ? k->dr + i * n : k->zeros;
+    float *dx = k->dx + i * n;
+    if (!k->dy) {
+        if (dx != dr)
+            memcpy(dx, dr, sizeof *dx * (size_t)n);
+        return;
+    }
+    const float *r = k->r + i * n, *dy = k->dy + i * n, *weight = k->weight;
+    float mean = k->mean[i], rstd = k->rstd[i], s1 = 0.0f, s2 = 0.0f;
+#pragma omp simd reduction(+ : s1, s2)
+    for (int64_t c = 0; c < n; c++) {
+        float xhat = (r[c] - mean) * rstd, g = dy[c] * weight[c];
+        s1 += g;
+        s2 += g * xhat;
+        dweight[c] += dy[c] * xhat;
+        dbias[c] += dy[c];
+    }
+    s1 /= (float)n;
+    s2 /= (float)n;
+#pragma omp simd
+    for (int64_t c = 0; c < n; c++) {
+        float xhat = (r[c] - mean) * rstd;
+        dx[c] = dr[c] + rstd * (dy[c] * weight[c] - s1 - xhat * s2);
+    }
+}
+
+static void branch_bwd_row(const ln_bwd *k, int64_t i, float *dgamma)
+{
+    int64_t n = k->cols;
+    const float *g = k->dx + i * n, *gamma = k->gamma, *branch = k->branch;
+    float keep = k->keep ? k->keep[i / k->tokens] : 1.0f;
+    if (k->dbranch) {
+        float *out = k->dbranch + i * n;
+#pragma omp simd
+        for (int64_t c = 0; c < n; c++)
+            out[c] = keep * gamma[c] * g[c];
+    }
+    if (branch) {
+#pragma omp simd
+        for (int64_t c = 0; c < n; c++)
+            dgamma[c] += keep * branch[i * n + c] * g[c];
+    }
+}
+
+static md_status ln_bwd_check(const md_residual_ln_bwd_args *a)
+{
+    CPU_CHECK(residual_ln_bwd, a);
+    if (a->keep && md_tensor_rows(a->dx) % md_tensor_count(a->keep) != 0)
+        MD_FAIL(MD_ERR_BUG, "residual_ln_bwd: %lld rows are not whole images",
+                (long long)md_tensor_rows(a->dx));
+    if ((!a->dr && !a->dy) || (a->dy && (!a->r || !a->mean || !a->rstd)) ||
+        (a->dgamma && (!a->branch || !a->gamma)) || ((a->dweight || a->dbias) && !a->dy) ||
+        (a->accumulate & 3))
+        MD_FAIL(MD_ERR_BUG, "residual_ln_bwd: this set of operands makes no sense");
+    return MD_OK;
+}
+
+md_status cpu_residual_ln_bwd(md_backend *be, const md_residual_ln_bwd_args *a)
+{
+    MD_TRY(ln_bwd_check(a));
+    void *scratch;
+    MD_TRY(cpu_scratch(be, MD_OP_residual_ln_bwd, cpu_residual_ln_bwd_scratch(be, a), &scratch));
+    int64_t rows = md_tensor_rows(a->dx), cols = md_tensor_cols(a->dx);
+    int64_t chunks = cpu_chunks(rows, LN_BWD_ROWS);
+    float *ones = scratch, *zeros = ones + cols, *part = zeros + cols;
+    for (int64_t c = 0; c < cols; c++)
+        ones[c] = 1.0f;
+    memset(zeros, 0, sizeof *zeros * (size_t)cols);
+    ln_bwd k = {.r = in_data(a->r),
+                .branch = a->dgamma ? md_f32(a->branch) : NULL,
+                .gamma = a->gamma ? md_f32(a->gamma) : ones,
+                .keep = in_data(a->keep),
+                .weight = a->weight ? md_f32(a->weight) : ones,
+                .mean = in_data(a->mean),
+                .rstd = in_data(a->rstd),
+                .dr = in_data(a->dr),
+                .dy = in_data(a->dy),
+                .dx = md_f32(a->dx),
+                .dbranch = out_data(a->dbranch),
+                .ones = ones,
+                .zeros = zeros,
+                .cols = cols,
+                .tokens = a->keep ? rows / md_tensor_count(a->keep) : rows};
+    bool sums = a->dgamma || a->dweight || a->dbias;
+    float *dgamma = part, *dweight = part + chunks * cols, *dbias = part + 2 * chunks * cols;
+#pragma omp parallel for num_threads(be->threads) if (rows * cols > CPU_SERIAL_BELOW)
+    for (int64_t i = 0; i < chunks; i++) {
+        for (int s = 0; s < 3; s++)
+            memset(part + (s * chunks + i) * cols, 0, sizeof *part * (size_t)cols);
+        int64_t end = cpu_chunk_begin(rows, chunks, i + 1);
+        for (int64_t row = cpu_chunk_begin(rows, chunks, i); row < end; row++) {
+            ln_bwd_row(&k, row, dweight + i * cols, dbias + i * cols);
+            if (k.dbranch || k.branch)
+                branch_bwd_row(&k, row, dgamma + i * cols);
+        }
+    }
+    if (sums) {
+        cpu_reduce_chunks(be, dgamma, chunks, cols, a->dgamma, a->accumulate >> 2 & 1);
+        cpu_reduce_chunks(be, dweight, chunks, cols, a->dweight, a->accumulate >> 3 & 1);
+        cpu_reduce_chunks(be, dbias, chunks, cols, a->dbias, a->accumulate >> 4 & 1);
+    }
+    return MD_OK;
+}

@@ -1,0 +1,62 @@
+/* cpu_optim: adamw, and the plain vector ops fill and axpy. */
+#include "kernels/cpu/cpu_internal.h"
+#include "kernels/scalar_math.h"
+
+#define BLOCK 4096
+
+md_status cpu_adamw(md_backend *be, const md_adamw_args *a)
+{
+    CPU_CHECK(adamw, a);
+    if (a->step < 1)
+        MD_FAIL(MD_ERR_BUG, "adamw: step %lld, the first one is 1", (long long)a->step);
+    double t = (double)a->step, lr = (double)a->lr;
+    md_adamw_coef k = {.decay = (float)(1.0 - lr * (double)a->weight_decay),
+                       .beta1 = a->beta1,
+                       .beta2 = a->beta2,
+                       .step_size = (float)(lr / (1.0 - pow((double)a->beta1, t))),
+                       .root = (float)(1.0 / sqrt(1.0 - pow((double)a->beta2, t))),
+                       .eps = a->eps,
+                       .grad_scale = a->grad_scale};
+    const float *grad = md_f32(a->grad);
+    float *p = md_f32(a->param), *m = md_f32(a->m), *v = md_f32(a->v);
+    int64_t n = md_tensor_count(a->grad);
+#pragma omp parallel for num_threads(be->threads) if (n > CPU_SERIAL_BELOW)
+    for (int64_t first = 0; first < n; first += BLOCK) {
+        int64_t end = MD_MIN(n, first + BLOCK);
+#pragma omp simd
+        for (int64_t i = first; i < end; i++)
+            md_adamw_one(&k, grad[i], &p[i], &m[i], &v[i]);
+    }
+    return MD_OK;
+}
+
+md_status cpu_fill(md_backend *be, const md_fill_args *a)
+{
+    CPU_CHECK(fill, a);
+    float *y = md_f32(a->y), value = a->value;
+    int64_t n = md_tensor_count(a->y);
+    if (a->accumulate)
+        MD_FAIL(MD_ERR_BUG, "fill: it does not accumulate");
+#pragma omp parallel for simd num_threads(be->threads) if (n > CPU_SERIAL_BELOW)
+    for (int64_t i = 0; i < n; i++)
+        y[i] = value;
+    return MD_OK;
+}
+
+md_status cpu_axpy(md_backend *be, const md_axpy_args *a)
+{
+    CPU_CHECK(axpy, a);
+    const float *x = md_f32(a->x);
+    float *y = md_f32(a->y), alpha = a->alpha;
+    int64_t n = md_tensor_count(a->x);
+    if (a->accumulate & 1) {
+#pragma omp parallel for simd num_threads(be->threads) if (n > CPU_SERIAL_BELOW)
+        for (int64_t i = 0; i < n; i++)
+            y[i] += alpha * x[i];
+    } else {
+#pragma omp parallel for simd num_threads(be->threads) if (n > CPU_SERIAL_BELOW)
+        for (int64_t i = 0; i < n; i++)
+            y[i] = alpha * x[i];
+    }
+    return MD_OK;
+}
