@@ -112,8 +112,8 @@ _Noreturn void md_assert_fail(const char *file, int line, const char *cond, cons
 
 /* Each block carries its size in the aligned space in front of it. */
 #define ALIGN_SMALL ((size_t)64)
-#define ALIGN_HUGE ((size_t)2 << 20)
-#define HUGE_FROM ((size_t)4 << 20)
+#define ALIGN_HUGE  ((size_t)2 << 20)
+#define HUGE_FROM   ((size_t)4 << 20)
 static atomic_size_t bytes_now, bytes_peak;
 
 void *md_alloc(size_t bytes, const char *family)

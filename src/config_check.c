@@ -1,0 +1,94 @@
+/* config_check: rules between keys that need neither data nor ranks to be decided. One line each: a
+ * condition that must hold, the two keys it is about, and the sentence. */
+#include "src/config_table.h"
+
+#include <math.h>
+#include <string.h>
+
+/* Adds the sentence with where its keys come from, so that the line to change is known. */
+static void rule(const md_config *c, md_config_errors *e, bool holds, const char *key,
+                 const char *other, const char *sentence)
+{
+    if (holds)
+        return;
+    char where[2 * MD_ORIGIN_SIZE];
+    snprintf(where, sizeof where, "%s, %s", md_config_origin(c, key), md_config_origin(c, other));
+    if (strcmp(md_config_origin(c, key), md_config_origin(c, other)) == 0)
+        snprintf(where, sizeof where, "%s", md_config_origin(c, key));
+    md_errors_add(e, where, "%s", sentence);
+}
+
+#define RULE(holds, key, other, ...)                        \
+    do {                                                    \
+        char sentence_[256];                                \
+        snprintf(sentence_, sizeof sentence_, __VA_ARGS__); \
+        rule(c, e, (holds), (key), (other), sentence_);     \
+    } while (0)
+#define LL(x) ((long long)(x))
+
+static void check_shapes(const md_config *c, md_config_errors *e)
+{
+    RULE(c->model_width % c->model_heads == 0, "model.width", "model.heads",
+         "model.heads = %lld must divide model.width = %lld", LL(c->model_heads),
+         LL(c->model_width));
+    RULE(c->model_heads % c->parallel_tensor == 0, "model.heads", "parallel.tensor",
+         "parallel.tensor = %lld must divide model.heads = %lld", LL(c->parallel_tensor),
+         LL(c->model_heads));
+    RULE(c->image_size % c->model_patch == 0, "image.size", "model.patch",
+         "model.patch = %lld must divide image.size = %lld", LL(c->model_patch), LL(c->image_size));
+    RULE(c->augment_crop_min <= c->augment_crop_max, "augment.crop_min", "augment.crop_max",
+         "augment.crop_min = %g must not exceed augment.crop_max = %g", c->augment_crop_min,
+         c->augment_crop_max);
+}
+
+static void check_mask(const md_config *c, md_config_errors *e)
+{
+    bool none = strcmp(c->mask_kind, "none") == 0;
+    RULE(!none || strcmp(c->loss_on, "masked") != 0, "method.loss.on", "method.mask.kind",
+         "method.loss.on = \"masked\" needs a mask: set method.mask.kind, or method.loss.on = "
+         "\"all\"");
+    RULE(!none || c->mask_count == 0, "method.mask.count", "method.mask.kind",
+         "method.mask.count = %lld has no meaning without a mask (method.mask.kind = \"none\")",
+         LL(c->mask_count));
+    if (none || c->image_size % c->model_patch != 0)
+        return;
+    int64_t side = c->image_size / c->model_patch, patches = side * side;
+    const char *key = c->mask_count ? "method.mask.count" : "method.mask.ratio";
+    int64_t count = c->mask_count ? c->mask_count : llround(c->mask_ratio * (double)patches);
+    RULE(count >= 1 && count < patches, key, "model.patch",
+         "%s masks %lld of %lld patches; it must be at least 1 and leave at least 1 (no mask: "
+         "method.mask.kind = \"none\")",
+         key, LL(count), LL(patches));
+    RULE(strcmp(c->mask_kind, "block") != 0 || c->mask_min_block <= MD_MAX(count, 1),
+         "method.mask.min_block", key,
+         "method.mask.min_block = %lld must not exceed the %lld masked patches: no block would fit",
+         LL(c->mask_min_block), LL(count));
+}
+
+static void check_schedule(const md_config *c, md_config_errors *e)
+{
+    RULE(c->optim_warmup_epochs == 0 || c->optim_warmup_epochs < c->train_epochs,
+         "optim.warmup_epochs", "train.epochs",
+         "optim.warmup_epochs = %g must be less than train.epochs = %g", c->optim_warmup_epochs,
+         c->train_epochs);
+    RULE(c->optim_min_lr <= c->optim_lr, "optim.min_lr", "optim.lr",
+         "optim.min_lr = %g must not exceed optim.lr = %g", c->optim_min_lr, c->optim_lr);
+    RULE(c->train_micro_batch == 0 || c->train_batch % c->train_micro_batch == 0, "train.batch",
+         "train.micro_batch", "train.micro_batch = %lld must divide train.batch = %lld",
+         LL(c->train_micro_batch), LL(c->train_batch));
+    RULE(
+        c->checkpoint_every == 0 || c->checkpoint_keep_every % c->checkpoint_every == 0,
+        "checkpoint.keep_every", "checkpoint.every",
+        "checkpoint.keep_every = %lld must be a multiple of checkpoint.every = %lld: no checkpoint "
+        "is written at other steps",
+        LL(c->checkpoint_keep_every), LL(c->checkpoint_every));
+}
+
+md_status md_config_check(const md_config *c)
+{
+    md_config_errors e = {0};
+    check_shapes(c, &e);
+    check_mask(c, &e);
+    check_schedule(c, &e);
+    return md_errors_finish(&e);
+}
