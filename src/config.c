@@ -11,7 +11,7 @@
 #include <unistd.h>
 
 #define MAX_DEPTH 8                 /* of includes */
-#define MAX_BYTES ((size_t)1 << 20) /* of one file */
+#define MAX_BYTES ((size_t)1 << 18) /* of one file */
 #define NAME_SIZE 256
 
 /* One load: where values go, where errors go. */
@@ -130,7 +130,7 @@ static md_status read_text(loader *l, const char *path, const char *origin, char
     errno = 0;
     size_t n = fread(buf, 1, MAX_BYTES, f);
     const char *bad = ferror(f)          ? strerror(errno)
-                      : n == MAX_BYTES   ? "larger than 1 MiB: not a config file"
+                      : n == MAX_BYTES   ? "larger than 256 KiB: not a config file"
                       : strlen(buf) != n ? "holds a zero byte: not a config file"
                                          : NULL;
     fclose(f);
