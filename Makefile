@@ -183,7 +183,7 @@ deps:
 
 # Recursive, because flags are known only after the packages are there.
 test:
-	@$(call need_deps,build test) $(MAKE) --no-print-directory $(if $(wildcard src/main.c),all) tests
+	@$(call need_deps,build test) $(MAKE) --no-print-directory all tests
 	@MAKE='$(MAKE)' BUILD='$(BUILD)' SAN='$(SAN)' MPIRUN='$(MPIRUN)' tests/run.sh $(TESTS_ONLY)
 
 demo:

@@ -21,7 +21,8 @@ scratch=$(mktemp -d)
 out=$scratch/out
 trap 'rm -rf "$scratch"' EXIT
 
-export MD_HPC=$PWD/$build/md_hpc
+MD_HPC=$(realpath -m "$build/md_hpc")
+export MD_HPC
 export MPIRUN=${MPIRUN:-mpirun}
 . tests/env.sh
 
