@@ -54,7 +54,8 @@ static md_status grow(md_decoder *d, int w, int h)
 
 static md_status check_size(int64_t w, int64_t h, int want_w, int want_h)
 {
-    if (w < 1 || h < 1 || w > INT32_MAX || h > INT32_MAX || w * h > MD_IMAGE_MAX_PIXELS)
+    if (w < 1 || h < 1 || w > MD_IMAGE_MAX_SIDE || h > MD_IMAGE_MAX_SIDE ||
+        w * h > MD_IMAGE_MAX_PIXELS)
         MD_FAIL(MD_ERR_DATA, "picture of %lld x %lld pixels is outside the limit of %lld pixels",
                 (long long)w, (long long)h, (long long)MD_IMAGE_MAX_PIXELS);
     if ((want_w && w != want_w) || (want_h && h != want_h))

@@ -18,8 +18,10 @@ typedef enum md_image_kind {
     MD_IMAGE_GRAY8 = 3
 } md_image_kind;
 
-/* Largest picture (Pillow's warning level for decompression bombs) and most scans of a progressive
- * JPEG that are decoded; beyond them the picture counts as damaged. */
+/* Largest picture (Pillow's warning level for decompression bombs; a store keeps sides in 16 bits)
+ * and most scans of a progressive JPEG that are decoded; beyond them the picture counts as damaged.
+ */
+#define MD_IMAGE_MAX_SIDE   65535
 #define MD_IMAGE_MAX_PIXELS ((int64_t)89478485)
 #define MD_IMAGE_MAX_SCANS  100
 

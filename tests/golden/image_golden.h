@@ -1,5 +1,8 @@
 /* Written by make_golden_image.py with Pillow 13.0.0 (libjpeg-turbo 3.2.0, zlib 1.2.13). */
 /* clang-format off */
+#ifndef IMAGE_GOLDEN_H
+#define IMAGE_GOLDEN_H
+
 #include <stddef.h>
 #include <stdint.h>
 
@@ -568,3 +571,62 @@ static const struct golden_coded {
     {"png_interlaced", png_interlaced, sizeof png_interlaced, 1, 19, 11, 0xeff67fc10c906795u},
     {"png_gray_interlaced_keyed", png_gray_interlaced_keyed, sizeof png_gray_interlaced_keyed, 1, 19, 11, 0x8e5a083e79cd9b93u},
 };
+
+/* picture w, h; box; result w, h; hash; hash when mirrored */
+static const struct golden_resize {
+    int w, h, box[4], out[2];
+    uint64_t hash, mirrored;
+} golden_resize[] = {
+    {43, 29, {0, 0, 43, 29}, {16, 16}, 0xa5b58faa737c4183u, 0xc10b7191f6c3ed2fu},
+    {43, 29, {3, 2, 31, 17}, {31, 17}, 0x173f19ee9dc5aba3u, 0xd3a79038fb20bddbu},
+    {43, 29, {5, 1, 7, 11}, {64, 33}, 0x24bc429541e16ac5u, 0x8445346f2ccb3a4du},
+    {43, 29, {42, 28, 1, 1}, {5, 9}, 0x6c2663e523994b8du, 0x6c2663e523994b8du},
+    {43, 29, {0, 0, 43, 29}, {1, 1}, 0xc76bb019840a1266u, 0xc76bb019840a1266u},
+    {300, 4, {1, 0, 299, 3}, {7, 7}, 0x440827ce794de4b0u, 0xe23c162c8fed8cb4u},
+    {3, 400, {0, 7, 3, 390}, {24, 24}, 0x0f652913b727deb9u, 0xc7f3a91b16cd2c8du},
+    {500, 375, {0, 0, 500, 375}, {224, 224}, 0x26d7ce67a932a9bbu, 0x662e3c9f89fc7197u},
+    {500, 375, {17, 31, 333, 287}, {196, 196}, 0xf250e218397d5eceu, 0xa05b33b507773f40u},
+    {160, 120, {9, 8, 100, 111}, {224, 224}, 0x9a113d9b0d0c677bu, 0xab4f7dec2d46c153u},
+};
+
+/* order; factors; hash of the jittered 61 x 47 picture */
+static const struct golden_jitter {
+    int order[3];
+    double factor[3];
+    uint64_t hash;
+} golden_jitter[] = {
+    {{0, 1, 2}, {0.6, 1.0, 1.0}, 0xf1da1999b31a1b52u},
+    {{0, 1, 2}, {1.4, 1.0, 1.0}, 0x38238fef4c46d022u},
+    {{0, 1, 2}, {1.0, 0.6, 1.0}, 0x67e44e9aac2fbc27u},
+    {{0, 1, 2}, {1.0, 1.4, 1.0}, 0xa6eb2237f3e0a984u},
+    {{0, 1, 2}, {1.0, 1.0, 0.6}, 0xe0e4e7dc7584ad4cu},
+    {{0, 1, 2}, {1.0, 1.0, 1.4}, 0xe3d08170da948d04u},
+    {{0, 1, 2}, {0.0, 0.0, 0.0}, 0x61b3c874387c7b7fu},
+    {{1, 2, 0}, {1.37, 0.71, 1.23}, 0x6172a056a9b7feaeu},
+    {{2, 1, 0}, {0.83, 1.19, 0.64}, 0x3362f368a5418a0fu},
+    {{2, 0, 1}, {1.21, 1.33, 0.77}, 0x19407c4781b8003du},
+    {{1, 0, 2}, {0.9, 0.8, 1.3}, 0xb1a0d1d85ec6bbebu},
+    {{0, 2, 1}, {1.01, 0.99, 1.07}, 0x46a2014456636877u},
+};
+
+/* seed, epoch, sample; picture w, h; size, size2; strength; scale; hash of each crop */
+static const struct golden_chain {
+    uint64_t seed;
+    uint32_t epoch;
+    uint64_t sample;
+    int w, h, size, size2;
+    double jitter, crop_min, crop_max;
+    uint64_t hash, hash2;
+} golden_chain[] = {
+    {1u, 0, 0u, 500, 375, 224, 196, 0.4, 0.2, 1.0, 0x91afbd009990da53u, 0xb3569758c9084f45u},
+    {1u, 0, 1u, 375, 500, 224, 196, 0.4, 0.2, 1.0, 0xdfc649c3d4d985d5u, 0xfb25305de1f3c606u},
+    {1u, 1, 1u, 375, 500, 224, 196, 0.4, 0.2, 1.0, 0xd2f932c327351b2fu, 0x30491095d702faf3u},
+    {7u, 299, 1281166u, 99, 101, 64, 32, 0.4, 0.08, 1.0, 0xcdfc78dde799ffeeu, 0x9db51151ed1a7b39u},
+    {1099511627781u, 3, 8589934593u, 32, 32, 32, 48, 0.8, 0.2, 1.0, 0x2fe35fd5265e22e8u, 0x7a3ea2f8b3fc02c4u},
+    {3u, 0, 5u, 600, 20, 32, 0, 0.4, 0.9, 1.0, 0xaed5f59d184c9151u, 0x0000000000000000u},
+    {3u, 0, 6u, 20, 600, 32, 0, 0.4, 0.9, 1.0, 0x2c214d5cb91431c4u, 0x0000000000000000u},
+    {9u, 2, 77u, 1, 1, 16, 8, 0.4, 0.2, 1.0, 0xe6343889f0193425u, 0x3e0ffe23a604c765u},
+    {11u, 4, 78u, 640, 480, 224, 0, 0.0, 0.2, 1.0, 0xe96d705072b37ffbu, 0x0000000000000000u},
+};
+
+#endif

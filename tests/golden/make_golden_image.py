@@ -6,13 +6,14 @@ Hashes are FNV-1a (64 bit) over packed RGB bytes. Synthetic pictures are drawn b
 by the same formula in the tests."""
 
 import io
+import math
 import os
 import struct
 import zlib
 
 import numpy as np
 import PIL
-from PIL import Image, features
+from PIL import Image, ImageEnhance, features
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -123,12 +124,147 @@ def write_coded(out):
     out.write("};\n")
 
 
+# ---- augmentation ----
+
+class Rng:
+    """src/rng.h in Python: Philox4x32-10."""
+
+    def __init__(self, seed, stream, step, index):
+        self.key, self.block, self.words = (seed, stream, step, index), 0, []
+
+    def u32(self):
+        if not self.words:
+            seed, stream, step, index = self.key
+            m = 0xFFFFFFFF
+            c = [self.block, index & m, (index >> 32) | (stream << 16), step]
+            k = [seed & m, seed >> 32]
+            for _ in range(10):
+                p0, p1 = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+                c = [(p1 >> 32) ^ c[1] ^ k[0], p1 & m, (p0 >> 32) ^ c[3] ^ k[1], p0 & m]
+                k = [(k[0] + 0x9E3779B9) & m, (k[1] + 0xBB67AE85) & m]
+            self.words, self.block = c, self.block + 1
+        return self.words.pop(0)
+
+    def double(self):
+        hi, lo = self.u32() >> 5, self.u32() >> 6
+        return (hi * 67108864.0 + lo) * (1.0 / 9007199254740992.0)
+
+    def uniform(self, lo, hi):
+        return lo + (hi - lo) * self.double()
+
+    def below(self, n):
+        hi, lo = self.u32(), self.u32()
+        return ((hi * n + ((lo * n) >> 32)) & 0xFFFFFFFFFFFFFFFF) >> 32
+
+
+CROP, FLIP, JITTER = 3, 4, 5
+ENHANCERS = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
+
+
+def draw_jitter(seed, epoch, sample, strength):
+    rng = Rng(seed, JITTER, epoch, sample)
+    factor = [rng.uniform(max(0.0, 1.0 - strength), 1.0 + strength) for _ in range(3)]
+    order = [0, 1, 2]
+    for i in (2, 1):
+        j = rng.below(i + 1)
+        order[i], order[j] = order[j], order[i]
+    return order, factor
+
+
+def draw_box(seed, epoch, sample, w, h, scale, ratio):
+    rng = Rng(seed, CROP, epoch, sample)
+    for _ in range(10):
+        area = rng.uniform(*scale) * (w * h)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        bw, bh = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < bw <= w and 0 < bh <= h:
+            y = rng.below(h - bh + 1)
+            return rng.below(w - bw + 1), y, bw, bh
+    bw, bh = w, h
+    if w / h < ratio[0]:
+        bh = round(w / ratio[0])
+    elif w / h > ratio[1]:
+        bw = round(h * ratio[1])
+    return (w - bw) // 2, (h - bh) // 2, bw, bh
+
+
+def cut(image, box, size):
+    """Crop and resize, across first and then down. One call does just this in Pillow up to 12.1; later
+    ones swap the passes of tall boxes (python-pillow/Pillow pull requests 9524, 9549)."""
+    x, y, w, h = box
+    ow, oh = (size, size) if isinstance(size, int) else size
+    part = image.crop((x, y, x + w, y + h))
+    return part.resize((ow, h), Image.BICUBIC).resize((ow, oh), Image.BICUBIC)
+
+
+RESIZE = [  # picture, box, result
+    ((43, 29), (0, 0, 43, 29), (16, 16)), ((43, 29), (3, 2, 31, 17), (31, 17)),
+    ((43, 29), (5, 1, 7, 11), (64, 33)), ((43, 29), (42, 28, 1, 1), (5, 9)),
+    ((43, 29), (0, 0, 43, 29), (1, 1)), ((300, 4), (1, 0, 299, 3), (7, 7)),
+    ((3, 400), (0, 7, 3, 390), (24, 24)), ((500, 375), (0, 0, 500, 375), (224, 224)),
+    ((500, 375), (17, 31, 333, 287), (196, 196)), ((160, 120), (9, 8, 100, 111), (224, 224)),
+]
+JITTERS = [  # order, factors of brightness, contrast, saturation
+    ((0, 1, 2), (0.6, 1.0, 1.0)), ((0, 1, 2), (1.4, 1.0, 1.0)), ((0, 1, 2), (1.0, 0.6, 1.0)),
+    ((0, 1, 2), (1.0, 1.4, 1.0)), ((0, 1, 2), (1.0, 1.0, 0.6)), ((0, 1, 2), (1.0, 1.0, 1.4)),
+    ((0, 1, 2), (0.0, 0.0, 0.0)), ((1, 2, 0), (1.37, 0.71, 1.23)), ((2, 1, 0), (0.83, 1.19, 0.64)),
+    ((2, 0, 1), (1.21, 1.33, 0.77)), ((1, 0, 2), (0.9, 0.8, 1.3)), ((0, 2, 1), (1.01, 0.99, 1.07)),
+]
+CHAINS = [  # seed, epoch, sample, picture, size, size2, strength, scale
+    (1, 0, 0, (500, 375), 224, 196, 0.4, (0.2, 1.0)), (1, 0, 1, (375, 500), 224, 196, 0.4, (0.2, 1.0)),
+    (1, 1, 1, (375, 500), 224, 196, 0.4, (0.2, 1.0)), (7, 299, 1281166, (99, 101), 64, 32, 0.4, (0.08, 1.0)),
+    (2**40 + 5, 3, 2**33 + 1, (32, 32), 32, 48, 0.8, (0.2, 1.0)), (3, 0, 5, (600, 20), 32, 0, 0.4, (0.9, 1.0)),
+    (3, 0, 6, (20, 600), 32, 0, 0.4, (0.9, 1.0)), (9, 2, 77, (1, 1), 16, 8, 0.4, (0.2, 1.0)),
+    (11, 4, 78, (640, 480), 224, 0, 0.0, (0.2, 1.0)),
+]
+
+
+def write_augment(out):
+    out.write("\n/* picture w, h; box; result w, h; hash; hash when mirrored */\n"
+              "static const struct golden_resize {\n    int w, h, box[4], out[2];\n"
+              "    uint64_t hash, mirrored;\n} golden_resize[] = {\n")
+    for (w, h), box, size in RESIZE:
+        im = picture(w, h)
+        straight = cut(im, box, size)
+        x, y, bw, bh = box
+        turned = cut(im.transpose(Image.FLIP_LEFT_RIGHT), (w - x - bw, y, bw, bh), size)
+        out.write(f"    {{{w}, {h}, {{{x}, {y}, {bw}, {bh}}}, {{{size[0]}, {size[1]}}}, "
+                  f"0x{hash_rgb(straight):016x}u, 0x{hash_rgb(turned):016x}u}},\n")
+    out.write("};\n\n/* order; factors; hash of the jittered 61 x 47 picture */\n"
+              "static const struct golden_jitter {\n    int order[3];\n    double factor[3];\n"
+              "    uint64_t hash;\n} golden_jitter[] = {\n")
+    for order, factor in JITTERS:
+        im = picture(61, 47)
+        for op in order:
+            im = ENHANCERS[op](im).enhance(factor[op])
+        out.write("    {{%d, %d, %d}, {%r, %r, %r}, 0x%016xu},\n" % (*order, *factor, hash_rgb(im)))
+    out.write("};\n\n/* seed, epoch, sample; picture w, h; size, size2; strength; scale; hash of each crop */\n"
+              "static const struct golden_chain {\n    uint64_t seed;\n    uint32_t epoch;\n"
+              "    uint64_t sample;\n    int w, h, size, size2;\n    double jitter, crop_min, crop_max;\n"
+              "    uint64_t hash, hash2;\n} golden_chain[] = {\n")
+    for seed, epoch, sample, (w, h), size, size2, strength, scale in CHAINS:
+        im = picture(w, h)
+        if strength > 0:
+            order, factor = draw_jitter(seed, epoch, sample, strength)
+            for op in order:
+                im = ENHANCERS[op](im).enhance(factor[op])
+        if Rng(seed, FLIP, epoch, sample).double() < 0.5:
+            im = im.transpose(Image.FLIP_LEFT_RIGHT)
+        box = draw_box(seed, epoch, sample, w, h, scale, (0.75, 4 / 3))
+        hashes = [hash_rgb(cut(im, box, s)) if s else 0 for s in (size, size2)]
+        out.write("    {%du, %d, %du, %d, %d, %d, %d, %r, %r, %r, 0x%016xu, 0x%016xu},\n"
+                  % (seed, epoch, sample, w, h, size, size2, strength, *scale, *hashes))
+    out.write("};\n")
+
+
 def main():
     with open(os.path.join(HERE, "image_golden.h"), "w") as out:
         out.write("/* Written by make_golden_image.py with Pillow %s (libjpeg-turbo %s, zlib %s). */\n"
                   % (PIL.__version__, features.version("libjpeg_turbo"), features.version("zlib")))
-        out.write("/* clang-format off */\n#include <stddef.h>\n#include <stdint.h>\n\n")
+        out.write("/* clang-format off */\n#ifndef IMAGE_GOLDEN_H\n#define IMAGE_GOLDEN_H\n\n#include <stddef.h>\n#include <stdint.h>\n\n")
         write_coded(out)
+        write_augment(out)
+        out.write("\n#endif\n")
 
 
 if __name__ == "__main__":

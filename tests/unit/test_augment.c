@@ -1,0 +1,175 @@
+/* Augmentation: resize, jitter and the whole chain equal to Pillow's bytes for the same draws; what
+ * is drawn depends on (seed, epoch, sample) and has the stated distribution. */
+#include <stdarg.h>
+#include <stddef.h>
+#include <setjmp.h>
+#include <cmocka.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "io/augment.h"
+#include "tests/golden/image_golden.h"
+
+static uint64_t hash_bytes(const uint8_t *p, size_t n)
+{
+    uint64_t h = 0xCBF29CE484222325u;
+    for (size_t i = 0; i < n; i++)
+        h = (h ^ p[i]) * 0x100000001B3u;
+    return h;
+}
+
+static uint8_t wave(int64_t v, int checker)
+{
+    int64_t t = v % 256 * 3 / 4 + checker;
+    return (uint8_t)(t > 255 ? 255 : t);
+}
+
+/* The same picture as make_golden_image.py's. */
+static md_image picture(int w, int h)
+{
+    md_image im = {malloc((size_t)w * (size_t)h * 4), w, h};
+    for (int64_t y = 0; y < h; y++)
+        for (int64_t x = 0; x < w; x++) {
+            uint8_t *p = im.pixels + 4 * (y * w + x);
+            int checker = (int)((x / 9 + y / 7) % 2) * 60;
+            p[0] = wave(x * 7 + y * 3, checker);
+            p[1] = wave(x * x / 16 + y * 5, checker);
+            p[2] = wave(x * y / 8 + 40, checker);
+            p[3] = (uint8_t)(x * 31 + y); /* has no meaning, must have no influence */
+        }
+    return im;
+}
+
+static void resize_equals_pillow(void **state)
+{
+    (void)state;
+    md_resizer *r;
+    assert_int_equal(md_resizer_create(&r, 8, 8), MD_OK); /* small: has to grow */
+    for (size_t i = 0; i < MD_COUNT(golden_resize); i++) {
+        const struct golden_resize *g = &golden_resize[i];
+        md_image im = picture(g->w, g->h);
+        size_t n = (size_t)g->out[0] * (size_t)g->out[1] * 3;
+        uint8_t *out = malloc(n);
+        md_box box = {g->box[0], g->box[1], g->box[2], g->box[3]};
+        assert_int_equal(md_resize_box(r, &im, box, false, g->out[0], g->out[1], out), MD_OK);
+        if (hash_bytes(out, n) != g->hash)
+            fail_msg("case %zu differs from Pillow", i);
+        assert_int_equal(md_resize_box(r, &im, box, true, g->out[0], g->out[1], out), MD_OK);
+        if (hash_bytes(out, n) != g->mirrored)
+            fail_msg("mirrored case %zu differs from Pillow", i);
+        free(out);
+        free(im.pixels);
+    }
+    md_resizer_free(r);
+}
+
+static void jitter_equals_pillow(void **state)
+{
+    (void)state;
+    for (size_t i = 0; i < MD_COUNT(golden_jitter); i++) {
+        const struct golden_jitter *g = &golden_jitter[i];
+        md_augment_draw d = {.box = {0, 0, 61, 47}, .jitter = true};
+        for (int k = 0; k < 3; k++) {
+            d.order[k] = (md_jitter_op)g->order[k];
+            d.factor[k] = (float)g->factor[k];
+        }
+        md_image im = picture(61, 47), part = picture(61, 47);
+        md_augment_jitter(&im, &d);
+        uint8_t rgb[61 * 47 * 3];
+        for (int p = 0; p < 61 * 47; p++)
+            memcpy(rgb + 3 * p, im.pixels + 4 * p, 3);
+        if (hash_bytes(rgb, sizeof rgb) != g->hash)
+            fail_msg("case %zu differs from Pillow", i);
+        /* A box sees the pixels the whole picture would have there. */
+        d.box = (md_box){7, 5, 30, 20};
+        md_augment_jitter(&part, &d);
+        for (int y = 5; y < 25; y++)
+            for (int x = 7; x < 37; x++)
+                assert_memory_equal(part.pixels + 4 * (y * 61 + x), im.pixels + 4 * (y * 61 + x),
+                                    3);
+        free(im.pixels);
+        free(part.pixels);
+    }
+}
+
+static md_augment_rule rule_of(const struct golden_chain *g)
+{
+    return (md_augment_rule){.seed = g->seed,
+                             .size = g->size,
+                             .size2 = g->size2,
+                             .crop_min = g->crop_min,
+                             .crop_max = g->crop_max,
+                             .ratio_min = 0.75,
+                             .ratio_max = 4.0 / 3.0,
+                             .flip = 0.5,
+                             .jitter = g->jitter};
+}
+
+static void chain_equals_pillow(void **state)
+{
+    (void)state;
+    md_resizer *r;
+    assert_int_equal(md_resizer_create(&r, 500, 224), MD_OK);
+    for (size_t i = 0; i < MD_COUNT(golden_chain); i++) {
+        const struct golden_chain *g = &golden_chain[i];
+        md_augment_rule rule = rule_of(g);
+        md_image im = picture(g->w, g->h);
+        size_t n = (size_t)g->size * (size_t)g->size * 3;
+        size_t n2 = (size_t)g->size2 * (size_t)g->size2 * 3;
+        uint8_t *out = malloc(n), *out2 = malloc(n2 + 1);
+        md_augment_draw d = md_augment_choose(&rule, g->epoch, g->sample, g->w, g->h);
+        assert_int_equal(md_augment_image(&rule, &d, r, &im, out, out2), MD_OK);
+        if (hash_bytes(out, n) != g->hash || (n2 && hash_bytes(out2, n2) != g->hash2))
+            fail_msg("chain %zu differs from Pillow", i);
+        free(out);
+        free(out2);
+        free(im.pixels);
+    }
+    md_resizer_free(r);
+}
+
+/* Boxes lie inside, areas and ratios in their ranges, mirrors come half of the time, all six orders
+ * come, and another epoch, sample or seed draws anew. */
+static void draws(void **state)
+{
+    (void)state;
+    md_augment_rule rule = rule_of(&golden_chain[0]);
+    int mirrored = 0, orders[27] = {0}, same = 0;
+    double area = 0, brightness = 0;
+    const int n = 20000, w = 500, h = 375;
+    md_augment_draw last = {0};
+    for (int i = 0; i < n; i++) {
+        md_augment_draw d = md_augment_choose(&rule, (uint32_t)(i % 3), (uint64_t)(i / 3), w, h);
+        assert_true(d.box.x >= 0 && d.box.y >= 0 && d.box.x + d.box.w <= w &&
+                    d.box.y + d.box.h <= h);
+        double ratio = (double)d.box.w / d.box.h, share = (double)d.box.w * d.box.h / (w * h);
+        assert_true(ratio > 0.74 && ratio < 1.35 && share > 0.19 && share < 1.005);
+        area += share / n;
+        brightness += (double)d.factor[MD_BRIGHTNESS] / n;
+        mirrored += d.mirror;
+        orders[d.order[0] * 9 + d.order[1] * 3 + d.order[2]]++;
+        same += memcmp(&d.box, &last.box, sizeof d.box) == 0;
+        last = d;
+        for (int k = 0; k < MD_JITTER_OPS; k++)
+            assert_true(d.factor[k] >= 0.6f && d.factor[k] <= 1.4f);
+    }
+    assert_true(fabs(mirrored / (double)n - 0.5) < 0.02);
+    assert_true(fabs(brightness - 1.0) < 0.01);
+    assert_true(fabs(area - 0.495) < 0.01); /* 0.6 less what does not fit */
+    assert_true(same < 5);
+    const int order[6] = {5, 7, 11, 15, 19, 21};
+    for (int i = 0; i < 6; i++)
+        assert_true(fabs(orders[order[i]] / (double)n - 1.0 / 6) < 0.02);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(resize_equals_pillow),
+        cmocka_unit_test(jitter_equals_pillow),
+        cmocka_unit_test(chain_equals_pillow),
+        cmocka_unit_test(draws),
+    };
+    return cmocka_run_group_tests_name("augment", tests, NULL, NULL);
+}
