@@ -93,6 +93,7 @@ TEST_LIBS   := $(call dep_libs,$(CMOCKA_HOME),cmocka,-lcmocka)
 
 CFLAGS_ALL := $(strip $(CSTD) $(WARN) $(OPT) -fopenmp -pthread $(CFLAGS) $(SANFLAGS))
 COMPILE    := $(CC) -I. $(strip $(DEP_CFLAGS)) $(CPPFLAGS) $(CFLAGS_ALL)
+SANOBJ     := $(if $(SAN),$(BUILD)/tests/san/keep_modules.o)
 LIBS_ALL   := $(LDFLAGS) $(strip $(DEP_LIBS))
 
 # ---- files ----
@@ -122,7 +123,9 @@ all: $(PROG)
 	@cmp -s $(PROG) md_hpc || cp -f $(PROG) md_hpc
 
 tests: $(TESTS)
+	@:
 benches: $(BENCHES)
+	@:
 
 # Everything is rebuilt when the compiler or a flag changes, and nothing when none does. The new
 # set is probed first: one line a library, and the way to get the missing ones.
@@ -154,14 +157,14 @@ $(LIB): $(filter-out $(BUILD)/src/main.o,$(OBJ))
 	@rm -f $@
 	$(Q)$(AR) rcs $@ $^
 
-$(PROG): $(BUILD)/src/main.o $(LIB)
+$(PROG): $(BUILD)/src/main.o $(LIB) $(SANOBJ)
 	$(say) LINK $@
 	$(Q)$(CC) $(CFLAGS_ALL) $^ -o $@ $(LIBS_ALL)
 
-$(BUILD)/tests/%: tests/%.c $(LIB)
+$(BUILD)/tests/%: tests/%.c $(LIB) $(SANOBJ)
 	$(say) TEST $<
 	@mkdir -p $(@D)
-	$(Q)$(COMPILE) $(TEST_CFLAGS) -MMD -MP $< $(LIB) -o $@ $(TEST_LIBS) $(LIBS_ALL)
+	$(Q)$(COMPILE) $(TEST_CFLAGS) -MMD -MP $< $(LIB) $(SANOBJ) -o $@ $(TEST_LIBS) $(LIBS_ALL)
 
 $(BUILD)/bench/%: bench/%.c $(LIB)
 	$(say) BENCH $<

@@ -17,4 +17,3 @@ san_dir=$(cd "$(dirname "${BASH_SOURCE[0]}")/san" && pwd)
 export ASAN_OPTIONS=detect_leaks=1:abort_on_error=0:${ASAN_OPTIONS:-}
 export LSAN_OPTIONS=suppressions=$san_dir/lsan.supp:print_suppressions=0:${LSAN_OPTIONS:-}
 export UBSAN_OPTIONS=print_stacktrace=1:${UBSAN_OPTIONS:-}
-export TSAN_OPTIONS=suppressions=$san_dir/tsan.supp:${TSAN_OPTIONS:-}
