@@ -2,12 +2,13 @@
 #include "io/safetensors.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <jansson.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
+
+#include "io/publish.h"
 
 #define FAMILY "safetensors"
 
@@ -67,32 +68,14 @@ static md_status file_fill(FILE *f, const char *path, const char *header,
     MD_TRY(file_put(f, path, "       ", size - used));
     for (int i = 0; i < n; i++)
         MD_TRY(file_put(f, path, list[i]->t.data, md_tensor_bytes(&list[i]->t)));
-    if (fflush(f) != 0 || fsync(fileno(f)) != 0)
-        MD_FAIL(MD_ERR_IO, "%s: write failed: %s", path, strerror(errno));
     return MD_OK;
-}
-
-/* Makes the rename itself durable. A file system that cannot sync a folder keeps the file's data
- * anyway, so its refusal is no error. */
-static void folder_sync(const char *path)
-{
-    char dir[4096];
-    const char *slash = strrchr(path, '/');
-    snprintf(dir, sizeof dir, "%.*s", slash ? (int)(slash - path) + 1 : 1, slash ? path : ".");
-    int fd = open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (fd >= 0) {
-        fsync(fd);
-        close(fd);
-    }
 }
 
 static md_status file_publish(const char *path, const char *header, const md_st_tensor *const *list,
                               int n)
 {
     char *part;
-    size_t size = strlen(path) + sizeof ".partial";
-    MD_NEW(part, size, FAMILY);
-    snprintf(part, size, "%s.partial", path);
+    MD_TRY(md_publish_part(path, &part));
     md_status st = MD_OK;
     FILE *f = fopen(part, "wbe");
     if (!f)
@@ -101,10 +84,8 @@ static md_status file_publish(const char *path, const char *header, const md_st_
         st = file_fill(f, part, header, list, n);
         if (fclose(f) != 0 && st == MD_OK)
             st = md_error_set(MD_ERR_IO, "%s: write failed: %s", part, strerror(errno));
-        if (st == MD_OK && rename(part, path) != 0)
-            st = md_error_set(MD_ERR_CREATE, "%s: cannot be created: %s", path, strerror(errno));
         if (st == MD_OK)
-            folder_sync(path);
+            st = md_publish(part, path);
         else
             unlink(part);
     }
