@@ -29,5 +29,6 @@ md_status md_usage_error(const char *verb, const char *fmt, ...)
 md_status md_cmd_config(int argc, char **argv);
 md_status md_cmd_help(int argc, char **argv);
 md_status md_cmd_version(int argc, char **argv);
+md_status md_cmd_weights(int argc, char **argv);
 
 #endif

@@ -22,6 +22,18 @@ static const md_verb verbs[] = {
     {"help", md_cmd_help, "explain a verb, a key or a topic",
      "md_hpc help [VERB | KEY | exit-codes | keys]"},
     {"version", md_cmd_version, "versions of the program and its libraries", "md_hpc version"},
+    {"weights", md_cmd_weights, "look at pretrained weights and import them",
+     "md_hpc weights import --out OUT.h5 [options] FILE.safetensors|FOLDER\n"
+     "       md_hpc weights inspect FILE\n"
+     "\n"
+     "import   makes the file that method.teacher.weights wants from a CLIP (OpenAI, OpenCLIP,\n"
+     "         Hugging Face), timm, DINO, MAE or Hugging Face ViT model in safetensors form\n"
+     "  --act gelu|quick_gelu  activation of the MLP, where no config.json beside it says so\n"
+     "  --heads N              attention heads, likewise\n"
+     "  --mean R,G,B --std R,G,B  channel statistics of its input, likewise\n"
+     "  --prefix P             what stands before the names, when there is more than one model\n"
+     "inspect  lists the tensors of a safetensors file or of a file import made, checks its\n"
+     "         hashes, and says which model it is"},
 };
 
 const md_verb *md_verbs(int *n)
