@@ -2,6 +2,7 @@
 #include "src/base.h"
 
 #include <errno.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
@@ -49,10 +50,12 @@ const char *md_error_text(void)
 
 md_status md_error_set(md_status st, const char *fmt, ...)
 {
+    char text[TEXT_SIZE]; /* the old sentence may be among the arguments */
     va_list ap;
     va_start(ap, fmt);
-    vsnprintf(error_text, sizeof error_text, fmt, ap);
+    vsnprintf(text, sizeof text, fmt, ap);
     va_end(ap);
+    memcpy(error_text, text, sizeof error_text);
     return st;
 }
 
@@ -104,7 +107,8 @@ _Noreturn void md_assert_fail(const char *file, int line, const char *cond, cons
     fprintf(stderr, "md_hpc: rank %d: internal error at %s:%d: %s", base_rank, file, line, cond);
     va_list ap;
     va_start(ap, fmt);
-    vfprintf(stderr, fmt, ap); /* begins with a space: see MD_ASSERT */
+    if (fmt[2]) /* MD_ASSERT puts ": " in front, so that a format is never empty */
+        vfprintf(stderr, fmt, ap);
     va_end(ap);
     fputc('\n', stderr);
     md_abort(MD_ERR_BUG);
@@ -170,7 +174,8 @@ typedef struct fault {
 
 #define MAX_FAULTS 16
 static fault faults[MAX_FAULTS];
-static int fault_count = -1;
+static int fault_count;
+static pthread_once_t fault_once = PTHREAD_ONCE_INIT; /* loader threads pass sites too */
 
 static void fault_parse_one(const char *text)
 {
@@ -194,7 +199,6 @@ static void fault_parse(void)
 {
     const char *env = getenv("MD_FAULT");
     char list[1024];
-    fault_count = 0;
     if (!env || !*env)
         return;
     snprintf(list, sizeof list, "%s", env);
@@ -206,8 +210,7 @@ static void fault_parse(void)
 
 bool md_fault(const char *site)
 {
-    if (fault_count < 0)
-        fault_parse();
+    pthread_once(&fault_once, fault_parse);
     for (int i = 0; i < fault_count; i++) {
         fault *f = &faults[i];
         if (strcmp(f->site, site) != 0 || (f->rank >= 0 && f->rank != base_rank))

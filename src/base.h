@@ -14,20 +14,20 @@
 #define MD_VERSION "0.1.0"
 
 /* X(name, exit code, what it means to a user) */
-#define MD_STATUSES(X)                                                                             \
-    X(MD_OK, 0, "success")                                                                         \
-    X(MD_ERR_USAGE, 64, "command line not understood")                                             \
-    X(MD_ERR_DATA, 65, "input data is damaged or of the wrong kind")                               \
-    X(MD_ERR_NOINPUT, 66, "an input file is missing or cannot be opened")                          \
-    X(MD_ERR_DEVICE, 69, "a device or another rank was lost")                                      \
-    X(MD_ERR_BUG, 70, "internal error of this program")                                            \
-    X(MD_ERR_MEMORY, 71, "out of memory")                                                          \
-    X(MD_ERR_CREATE, 73, "an output file cannot be created")                                       \
-    X(MD_ERR_IO, 74, "reading or writing a file failed")                                           \
-    X(MD_STOPPED, 75, "stopped with a checkpoint written: run the same command again")             \
-    X(MD_ERR_HANG, 76, "a rank stopped answering")                                                 \
-    X(MD_ERR_PERM, 77, "not permitted, or the run directory is in use")                            \
-    X(MD_ERR_CONFIG, 78, "configuration error")                                                    \
+#define MD_STATUSES(X)                                                                 \
+    X(MD_OK, 0, "success")                                                             \
+    X(MD_ERR_USAGE, 64, "command line not understood")                                 \
+    X(MD_ERR_DATA, 65, "input data is damaged or of the wrong kind")                   \
+    X(MD_ERR_NOINPUT, 66, "an input file is missing or cannot be opened")              \
+    X(MD_ERR_DEVICE, 69, "a device or another rank was lost")                          \
+    X(MD_ERR_BUG, 70, "internal error of this program")                                \
+    X(MD_ERR_MEMORY, 71, "out of memory")                                              \
+    X(MD_ERR_CREATE, 73, "an output file cannot be created")                           \
+    X(MD_ERR_IO, 74, "reading or writing a file failed")                               \
+    X(MD_STOPPED, 75, "stopped with a checkpoint written: run the same command again") \
+    X(MD_ERR_HANG, 76, "a rank stopped answering")                                     \
+    X(MD_ERR_PERM, 77, "not permitted, or the run directory is in use")                \
+    X(MD_ERR_CONFIG, 78, "configuration error")                                        \
     X(MD_ERR_NUMERICS, 79, "loss or gradients stayed non-finite")
 
 typedef enum md_status {
@@ -50,19 +50,20 @@ md_status md_error_set(md_status st, const char *fmt, ...) __attribute__((format
 md_status md_error_prefix(md_status st, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 
 #define MD_FAIL(st, ...) return md_error_set((st), __VA_ARGS__)
-#define MD_TRY(expr)                                                                               \
-    do {                                                                                           \
-        md_status md_try_ = (expr);                                                                \
-        if (md_try_ != MD_OK)                                                                      \
-            return md_try_;                                                                        \
+#define MD_TRY(expr)                \
+    do {                            \
+        md_status md_try_ = (expr); \
+        if (md_try_ != MD_OK)       \
+            return md_try_;         \
     } while (0)
 
 /* Broken invariant: prints rank, file:line, expression and the printf-style values, then runs the
- * abort hook (MPI_Abort once MPI is up, else _exit(70)). Also in release builds. Does not return. */
-#define MD_ASSERT(cond, ...)                                                                       \
-    do {                                                                                           \
-        if (__builtin_expect(!(cond), 0))                                                          \
-            md_assert_fail(__FILE__, __LINE__, #cond, " " __VA_ARGS__);                             \
+ * abort hook (MPI_Abort once MPI is up, else _exit(70)). Also in release builds. Does not return.
+ */
+#define MD_ASSERT(cond, ...)                                             \
+    do {                                                                 \
+        if (__builtin_expect(!(cond), 0))                                \
+            md_assert_fail(__FILE__, __LINE__, #cond, ": " __VA_ARGS__); \
     } while (0)
 _Noreturn void md_assert_fail(const char *file, int line, const char *cond, const char *fmt, ...)
     __attribute__((format(printf, 4, 5)));
@@ -84,11 +85,11 @@ void md_free(void *p);
 size_t md_alloc_now(void);
 size_t md_alloc_peak(void);
 /* MD_NEW(ptr, n): allocate n elements of *ptr or return MD_ERR_MEMORY. */
-#define MD_NEW(ptr, n, family)                                                                     \
-    do {                                                                                           \
-        (ptr) = md_alloc(sizeof *(ptr) * (size_t)(n), (family));                                   \
-        if (!(ptr))                                                                                \
-            return MD_ERR_MEMORY;                                                                  \
+#define MD_NEW(ptr, n, family)                                   \
+    do {                                                         \
+        (ptr) = md_alloc(sizeof *(ptr) * (size_t)(n), (family)); \
+        if (!(ptr))                                              \
+            return MD_ERR_MEMORY;                                \
     } while (0)
 
 /* Fault sites. MD_FAULT="site@rankR#N" (comma separated list; @rankR and #N optional; ":kill" or
@@ -99,8 +100,8 @@ bool md_fault(const char *site);
 /* Monotonic seconds since an arbitrary start. */
 double md_now(void);
 
-#define MD_MIN(a, b) ((a) < (b) ? (a) : (b))
-#define MD_MAX(a, b) ((a) > (b) ? (a) : (b))
+#define MD_MIN(a, b)    ((a) < (b) ? (a) : (b))
+#define MD_MAX(a, b)    ((a) > (b) ? (a) : (b))
 #define MD_COUNT(array) (sizeof(array) / sizeof((array)[0]))
 
 #endif

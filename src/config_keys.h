@@ -1,5 +1,6 @@
-/* config_keys: every configuration key, once. Parser, checks, help, `config reference`, the resolved
- * config and struct md_config are made by walking this table. No include guard: included by X-macro.
+/* config_keys: every configuration key, once. Parser, checks, help, `config reference`, the
+ * resolved config and struct md_config are made by walking this table. No include guard: included
+ * by X-macro.
  *
  * X(field, key, type, default, min, max, unit, help)
  *   type    BOOL, INT (int64), REAL (double), STR, CHOICE (string out of the comma list in `unit`),

@@ -23,20 +23,18 @@ static void real_text(double v, char *buf, size_t size)
 }
 
 /* In quotes, escaped as libconfig reads it. */
-static void string_text(const char *s, char *buf)
+static void string_text(const char *s, char *buf, size_t size)
 {
-    *buf++ = '"';
-    for (; *s; s++) {
+    size_t n = 0;
+    buf[n++] = '"';
+    for (; *s && n + 6 < size; s++) {
         unsigned char ch = (unsigned char)*s;
-        if (ch == '"' || ch == '\\')
-            buf += sprintf(buf, "\\%c", ch);
-        else if (ch < 0x20 || ch == 0x7f)
-            buf += sprintf(buf, "\\x%02X", ch);
-        else
-            *buf++ = *s;
+        const char *form = ch == '"' || ch == '\\'   ? "\\%c"
+                           : ch < 0x20 || ch == 0x7f ? "\\x%02X"
+                                                     : "%c";
+        n += (size_t)snprintf(buf + n, size - n, form, ch);
     }
-    *buf++ = '"';
-    *buf = 0;
+    snprintf(buf + n, size - n, "\"");
 }
 
 /* The value of a key in config file syntax; buf holds VALUE_SIZE. */
@@ -58,7 +56,7 @@ static void value_text(const md_config *c, const md_key *k, char *buf)
         break;
     case MD_KEY_STR:
     case MD_KEY_CHOICE:
-        string_text(field, buf);
+        string_text(field, buf, VALUE_SIZE);
         break;
     case MD_KEY_REAL3:
         for (int i = 0; i < 3; i++)

@@ -165,9 +165,9 @@ static void lines_append(json_lines *f, json_t *object)
     }
     size_t n = strlen(text);
     text[n++] = '\n'; /* in place of the terminator */
-    errno = ENOSPC;
-    ssize_t done = md_fault("log.write") ? (ssize_t)n / 2 : (ssize_t)n;
-    done = write(f->fd, text, (size_t)done);
+    size_t part = md_fault("log.write") ? n / 2 : n;
+    errno = ENOSPC; /* what a short write without an error code means */
+    ssize_t done = write(f->fd, text, part);
     if (done == (ssize_t)n) {
         f->size += done;
     } else {

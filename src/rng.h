@@ -16,13 +16,13 @@
 #endif
 
 typedef enum md_rng_stream {
-    MD_RNG_INIT = 1,   /* index = global element index, step = parameter id */
-    MD_RNG_SHUFFLE,    /* epoch permutation: step = epoch */
-    MD_RNG_CROP,       /* step = epoch, index = global sample */
-    MD_RNG_FLIP,       /* step = epoch, index = global sample */
-    MD_RNG_JITTER,     /* step = epoch, index = global sample */
-    MD_RNG_MASK,       /* step = epoch, index = global sample */
-    MD_RNG_DROP_PATH,  /* step = optimizer step, index = position in batch * 2 * layers + branch */
+    MD_RNG_INIT = 1,    /* index = global element index, step = parameter id */
+    MD_RNG_SHUFFLE,     /* epoch permutation: step = epoch */
+    MD_RNG_CROP,        /* step = epoch, index = global sample */
+    MD_RNG_FLIP,        /* step = epoch, index = global sample */
+    MD_RNG_JITTER,      /* step = epoch, index = global sample */
+    MD_RNG_MASK,        /* step = epoch, index = global sample */
+    MD_RNG_DROP_PATH,   /* step = optimizer step, index = position in batch * 2 * layers + branch */
     MD_RNG_STORE_ORDER, /* order of images at conversion */
     MD_RNG_TEST
 } md_rng_stream;

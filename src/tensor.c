@@ -1,3 +1,4 @@
+/* tensor: see tensor.h. */
 #include "src/tensor.h"
 
 #include <stdio.h>

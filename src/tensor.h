@@ -1,7 +1,7 @@
 /* tensor: what every op, collective and file routine passes around: a contiguous row-major block
- * with a shape, a type, a memory kind and a distribution over the tensor-parallel group. No strides,
- * no ownership: whoever allocated the block frees it. data == NULL is a planned tensor: it has a
- * shape but no memory (the plan backend and the arena's first pass). */
+ * with a shape, a type, a memory kind and a distribution over the tensor-parallel group. No
+ * strides, no ownership: whoever allocated the block frees it. data == NULL is a planned tensor: it
+ * has a shape but no memory (the plan backend and the arena's first pass). */
 #ifndef MD_TENSOR_H
 #define MD_TENSOR_H
 
@@ -37,7 +37,8 @@ const char *md_place_name(md_place p);
 /* Elements and bytes; a rank-0 tensor has one element. Local. */
 int64_t md_tensor_count(const md_tensor *t);
 size_t md_tensor_bytes(const md_tensor *t);
-/* Elements in the last dimension, and the product of all the others: the matrix view [rows, cols]. */
+/* Elements in the last dimension, and the product of all the others: the matrix view [rows, cols].
+ */
 int64_t md_tensor_cols(const md_tensor *t);
 int64_t md_tensor_rows(const md_tensor *t);
 bool md_tensor_same_shape(const md_tensor *a, const md_tensor *b);
@@ -46,8 +47,8 @@ const char *md_tensor_describe(const md_tensor *t, char *buf, size_t size);
 
 /* A replicated host tensor of the given shape over data (may be NULL). rank = number of dims. */
 md_tensor md_tensor_make(void *data, md_dtype dtype, int rank, const int64_t *dim);
-#define MD_TENSOR(data, dtype, ...)                                                                \
-    md_tensor_make((data), (dtype), (int)MD_COUNT(((int64_t[]){__VA_ARGS__})),                     \
+#define MD_TENSOR(data, dtype, ...)                                            \
+    md_tensor_make((data), (dtype), (int)MD_COUNT(((int64_t[]){__VA_ARGS__})), \
                    (int64_t[]){__VA_ARGS__})
 
 static inline float *md_f32(const md_tensor *t)

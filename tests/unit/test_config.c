@@ -15,14 +15,6 @@
 
 #include <cmocka.h>
 
-/* libconfig 1.5 loses its string buffer on a syntax error, once per refused file; not ours to free.
- */
-const char *__lsan_default_suppressions(void);
-const char *__lsan_default_suppressions(void)
-{
-    return "leak:libconfig.so\n";
-}
-
 static char dir[] = "/tmp/md_test_config_XXXXXX";
 
 static const char *in_dir(const char *name)
