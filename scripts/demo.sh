@@ -1,0 +1,77 @@
+#!/bin/bash
+# The two-minute tour, run by `make demo`: pictures become an image store, a small ViT is pretrained on
+# two MPI ranks, the run is stopped by a signal as a batch system would and started again, and the last
+# lines say what came out. Everything is written under runs/.
+#
+# Environment: MPIRUN, MD_DEMO_RANKS (2), MD_DEMO_DATA (folder with Fashion-MNIST's files).
+set -eu
+cd "$(dirname "$0")/.."
+# shellcheck source=scripts/mpi_env.sh
+. scripts/mpi_env.sh
+mpirun=${MPIRUN:-mpirun} ranks=${MD_DEMO_RANKS:-2}
+store=runs/fashion_mnist.h5 run=runs/demo
+metrics=$run/metrics.jsonl
+start=$SECONDS
+
+fail() {
+    echo "demo: $*" >&2
+    exit 1
+}
+
+say() {
+    printf '\n\033[1m%s\033[0m\n' "$*"
+}
+
+# Value of a key in the last line of metrics.jsonl, or nothing.
+last() {
+    tail -n 1 "$metrics" 2>/dev/null | sed -n "s/.*\"$1\": *\([-0-9.e+]*\).*/\1/p"
+}
+
+data=${MD_DEMO_DATA:-}
+if [ -z "$data" ]; then
+    data=$(dpkg -L dataset-fashion-mnist 2>/dev/null | grep 'train-images' | head -n 1) || true
+    data=${data%/*}
+fi
+[ -d "$data" ] || fail 'no Fashion-MNIST: apt-get install dataset-fashion-mnist, or set MD_DEMO_DATA'
+
+mkdir -p runs
+if [ ! -f "$store" ]; then
+    say "1. pictures to an image store: md_hpc convert --out $store $data"
+    "$mpirun" -np "$ranks" ./md_hpc convert --out "$store" "$data"
+else
+    say "1. the image store $store is there already"
+fi
+
+say "2. pretraining on $ranks ranks: mpirun -np $ranks ./md_hpc demo.cfg run.dir=$run"
+rm -rf "$run"
+"$mpirun" -np "$ranks" ./md_hpc demo.cfg "data.train=$store" "run.dir=$run" &
+job=$!
+trap 'kill $job 2>/dev/null || true' EXIT
+stop_at=60
+while kill -0 "$job" 2>/dev/null; do
+    step=$(last step)
+    [ "${step:-0}" -lt "$stop_at" ] || break
+    sleep 0.2
+done
+kill -0 "$job" 2>/dev/null || fail 'the first run ended early'
+say "3. the batch system calls: kill -USR1, as $(($(last step))) steps are done"
+kill -USR1 "$job"
+rc=0
+wait "$job" || rc=$?
+trap - EXIT
+[ "$rc" = 75 ] || fail "expected exit code 75 (checkpointed, run me again), got $rc"
+
+say '4. the same command again: it goes on where it stopped'
+"$mpirun" -np "$ranks" ./md_hpc demo.cfg "data.train=$store" "run.dir=$run"
+
+# Mean of a key over the first (head) or last (tail) 20 steps.
+mean() { # head|tail KEY
+    "$1" -n 20 "$metrics" | sed "s/.*\"$2\": *\([-0-9.e+]*\).*/\1/" |
+        awk '{ sum += $1 } END { printf "%.4f", sum / NR }'
+}
+first=$(mean head loss) end=$(mean tail loss) speed=$(mean tail images_per_second)
+checkpoint=$(find "$run/checkpoints" -name 'step-*.h5' | sort | tail -n 1)
+awk "BEGIN { exit !($end < 0.8 * $first) }" || fail "the loss did not fall: $first to $end"
+say "done in $((SECONDS - start)) s; more of it: mpirun -np $ranks ./md_hpc demo.cfg run.dir=runs/longer train.epochs=5"
+echo "loss $first -> $end, ${speed%.*} images/s on $ranks ranks, checkpoint $checkpoint;" \
+    "next: README.md, \"A first real run\""
