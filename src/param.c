@@ -5,6 +5,7 @@
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
+#define XXH_INLINE_ALL /* no library to link, compiled for this machine */
 #include <xxhash.h>
 
 void md_params_init(md_params *p)

@@ -1,0 +1,107 @@
+/* method: resolves the axes and builds the two graphs. */
+#include "src/method.h"
+
+#include <string.h>
+
+static md_status look_up(md_method *m)
+{
+    const md_config *c = m->config;
+    m->teacher = md_teacher_find(c->teacher_kind);
+    m->target = md_target_find(c->target_norm);
+    m->student = md_student_find(c->student_mode);
+    m->head = md_head_find(c->head_kind);
+    m->loss = md_loss_find(c->loss_kind);
+    MD_ASSERT(m->teacher && m->target && m->student && m->head && m->loss,
+              "an axis name passed the config check but has no row");
+    return md_mask_args_make(c, &m->mask);
+}
+
+bool md_method_needs_weights(const md_config *c)
+{
+    const md_teacher_row *row = md_teacher_find(c->teacher_kind);
+    return row && row->trained_weights;
+}
+
+/* Which tokens the loss is taken on. */
+static md_status choose_tokens(md_method *m)
+{
+    const md_config *c = m->config;
+    int patches = (int)((c->image_size / c->model_patch) * (c->image_size / c->model_patch));
+    bool all = strcmp(c->loss_on, "all") == 0;
+    if (!all && m->mask.count == 0)
+        MD_FAIL(MD_ERR_CONFIG, "method.loss.on = masked, but method.mask.kind = none masks nothing: "
+                               "set method.loss.on = all");
+    m->chosen = all ? patches : m->mask.count;
+    return MD_OK;
+}
+
+md_status md_method_resolve(md_method *m, const md_config *c, const md_teacher_info *info)
+{
+    *m = (md_method){.config = c, .proj_w = MD_NO_PARAM, .s_mask = MD_NO_SLOT,
+                     .s_rel_index = MD_NO_SLOT};
+    MD_TRY(look_up(m));
+    MD_TRY(choose_tokens(m));
+    if (m->teacher->trained_weights && !info)
+        MD_FAIL(MD_ERR_CONFIG, "method.teacher.kind = %s needs method.teacher.weights",
+                m->teacher->name);
+    if (info)
+        m->info = *info;
+    md_tag target, encoded;
+    MD_TRY(m->teacher->declare(m, &target));
+    MD_TRY(m->student->declare(m, &encoded));
+    m->target_width = target.width;
+    m->teacher_cls = target.tokens == MD_TOKENS_WITH_CLS;
+    MD_TRY(m->head->declare(m, &encoded, target.width));
+    md_params_seal(&m->params);
+    md_params_seal(&m->teacher_params);
+    return MD_OK;
+}
+
+static md_status build_teacher(md_method *m)
+{
+    md_graph *g = &m->teacher_graph;
+    const int64_t side = m->teacher_image ? m->teacher_image : m->config->image_size;
+    const int64_t rows = m->images * m->chosen;
+    md_graph_init(g, &m->teacher_params, false);
+    m->t_image = md_graph_input(g, "image", MD_U8, 4, (int64_t[]){m->images, side, side, 3});
+    m->t_rows = md_graph_input(g, "rows", MD_I32, 1, &rows);
+    md_slot x = m->teacher->build(m, g, m->t_image, m->t_rows);
+    m->t_target = m->target->build(m, g, x);
+    md_graph_set_external(g, m->t_target);
+    return md_graph_finish(g);
+}
+
+static md_status build_student(md_method *m, int64_t step_images)
+{
+    md_graph *g = &m->student_graph;
+    const int64_t side = m->config->image_size, rows = m->images * m->chosen;
+    md_graph_init(g, &m->params, true);
+    m->s_image = md_graph_input(g, "image", MD_U8, 4, (int64_t[]){m->images, side, side, 3});
+    m->s_rows = md_graph_input(g, "rows", MD_I32, 1, &rows);
+    m->s_target = md_graph_input(g, "target", MD_F32, 2, (int64_t[]){rows, m->target_width});
+    md_slot pred = m->head->build(m, g, m->student->build(m, g));
+    double values = (double)step_images * m->chosen * m->target_width;
+    m->s_loss = md_n_loss(g, pred, m->s_target,
+                          &(md_attr){.loss = m->loss->kind, .beta = (float)m->config->loss_beta,
+                                     .scale = (float)(1.0 / values)});
+    return md_graph_finish(g);
+}
+
+md_status md_method_build(md_method *m, int64_t images, int64_t step_images)
+{
+    m->images = images;
+    MD_TRY(build_teacher(m));
+    return build_student(m, step_images);
+}
+
+void md_method_free(md_method *m)
+{
+    md_graph_free(&m->teacher_graph);
+    md_graph_free(&m->student_graph);
+    md_vit_free(&m->student_vit);
+    md_vit_free(&m->teacher_vit);
+    md_params_free(&m->params);
+    md_params_free(&m->teacher_params);
+    md_free(m->s_keep);
+    *m = (md_method){0};
+}

@@ -1,0 +1,110 @@
+/* method: what is learned from what. A method is data: one name per axis (teacher, target, mask,
+ * student, head, loss), each axis a table of rows. md_method_resolve looks the names up and checks
+ * that what one axis gives is what the next one takes; md_method_build makes the two graphs. Glue
+ * (dropping cls, taking the chosen rows) follows from the tags, never from a method's name.
+ *
+ * Chosen tokens: the M patches of every image the loss is taken on: the masked ones, or all. Both
+ * graphs read the same choice through row indices into their own token matrices. */
+#ifndef MD_METHOD_H
+#define MD_METHOD_H
+
+#include "src/config.h"
+#include "src/mask.h"
+#include "src/vit.h"
+
+/* What flows between axes. */
+typedef enum md_value_kind { MD_FEATURE, MD_PIXEL } md_value_kind;
+typedef enum md_token_set { MD_TOKENS_WITH_CLS, MD_TOKENS_PATCHES, MD_TOKENS_CHOSEN } md_token_set;
+typedef struct md_tag {
+    md_value_kind value;
+    md_token_set tokens;
+    int width;
+} md_tag;
+
+/* What is known of a vit teacher before its weights are read. */
+typedef struct md_teacher_info {
+    md_vit_spec spec; /* image is filled in by md_method_resolve */
+    int grid;         /* side of the stored position table */
+    int proj_width;   /* of proj.weight; 0 = none */
+    float mean[3], std[3];
+} md_teacher_info;
+
+typedef struct md_method md_method;
+
+typedef struct md_teacher_row {
+    const char *name;
+    bool trained_weights; /* needs method.teacher.weights */
+    /* Checks the config, declares m->teacher_params and tells what build gives per token. */
+    md_status (*declare)(md_method *m, md_tag *out);
+    /* Values [B*M, width] at the chosen tokens, from images u8 [B, S, S, 3]. */
+    md_slot (*build)(md_method *m, md_graph *g, md_slot image, md_slot rows);
+} md_teacher_row;
+
+typedef struct md_target_row {
+    const char *name;
+    md_slot (*build)(md_method *m, md_graph *g, md_slot x); /* [B*M, width] -> same */
+} md_target_row;
+
+typedef struct md_student_row {
+    const char *name;
+    md_status (*declare)(md_method *m, md_tag *out);
+    md_slot (*build)(md_method *m, md_graph *g); /* encoder output [B*M, C] at the chosen tokens */
+} md_student_row;
+
+typedef struct md_head_row {
+    const char *name;
+    md_status (*declare)(md_method *m, const md_tag *in, int width);
+    md_slot (*build)(md_method *m, md_graph *g, md_slot x); /* [B*M, C] -> [B*M, width] */
+} md_head_row;
+
+typedef struct md_loss_row {
+    const char *name;
+    md_loss_kind kind;
+} md_loss_row;
+
+struct md_method {
+    const md_config *config;
+    const md_teacher_row *teacher;
+    const md_target_row *target;
+    const md_student_row *student;
+    const md_head_row *head;
+    const md_loss_row *loss;
+    md_mask_args mask;
+    md_teacher_info info;   /* zero for teachers without weights */
+    md_vit student_vit, teacher_vit;
+    md_params params;         /* the student's and the head's, trainable */
+    md_params teacher_params; /* frozen */
+    int proj_w;               /* teacher projection, MD_NO_PARAM when not used */
+    int head_w, head_b;
+    int chosen;        /* M */
+    int target_width;  /* K */
+    int teacher_image; /* side of the teacher's own crop; 0: it sees the student's */
+    bool teacher_cls;  /* the teacher's token rows begin with cls */
+
+    /* After md_method_build: the graphs, and their slots to bind. */
+    int64_t images; /* B of one pass */
+    md_graph teacher_graph, student_graph;
+    md_slot t_image, t_rows, t_target;
+    md_slot s_image, s_mask, s_rows, s_rel_index, s_target, s_loss;
+    md_slot *s_keep; /* [2L] or NULL */
+};
+
+/* Looks up the axes of c (kept by pointer), checks that they fit, declares and seals both registries.
+ * info describes the teacher's weights, NULL when they are not known (pixel teacher). Local.
+ * MD_ERR_CONFIG names the keys that do not fit. */
+md_status md_method_resolve(md_method *m, const md_config *c, const md_teacher_info *info);
+/* Whether this config's teacher is read from a weights file. */
+bool md_method_needs_weights(const md_config *c);
+/* Builds both graphs for `images` images a pass. The loss is scaled so that the sum over the passes
+ * and ranks of a step of `step_images` images is the mean over all chosen tokens and channels. */
+md_status md_method_build(md_method *m, int64_t images, int64_t step_images);
+void md_method_free(md_method *m);
+
+/* Axis tables: find a row by name, NULL when absent. */
+const md_teacher_row *md_teacher_find(const char *name);
+const md_target_row *md_target_find(const char *name);
+const md_student_row *md_student_find(const char *name);
+const md_head_row *md_head_find(const char *name);
+const md_loss_row *md_loss_find(const char *name);
+
+#endif

@@ -1,0 +1,116 @@
+/* teachers: the axis method.teacher. A frozen ViT, or the picture's own patches. */
+#include "src/method.h"
+
+#include <string.h>
+
+/* ---- vit ---- */
+
+static const char *const stages = "raw,ln_post,ln_post_proj";
+enum { STAGE_RAW, STAGE_LN_POST, STAGE_PROJ };
+
+static md_status vit_grid(md_method *m)
+{
+    const md_config *c = m->config;
+    md_vit_spec *t = &m->info.spec;
+    int side = (int)(c->image_size / c->model_patch);
+    t->image = c->teacher_image_size ? (int)c->teacher_image_size : side * t->patch;
+    if (t->image % t->patch != 0 || t->image / t->patch != side)
+        MD_FAIL(MD_ERR_CONFIG,
+                "method.teacher.image_size = %d gives the teacher (patch %d) a grid of %g x %g, the "
+                "student (image.size %d, model.patch %d) has %d x %d: set "
+                "method.teacher.image_size = %d",
+                t->image, t->patch, (double)t->image / t->patch, (double)t->image / t->patch,
+                (int)c->image_size, (int)c->model_patch, side, side, side * t->patch);
+    m->teacher_image = t->image == c->image_size ? 0 : t->image;
+    return MD_OK;
+}
+
+static md_status vit_declare(md_method *m, md_tag *out)
+{
+    const md_config *c = m->config;
+    md_vit_spec *t = &m->info.spec;
+    int stage = md_choice_index(stages, c->teacher_stage);
+    MD_TRY(vit_grid(m));
+    if (c->teacher_layers > t->layers)
+        MD_FAIL(MD_ERR_CONFIG, "method.teacher.layers = %d but the teacher has %d blocks",
+                (int)c->teacher_layers, t->layers);
+    if (stage == STAGE_PROJ && m->info.proj_width == 0)
+        MD_FAIL(MD_ERR_CONFIG, "method.teacher.stage = ln_post_proj but %s holds no projection",
+                c->teacher_weights);
+    t->final_norm = stage != STAGE_RAW;
+    MD_TRY(md_vit_declare(&m->teacher_vit, t, &m->teacher_params));
+    int width = t->width;
+    if (stage == STAGE_PROJ) {
+        width = m->info.proj_width;
+        md_param proj = {.name = "proj.weight", .rank = 2, .global = {width, t->width},
+                         .cut_dim = -1, .cut_parts = 1, .layer_id = t->layers + 1};
+        m->proj_w = md_params_add(&m->teacher_params, &proj);
+    }
+    *out = (md_tag){MD_FEATURE, MD_TOKENS_WITH_CLS, width};
+    return MD_OK;
+}
+
+/* Mean of the last k block outputs at the chosen rows, then the stage asked for. */
+static md_slot vit_build(md_method *m, md_graph *g, md_slot image, md_slot rows)
+{
+    const int k = (int)m->config->teacher_layers;
+    const int stage = md_choice_index(stages, m->config->teacher_stage);
+    md_slot *out = md_alloc(sizeof *out * (size_t)k, "teacher outputs");
+    if (!out) {
+        g->status = MD_ERR_MEMORY;
+        return MD_NO_SLOT;
+    }
+    md_vit_in in = {.images = m->images, .image = image, .mask = MD_NO_SLOT, .index = MD_NO_SLOT,
+                    .mean = m->info.mean, .std = m->info.std, .last = k};
+    md_vit_build(&m->teacher_vit, g, &in, out);
+    md_slot x = MD_NO_SLOT;
+    for (int i = 0; i < k; i++) {
+        md_slot chosen = md_n_gather_rows(g, out[i], rows);
+        x = k == 1 ? chosen : md_n_add_scaled(g, x, chosen, 1.0f / (float)k);
+    }
+    md_free(out);
+    const md_vit *v = &m->teacher_vit;
+    if (stage != STAGE_RAW)
+        x = md_n_layernorm(g, x, (int[]){v->norm_w, v->norm_b},
+                           &(md_attr){.eps = v->spec.ln_eps});
+    if (stage == STAGE_PROJ)
+        x = md_n_linear(g, x, m->proj_w, MD_NO_PARAM, MD_ACT_NONE);
+    return x;
+}
+
+/* ---- pixel: normalised pixels of each patch, order (y, x, channel) as MAE's patchify ---- */
+
+static md_status pixel_declare(md_method *m, md_tag *out)
+{
+    const md_config *c = m->config;
+    if (c->teacher_image_size && c->teacher_image_size != c->image_size)
+        MD_FAIL(MD_ERR_CONFIG,
+                "method.teacher.image_size = %d, but a pixel teacher sees the student's own crop "
+                "of %d pixels: leave the key at 0",
+                (int)c->teacher_image_size, (int)c->image_size);
+    *out = (md_tag){MD_PIXEL, MD_TOKENS_PATCHES, (int)(3 * c->model_patch * c->model_patch)};
+    return MD_OK;
+}
+
+static md_slot pixel_build(md_method *m, md_graph *g, md_slot image, md_slot rows)
+{
+    md_attr a = {.side = (int)m->config->model_patch, .order = MD_PATCH_HWC};
+    for (int i = 0; i < 3; i++) {
+        a.mean[i] = (float)m->config->image_mean[i];
+        a.std[i] = (float)m->config->image_std[i];
+    }
+    return md_n_gather_rows(g, md_n_patchify(g, image, &a), rows);
+}
+
+static const md_teacher_row teachers[] = {
+    {"vit", true, vit_declare, vit_build},
+    {"pixel", false, pixel_declare, pixel_build},
+};
+
+const md_teacher_row *md_teacher_find(const char *name)
+{
+    for (size_t i = 0; i < MD_COUNT(teachers); i++)
+        if (strcmp(teachers[i].name, name) == 0)
+            return &teachers[i];
+    return NULL;
+}
