@@ -104,6 +104,8 @@ LIB  := $(BUILD)/libmd_hpc.a
 PROG := $(BUILD)/md_hpc
 TEST_SRC  := $(wildcard tests/unit/test_*.c tests/ops/test_*.c tests/par/test_*.c)
 TESTS     := $(TEST_SRC:%.c=$(BUILD)/%)
+# The op tests are one program of several files.
+OPS_OBJ   := $(patsubst %.c,$(BUILD)/%.o,$(filter-out $(TEST_SRC),$(wildcard tests/ops/*.c)))
 BENCH_SRC := $(wildcard bench/*.c)
 BENCHES   := $(BENCH_SRC:%.c=$(BUILD)/%)
 
@@ -164,14 +166,16 @@ $(PROG): $(BUILD)/src/main.o $(LIB) $(SANOBJ)
 $(BUILD)/tests/%: tests/%.c $(LIB) $(SANOBJ)
 	$(say) TEST $<
 	@mkdir -p $(@D)
-	$(Q)$(COMPILE) $(TEST_CFLAGS) -MMD -MP $< $(LIB) $(SANOBJ) -o $@ $(TEST_LIBS) $(LIBS_ALL)
+	$(Q)$(COMPILE) $(TEST_CFLAGS) -MMD -MP $< $(TEST_OBJ) $(LIB) $(SANOBJ) -o $@ $(TEST_LIBS) $(LIBS_ALL)
+$(BUILD)/tests/ops/test_ops: $(OPS_OBJ)
+$(BUILD)/tests/ops/test_ops: private TEST_OBJ := $(OPS_OBJ)
 
 $(BUILD)/bench/%: bench/%.c $(LIB)
 	$(say) BENCH $<
 	@mkdir -p $(@D)
 	$(Q)$(COMPILE) -MMD -MP $< $(LIB) -o $@ $(LIBS_ALL)
 
--include $(OBJ:.o=.d) $(TESTS:=.d) $(BENCHES:=.d)
+-include $(OBJ:.o=.d) $(OPS_OBJ:.o=.d) $(TESTS:=.d) $(BENCHES:=.d)
 
 # ---- people's targets ----
 

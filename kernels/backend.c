@@ -1,6 +1,7 @@
 /* backend: the backends of this binary, by name. */
 #include "kernels/backend.h"
 
+#include <stdio.h>
 #include <string.h>
 
 /* X(name, compiled in, what to do when it is not) */
@@ -25,15 +26,11 @@ static const struct {
 const char *md_backend_list(void)
 {
     static char list[64];
-    if (*list)
-        return list;
-    for (size_t i = 0; i < MD_COUNT(backends); i++) {
-        if (!backends[i].create)
-            continue;
-        if (*list)
-            strcat(list, ", ");
-        strcat(list, backends[i].name);
-    }
+    size_t used = 0;
+    for (size_t i = 0; i < MD_COUNT(backends); i++)
+        if (backends[i].create && used < sizeof list)
+            used += (size_t)snprintf(list + used, sizeof list - used, "%s%s", used ? ", " : "",
+                                     backends[i].name);
     return list;
 }
 

@@ -6,6 +6,7 @@
 
 #include <math.h>
 #include <string.h>
+#define XXH_INLINE_ALL
 #include <xxhash.h>
 
 md_status cpu_backend_create(int threads, md_backend **out);

@@ -40,22 +40,23 @@ md_status cpu_rel_scatter(md_backend *be, const md_rel_scatter_args *a)
 
 typedef struct patch_geometry {
     int64_t image_side, patch_side, grid; /* grid: patches along one side */
+    md_patch_order order;
+    float table[3][256]; /* the normalised value of every byte of every channel */
 } patch_geometry;
 
-/* One patch at (gy, gx) of one image through the tables. */
-static void cut_patch(const uint8_t *image, const float table[3][256], patch_geometry g,
-                      md_patch_order order, int64_t gy, int64_t gx, float *out)
+/* The patch whose first byte is at corner. */
+static void cut_patch(const patch_geometry *g, const uint8_t *corner, float *out)
 {
-    int64_t p = g.patch_side;
+    int64_t p = g->patch_side;
     for (int64_t y = 0; y < p; y++) {
-        const uint8_t *row = image + ((gy * p + y) * g.image_side + gx * p) * 3;
-        if (order == MD_PATCH_HWC) {
+        const uint8_t *row = corner + y * g->image_side * 3;
+        if (g->order == MD_PATCH_HWC) {
             for (int64_t i = 0; i < 3 * p; i++)
-                out[y * 3 * p + i] = table[i % 3][row[i]];
+                out[y * 3 * p + i] = g->table[i % 3][row[i]];
         } else {
             for (int ch = 0; ch < 3; ch++)
                 for (int64_t x = 0; x < p; x++)
-                    out[(ch * p + y) * p + x] = table[ch][row[3 * x + ch]];
+                    out[(ch * p + y) * p + x] = g->table[ch][row[3 * x + ch]];
         }
     }
 }
@@ -64,22 +65,23 @@ md_status cpu_patchify(md_backend *be, const md_patchify_args *a)
 {
     CPU_CHECK(patchify, a);
     int64_t images = a->image->dim[0], s = a->image->dim[1], p = a->side;
-    patch_geometry g = {.image_side = s, .patch_side = p, .grid = p > 0 ? s / p : 0};
+    patch_geometry g = {
+        .image_side = s, .patch_side = p, .grid = p > 0 ? s / p : 0, .order = a->order};
     if (p < 1 || s % p != 0 || md_tensor_rows(a->patch) != images * g.grid * g.grid ||
         md_tensor_cols(a->patch) != 3 * p * p || a->accumulate)
         MD_FAIL(MD_ERR_BUG, "patchify: patches of side %d do not tile images of side %lld", a->side,
                 (long long)s);
-    float table[3][256];
     for (int ch = 0; ch < 3; ch++)
         for (int v = 0; v < 256; v++)
-            table[ch][v] = (float)(((double)v / 255.0 - (double)a->mean[ch]) / (double)a->std[ch]);
+            g.table[ch][v] =
+                (float)(((double)v / 255.0 - (double)a->mean[ch]) / (double)a->std[ch]);
     const uint8_t *image = a->image->data;
     float *patch = md_f32(a->patch);
 #pragma omp parallel for num_threads(be->threads)
     for (int64_t row = 0; row < images * g.grid; row++) {
         int64_t b = row / g.grid, gy = row % g.grid;
         for (int64_t gx = 0; gx < g.grid; gx++)
-            cut_patch(image + b * s * s * 3, table, g, a->order, gy, gx,
+            cut_patch(&g, image + ((b * s + gy * p) * s + gx * p) * 3,
                       patch + (row * g.grid + gx) * 3 * p * p);
     }
     return MD_OK;

@@ -1,11 +1,12 @@
 /* mm_blas: matrix products by any CBLAS (see cpu_mm.h). Bias and activation are a second pass over
- * the result. A BLAS with OpenMP threads runs a single product on the calling thread. */
+ * the result. Inside a parallel region a BLAS with OpenMP threads runs on the calling thread. */
 #if !MD_ONEDNN
 #include "kernels/cpu/cpu_mm.h"
 #include "kernels/scalar_math.h"
 
 #include <cblas.h>
 #include <limits.h>
+#include <omp.h>
 
 struct mm_provider {
     int threads;
@@ -66,6 +67,7 @@ static void finish_row(float *c, const float *bias, int64_t n, uint8_t act)
 md_status mm_prim_run(const mm_prim *prim, const cpu_mm_run_args *r)
 {
     const cpu_mm_shape *s = &prim->shape;
+    omp_set_num_threads(prim->threads); /* a BLAS with OpenMP threads looks at this */
     for (int64_t i = 0; i < s->batch; i++) {
         float *c = r->c + i * s->step_c;
         cblas_sgemm(CblasRowMajor, s->trans_a ? CblasTrans : CblasNoTrans,

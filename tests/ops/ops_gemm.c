@@ -1,0 +1,159 @@
+/* ops_gemm: cases of gemm, colsum and act_bwd. */
+#include "tests/ops/ops_case.h"
+
+#include <math.h>
+
+enum { TA = 1, TB = 2, BIAS = 4, GELU = 8, QUICK = 16, PRE = 32, ADD = 64, FROZEN = 128 };
+
+static double act_value(md_act act, double x)
+{
+    if (act == MD_ACT_GELU)
+        return 0.5 * x * erfc(-x * sqrt(0.5));
+    return act == MD_ACT_QUICK_GELU ? x / (1.0 + exp(-(double)1.702f * x)) : x;
+}
+
+static double act_slope(md_act act, double x)
+{
+    if (act == MD_ACT_GELU)
+        return 0.5 * erfc(-x * sqrt(0.5)) + x * exp(-0.5 * x * x) * 0.3989422804014327;
+    double s = 1.0 / (1.0 + exp(-(double)1.702f * x));
+    return act == MD_ACT_QUICK_GELU ? s + (double)1.702f * x * s * (1.0 - s) : 1.0;
+}
+
+static md_act act_of(unsigned flags)
+{
+    return flags & GELU ? MD_ACT_GELU : flags & QUICK ? MD_ACT_QUICK_GELU : MD_ACT_NONE;
+}
+
+/* n: m, n, k. */
+static void build_gemm(op_case *c)
+{
+    int64_t m = c->row->n[0], n = c->row->n[1], k = c->row->n[2];
+    unsigned f = c->row->flags;
+    md_gemm_args *a = &c->args.gemm;
+    a->a = f & TA ? F32(c, k, m) : F32(c, m, k);
+    a->b = f & TB ? F32(c, n, k) : F32(c, k, n);
+    a->bias = f & BIAS ? F32(c, n) : NULL;
+    a->y = F32(c, m, n);
+    a->pre = f & PRE ? F32(c, m, n) : NULL;
+    a->trans_a = (f & TA) != 0;
+    a->trans_b = (f & TB) != 0;
+    a->b_frozen = (f & FROZEN) != 0;
+    a->act = act_of(f);
+    a->accumulate = f & ADD ? 1 : 0;
+    c->terms = (double)k;
+    c->factor = 4.0;
+}
+
+static void ref_gemm(op_case *c, bool mutant)
+{
+    int64_t m = c->row->n[0], n = c->row->n[1], k = c->row->n[2];
+    unsigned f = c->row->flags;
+    const double *a = X(c, gemm, a), *b = X(c, gemm, b), *bias = X(c, gemm, bias);
+    for (int64_t i = 0; i < m; i++)
+        for (int64_t j = 0; j < n; j++) {
+            double sum = bias ? bias[j] : 0.0;
+            for (int64_t l = 0; l < k - (mutant ? 1 : 0); l++)
+                sum +=
+                    (f & TA ? a[l * m + i] : a[i * k + l]) * (f & TB ? b[j * k + l] : b[l * n + j]);
+            if (REF(c, gemm, pre))
+                REF(c, gemm, pre)[i * n + j] += sum;
+            REF(c, gemm, y)[i * n + j] += act_value(act_of(f), sum);
+        }
+}
+
+/* n: rows, cols. */
+static void build_colsum(op_case *c)
+{
+    c->args.colsum.x = F32(c, c->row->n[0], c->row->n[1]);
+    c->args.colsum.y = F32(c, c->row->n[1]);
+    c->args.colsum.accumulate = c->row->flags & ADD ? 1 : 0;
+    c->terms = (double)c->row->n[0];
+}
+
+static void ref_colsum(op_case *c, bool mutant)
+{
+    int64_t rows = c->row->n[0], cols = c->row->n[1];
+    for (int64_t i = 0; i < rows - (mutant ? 1 : 0); i++)
+        for (int64_t j = 0; j < cols; j++)
+            REF(c, colsum, y)[j] += X(c, colsum, x)[i * cols + j];
+}
+
+/* n: rows, cols. PRE: dx is dy. */
+static void build_act_bwd(op_case *c)
+{
+    int64_t rows = c->row->n[0], cols = c->row->n[1];
+    md_act_bwd_args *a = &c->args.act_bwd;
+    a->x = TENSOR(c, MD_F32, FILL_WIDE, rows, cols);
+    md_tensor *dy = F32(c, rows, cols);
+    a->dy = dy;
+    a->dx = c->row->flags & PRE ? dy : F32(c, rows, cols);
+    a->dbias = c->row->flags & BIAS ? F32(c, cols) : NULL;
+    a->accumulate = c->row->flags & ADD ? 2 : 0;
+    a->act = act_of(c->row->flags);
+    c->terms = (double)rows;
+    c->factor = 8.0;
+}
+
+static void ref_act_bwd(op_case *c, bool mutant)
+{
+    int64_t rows = c->row->n[0], cols = c->row->n[1];
+    const double *x = X(c, act_bwd, x), *dy = X(c, act_bwd, dy);
+    double *dx = REF(c, act_bwd, dx), *dbias = REF(c, act_bwd, dbias);
+    for (int64_t i = 0; i < rows * cols; i++) {
+        dx[i] = (mutant ? 1.0001 : 1.0) * dy[i] * act_slope(act_of(c->row->flags), x[i]);
+        if (dbias)
+            dbias[i % cols] += dx[i];
+    }
+}
+
+static double objective_act_bwd(const op_case *c, int o, int64_t i, double h)
+{
+    if (o != OUT_INDEX(act_bwd, dx))
+        return NAN;
+    md_act act = act_of(c->row->flags);
+    double x = X(c, act_bwd, x)[i];
+    return X(c, act_bwd, dy)[i] * (act_value(act, x + h) - act_value(act, x));
+}
+
+#define GEMM(m, n, k, f)                                     \
+    {                                                        \
+        MD_OP_gemm, build_gemm, ref_gemm, {m, n, k}, f, NULL \
+    }
+#define GEMM_FLAGS(m, n, k)                                                           \
+    GEMM(m, n, k, 0), GEMM(m, n, k, TA), GEMM(m, n, k, TB), GEMM(m, n, k, TA | TB),   \
+        GEMM(m, n, k, TB | BIAS), GEMM(m, n, k, TA | ADD), GEMM(m, n, k, BIAS | ADD), \
+        GEMM(m, n, k, TB | BIAS | GELU), GEMM(m, n, k, TB | BIAS | QUICK),            \
+        GEMM(m, n, k, TB | BIAS | GELU | PRE), GEMM(m, n, k, BIAS | QUICK | PRE),     \
+        GEMM(m, n, k, TB | BIAS | FROZEN), GEMM(m, n, k, GELU | FROZEN), GEMM(m, n, k, TB | GELU)
+#define COLSUM(r, c, f)                                         \
+    {                                                           \
+        MD_OP_colsum, build_colsum, ref_colsum, {r, c}, f, NULL \
+    }
+#define ACT_BWD(r, c, f)                                                        \
+    {                                                                           \
+        MD_OP_act_bwd, build_act_bwd, ref_act_bwd, {r, c}, f, objective_act_bwd \
+    }
+
+const op_row gemm_rows[] = {
+    GEMM_FLAGS(1, 1, 1),
+    GEMM_FLAGS(3, 17, 5),
+    GEMM_FLAGS(17, 1, 65),
+    GEMM_FLAGS(65, 3, 1),
+    GEMM_FLAGS(197, 65, 48),
+    GEMM_FLAGS(257, 96, 80),
+    GEMM_FLAGS(64, 192, 768),
+    COLSUM(1, 1, 0),
+    COLSUM(3, 17, ADD),
+    COLSUM(257, 1, 0),
+    COLSUM(197, 259, ADD),
+    COLSUM(1030, 64, 0),
+    ACT_BWD(1, 1, GELU),
+    ACT_BWD(3, 17, GELU | BIAS),
+    ACT_BWD(65, 257, QUICK | BIAS | ADD),
+    ACT_BWD(197, 64, GELU | BIAS | PRE),
+    ACT_BWD(197, 64, QUICK | PRE),
+    ACT_BWD(17, 33, BIAS),
+    ACT_BWD(17, 33, BIAS | PRE | ADD),
+};
+const int gemm_row_count = (int)MD_COUNT(gemm_rows);

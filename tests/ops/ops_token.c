@@ -1,0 +1,309 @@
+/* ops_token: cases of rel_gather, rel_scatter, patchify, tokens, tokens_bwd, gather_rows and
+ * scatter_rows. */
+#include "tests/ops/ops_case.h"
+
+#include <math.h>
+
+enum { ADD = 1, POS = 2, MASK = 4, CLS = 8, HWC = 16 };
+
+/* Index [T, T] into R rows, with repeats, every row of the table possible. */
+static md_tensor *relative_index(op_case *c, int64_t tokens, int64_t rows)
+{
+    md_tensor *t = TENSOR(c, MD_I32, FILL_BYTES, tokens, tokens);
+    for (int64_t i = 0; i < tokens * tokens; i++)
+        md_i32(t)[i] = (int32_t)((7 * i + md_i32(t)[i]) % rows);
+    return t;
+}
+
+/* n: tokens, table rows, heads. */
+static void build_rel_gather(op_case *c)
+{
+    int64_t t = c->row->n[0], r = c->row->n[1], h = c->row->n[2];
+    c->args.rel_gather.table = F32(c, r, h);
+    c->args.rel_gather.index = relative_index(c, t, r);
+    c->args.rel_gather.rel = F32(c, h, t, t);
+    c->factor = 0.0;
+}
+
+static void ref_rel_gather(op_case *c, bool mutant)
+{
+    int64_t t = c->row->n[0], heads = c->row->n[2];
+    const double *table = X(c, rel_gather, table), *index = X(c, rel_gather, index);
+    for (int64_t h = 0; h < heads; h++)
+        for (int64_t i = 0; i < t * t; i++)
+            REF(c, rel_gather, rel)
+            [h * t * t + i] += mutant && i == 0 ? 9.0 : table[(int64_t)index[i] * heads + h];
+}
+
+static void build_rel_scatter(op_case *c)
+{
+    int64_t t = c->row->n[0], r = c->row->n[1], h = c->row->n[2];
+    c->args.rel_scatter.drel = F32(c, h, t, t);
+    c->args.rel_scatter.index = relative_index(c, t, r);
+    c->args.rel_scatter.dtable = F32(c, r, h);
+    c->args.rel_scatter.accumulate = c->row->flags & ADD ? 1 : 0;
+    c->terms = (double)(t * t);
+}
+
+static void ref_rel_scatter(op_case *c, bool mutant)
+{
+    int64_t t = c->row->n[0], heads = c->row->n[2];
+    const double *index = X(c, rel_scatter, index);
+    for (int64_t h = 0; h < heads; h++)
+        for (int64_t i = mutant ? 1 : 0; i < t * t; i++)
+            REF(c, rel_scatter, dtable)
+            [(int64_t)index[i] * heads + h] += X(c, rel_scatter, drel)[h * t * t + i];
+}
+
+/* <drel, table[index]> is linear in the table: the change alone is exact. */
+static double objective_rel_scatter(const op_case *c, int o, int64_t i, double h)
+{
+    (void)o;
+    int64_t t = c->row->n[0], heads = c->row->n[2];
+    const double *index = X(c, rel_scatter, index);
+    double sum = 0.0;
+    for (int64_t p = 0; p < t * t; p++)
+        if ((int64_t)index[p] == i / heads)
+            sum += h * X(c, rel_scatter, drel)[i % heads * t * t + p];
+    return sum;
+}
+
+/* n: images, image side, patch side. */
+static void build_patchify(op_case *c)
+{
+    int64_t b = c->row->n[0], s = c->row->n[1], p = c->row->n[2], grid = s / p;
+    md_patchify_args *a = &c->args.patchify;
+    a->image = TENSOR(c, MD_U8, FILL_BYTES, b, s, s, 3);
+    a->patch = F32(c, b * grid * grid, 3 * p * p);
+    a->side = (int)p;
+    a->order = c->row->flags & HWC ? MD_PATCH_HWC : MD_PATCH_CHW;
+    for (int ch = 0; ch < 3; ch++) {
+        a->mean[ch] = 0.4f + 0.05f * (float)ch;
+        a->std[ch] = 0.2f + 0.02f * (float)ch;
+    }
+    c->factor = 1.0;
+}
+
+static void ref_patchify(op_case *c, bool mutant)
+{
+    const md_patchify_args *a = &c->args.patchify;
+    int64_t b = c->row->n[0], s = c->row->n[1], p = c->row->n[2], grid = s / p;
+    for (int64_t i = 0; i < b * s * s * 3; i++) {
+        int64_t ch = i % 3, x = i / 3 % s, y = i / 3 / s % s, image = i / 3 / s / s;
+        int64_t patch = (image * grid + y / p) * grid + x / p, py = y % p, px = x % p;
+        int64_t inner = a->order == MD_PATCH_HWC ? (py * p + px) * 3 + ch : (ch * p + py) * p + px;
+        double value = X(c, patchify, image)[i] / (mutant ? 256.0 : 255.0);
+        REF(c, patchify, patch)
+        [patch * 3 * p * p + inner] += (value - (double)a->mean[ch]) / (double)a->std[ch];
+    }
+}
+
+/* n: images, patches of an image, width. */
+static void build_tokens(op_case *c)
+{
+    int64_t b = c->row->n[0], g = c->row->n[1], w = c->row->n[2];
+    md_tokens_args *a = &c->args.tokens;
+    a->patch = F32(c, b, g, w);
+    a->cls = F32(c, w);
+    a->mask_token = c->row->flags & MASK ? F32(c, w) : NULL;
+    a->pos = c->row->flags & POS ? F32(c, g + 1, w) : NULL;
+    a->mask = c->row->flags & MASK ? TENSOR(c, MD_U8, FILL_BITS, b, g) : NULL;
+    a->tokens = F32(c, b, g + 1, w);
+    c->factor = 1.0;
+}
+
+static void ref_tokens(op_case *c, bool mutant)
+{
+    int64_t b = c->row->n[0], g = c->row->n[1], w = c->row->n[2], t = g + 1;
+    const double *mask = X(c, tokens, mask), *pos = X(c, tokens, pos);
+    for (int64_t i = 0; i < b * t * w; i++) {
+        int64_t ch = i % w, token = i / w % t, image = i / w / t, patch = image * g + token - 1;
+        double value = token == 0                ? X(c, tokens, cls)[ch]
+                       : mask && mask[patch] > 0 ? X(c, tokens, mask_token)[ch]
+                                                 : X(c, tokens, patch)[patch * w + ch];
+        REF(c, tokens, tokens)[i] += value + (pos ? pos[token * w + ch] : 0.0);
+        if (mutant && token == t - 1)
+            REF(c, tokens, tokens)[i] += 0.01;
+    }
+}
+
+static void build_tokens_bwd(op_case *c)
+{
+    int64_t b = c->row->n[0], g = c->row->n[1], w = c->row->n[2];
+    unsigned f = c->row->flags;
+    md_tokens_bwd_args *a = &c->args.tokens_bwd;
+    a->dtokens = F32(c, b, g + 1, w);
+    a->mask = f & MASK ? TENSOR(c, MD_U8, FILL_BITS, b, g) : NULL;
+    a->dpatch = F32(c, b, g, w);
+    a->dcls = f & CLS ? F32(c, w) : NULL;
+    a->dmask_token = f & MASK ? F32(c, w) : NULL;
+    a->dpos = f & POS ? F32(c, g + 1, w) : NULL;
+    if (f & ADD)
+        a->accumulate = 1u | (a->dcls ? 2u : 0u) | (a->dmask_token ? 4u : 0u) | (a->dpos ? 8u : 0u);
+    c->terms = (double)(b * g);
+}
+
+static void ref_tokens_bwd(op_case *c, bool mutant)
+{
+    int64_t b = c->row->n[0], g = c->row->n[1], w = c->row->n[2], t = g + 1;
+    const double *mask = X(c, tokens_bwd, mask);
+    for (int64_t i = 0; i < b * t * w; i++) {
+        int64_t ch = i % w, token = i / w % t, image = i / w / t, patch = image * g + token - 1;
+        double value = X(c, tokens_bwd, dtokens)[i];
+        if (mutant && image == b - 1)
+            value *= 1.01;
+        if (REF(c, tokens_bwd, dpos))
+            REF(c, tokens_bwd, dpos)[token * w + ch] += value;
+        if (token == 0 && REF(c, tokens_bwd, dcls))
+            REF(c, tokens_bwd, dcls)[ch] += value;
+        if (token > 0 && mask && mask[patch] > 0)
+            REF(c, tokens_bwd, dmask_token)[ch] += value;
+        else if (token > 0)
+            REF(c, tokens_bwd, dpatch)[patch * w + ch] += value;
+    }
+}
+
+/* <dtokens, tokens>, linear in every variable: only the moved one is summed. */
+static double objective_tokens_bwd(const op_case *c, int o, int64_t i, double h)
+{
+    int64_t b = c->row->n[0], g = c->row->n[1], w = c->row->n[2], t = g + 1;
+    const double *mask = X(c, tokens_bwd, mask);
+    double sum = 0.0;
+    for (int64_t j = 0; j < b * t * w; j++) {
+        int64_t ch = j % w, token = j / w % t, image = j / w / t, patch = image * g + token - 1;
+        bool masked = token > 0 && mask && mask[patch] > 0, moves = false;
+        if (o == OUT_INDEX(tokens_bwd, dpatch))
+            moves = token > 0 && !masked && patch * w + ch == i;
+        else if (o == OUT_INDEX(tokens_bwd, dcls))
+            moves = token == 0 && ch == i;
+        else if (o == OUT_INDEX(tokens_bwd, dmask_token))
+            moves = masked && ch == i;
+        else
+            moves = token * w + ch == i;
+        sum += moves ? h * X(c, tokens_bwd, dtokens)[j] : 0.0;
+    }
+    return sum;
+}
+
+/* R rising row numbers out of N, the last row sometimes among them. */
+static md_tensor *rising_index(op_case *c, int64_t rows, int64_t all)
+{
+    md_tensor *t = TENSOR(c, MD_I32, FILL_BITS, rows);
+    for (int64_t r = 0; r < rows; r++)
+        md_i32(t)[r] = (int32_t)((r + 1) * all / rows - 1);
+    return t;
+}
+
+/* n: rows of x, rows gathered, width. The gather repeats a row. */
+static void build_gather_rows(op_case *c)
+{
+    int64_t all = c->row->n[0], rows = c->row->n[1], w = c->row->n[2];
+    c->args.gather_rows.x = F32(c, all, w);
+    md_tensor *index = rising_index(c, rows, all);
+    if (rows > 2)
+        md_i32(index)[rows / 2] = md_i32(index)[0];
+    c->args.gather_rows.index = index;
+    c->args.gather_rows.y = F32(c, rows, w);
+    c->args.gather_rows.accumulate = c->row->flags & ADD ? 1 : 0;
+    c->factor = 1.0;
+}
+
+static void ref_gather_rows(op_case *c, bool mutant)
+{
+    int64_t rows = c->row->n[1], w = c->row->n[2];
+    for (int64_t i = 0; i < rows * w; i++) {
+        int64_t from = (int64_t)X(c, gather_rows, index)[i / w];
+        REF(c, gather_rows, y)
+        [i] += X(c, gather_rows, x)[from * w + i % w] + (mutant && i == rows * w - 1 ? 0.1 : 0.0);
+    }
+}
+
+static void build_scatter_rows(op_case *c)
+{
+    int64_t all = c->row->n[0], rows = c->row->n[1], w = c->row->n[2];
+    c->args.scatter_rows.dy = F32(c, rows, w);
+    c->args.scatter_rows.index = rising_index(c, rows, all);
+    c->args.scatter_rows.dx = F32(c, all, w);
+    c->args.scatter_rows.accumulate = c->row->flags & ADD ? 1 : 0;
+    c->factor = 1.0;
+}
+
+static void ref_scatter_rows(op_case *c, bool mutant)
+{
+    int64_t rows = c->row->n[1], w = c->row->n[2];
+    for (int64_t i = mutant ? 1 : 0; i < rows * w; i++)
+        REF(c, scatter_rows, dx)
+    [(int64_t)X(c, scatter_rows, index)[i / w] * w + i % w] += X(c, scatter_rows, dy)[i];
+}
+
+static double objective_scatter_rows(const op_case *c, int o, int64_t i, double h)
+{
+    (void)o;
+    int64_t rows = c->row->n[1], w = c->row->n[2];
+    double sum = 0.0;
+    for (int64_t r = 0; r < rows; r++)
+        if ((int64_t)X(c, scatter_rows, index)[r] == i / w)
+            sum += h * X(c, scatter_rows, dy)[r * w + i % w];
+    return sum;
+}
+
+#define REL_GATHER(t, r, h)                                                    \
+    {                                                                          \
+        MD_OP_rel_gather, build_rel_gather, ref_rel_gather, {t, r, h}, 0, NULL \
+    }
+#define REL_SCATTER(t, r, h, f)                                                                    \
+    {                                                                                              \
+        MD_OP_rel_scatter, build_rel_scatter, ref_rel_scatter, {t, r, h}, f, objective_rel_scatter \
+    }
+#define PATCHIFY(b, s, p, f)                                             \
+    {                                                                    \
+        MD_OP_patchify, build_patchify, ref_patchify, {b, s, p}, f, NULL \
+    }
+#define TOKENS(b, g, w, f)                                         \
+    {                                                              \
+        MD_OP_tokens, build_tokens, ref_tokens, {b, g, w}, f, NULL \
+    }
+#define TOKENS_BWD(b, g, w, f)                                                                 \
+    {                                                                                          \
+        MD_OP_tokens_bwd, build_tokens_bwd, ref_tokens_bwd, {b, g, w}, f, objective_tokens_bwd \
+    }
+#define GATHER(n, r, w, f)                                                        \
+    {                                                                             \
+        MD_OP_gather_rows, build_gather_rows, ref_gather_rows, {n, r, w}, f, NULL \
+    }
+#define SCATTER(n, r, w, f)                                                     \
+    {                                                                           \
+        MD_OP_scatter_rows, build_scatter_rows, ref_scatter_rows, {n, r, w}, f, \
+            objective_scatter_rows                                              \
+    }
+
+const op_row token_rows[] = {
+    REL_GATHER(1, 4, 1),
+    REL_GATHER(17, 52, 3),
+    REL_GATHER(65, 228, 12),
+    REL_SCATTER(1, 4, 1, 0),
+    REL_SCATTER(17, 52, 3, ADD),
+    REL_SCATTER(65, 228, 12, 0),
+    PATCHIFY(1, 1, 1, 0),
+    PATCHIFY(3, 10, 5, HWC),
+    PATCHIFY(2, 48, 16, 0),
+    PATCHIFY(2, 28, 14, HWC),
+    PATCHIFY(2, 28, 14, 0),
+    TOKENS(1, 1, 1, 0),
+    TOKENS(3, 16, 17, POS),
+    TOKENS(3, 64, 192, MASK),
+    TOKENS(2, 196, 64, MASK | POS),
+    TOKENS_BWD(1, 1, 1, CLS),
+    TOKENS_BWD(3, 16, 17, CLS | MASK),
+    TOKENS_BWD(3, 64, 192, CLS | MASK | POS | ADD),
+    TOKENS_BWD(2, 196, 64, CLS | POS),
+    TOKENS_BWD(2, 17, 65, MASK | ADD),
+    GATHER(1, 1, 1, 0),
+    GATHER(17, 5, 3, ADD),
+    GATHER(197, 65, 257, 0),
+    SCATTER(1, 1, 1, 0),
+    SCATTER(17, 5, 3, ADD),
+    SCATTER(197, 65, 257, 0),
+    SCATTER(65, 65, 17, 0),
+};
+const int token_row_count = (int)MD_COUNT(token_rows);
