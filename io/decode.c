@@ -12,6 +12,7 @@
 #include <png.h>
 
 #define ROWS_A_CALL 8
+#define KEEP_PIXELS ((int64_t)4 << 20) /* 16 MiB */
 
 struct md_decoder {
     struct jpeg_decompress_struct jpeg;
@@ -20,7 +21,7 @@ struct md_decoder {
     jmp_buf leave;
     char reason[JMSG_LENGTH_MAX];
     uint8_t *pixels;
-    size_t capacity; /* bytes of pixels */
+    size_t start, capacity; /* bytes of pixels at creation and now */
     bool jpeg_ready;
     /* the PNG being read */
     png_structp png;
@@ -38,13 +39,15 @@ static size_t buffer_bytes(int64_t pixels)
     return (size_t)pixels * 4;
 }
 
-static md_status grow(md_decoder *d, int w, int h)
+/* Room for w x h pixels. What a huge picture needed is given back at the next ordinary one. */
+static md_status make_room(md_decoder *d, int w, int h)
 {
-    size_t need = buffer_bytes((int64_t)w * h);
-    if (need <= d->capacity)
+    size_t need = buffer_bytes((int64_t)w * h), keep = MD_MAX(d->start, buffer_bytes(KEEP_PIXELS));
+    if (need <= d->capacity && (need > keep || d->capacity <= keep))
         return MD_OK;
     md_free(d->pixels);
     d->capacity = 0;
+    need = MD_MAX(need, d->start);
     d->pixels = md_alloc(need, "decode");
     if (!d->pixels)
         return MD_ERR_MEMORY;
@@ -188,7 +191,7 @@ static md_status decode_jpeg(md_decoder *d, const uint8_t *bytes, size_t n, int 
     int got_w = (int)d->jpeg.image_width, got_h = (int)d->jpeg.image_height;
     md_status st = check_size(got_w, got_h, w, h);
     if (st == MD_OK)
-        st = grow(d, got_w, got_h);
+        st = make_room(d, got_w, got_h);
     if (st != MD_OK) {
         jpeg_abort_decompress(&d->jpeg);
         return st;
@@ -290,7 +293,7 @@ static md_status decode_png(md_decoder *d, const uint8_t *bytes, size_t n, int w
     int64_t got_w = 0, got_h = 0;
     MD_TRY(png_size(bytes, n, &got_w, &got_h));
     MD_TRY(check_size(got_w, got_h, w, h));
-    MD_TRY(grow(d, (int)got_w, (int)got_h));
+    MD_TRY(make_room(d, (int)got_w, (int)got_h));
     if ((size_t)got_h > d->png_rows_capacity) {
         md_free(d->png_rows);
         d->png_rows_capacity = 0;
@@ -320,7 +323,7 @@ static md_status decode_raw(md_decoder *d, md_image_kind kind, const uint8_t *by
     size_t pixels = (size_t)w * (size_t)h;
     if (n != pixels * (size_t)components)
         MD_FAIL(MD_ERR_DATA, "raw picture of %d x %d x %d has %zu bytes", w, h, components, n);
-    MD_TRY(grow(d, w, h));
+    MD_TRY(make_room(d, w, h));
     uint32_t *to = (uint32_t *)(void *)d->pixels;
     for (size_t i = 0; i < pixels; i++) {
         const uint8_t *p = bytes + i * (size_t)components;
@@ -344,7 +347,7 @@ md_status md_decoder_create(md_decoder **out, int64_t max_pixels)
     md_decoder *d = md_alloc(sizeof *d, "decode");
     if (!d)
         return MD_ERR_MEMORY;
-    d->capacity = buffer_bytes(MD_MIN(max_pixels, MD_IMAGE_MAX_PIXELS));
+    d->start = d->capacity = buffer_bytes(MD_MIN(max_pixels, MD_IMAGE_MAX_PIXELS));
     d->pixels = md_alloc(d->capacity, "decode");
     if (!d->pixels) {
         md_free(d);

@@ -35,7 +35,8 @@ typedef struct md_image {
 typedef struct md_decoder md_decoder;
 
 /* A decoder whose buffer holds max_pixels from the start and grows (counted) when a larger picture
- * comes; 0 = grow only. MD_ERR_MEMORY. Local; free with md_decoder_free (NULL is fine). */
+ * comes; beyond 4 Mpx the growth lasts until the next smaller picture. MD_ERR_MEMORY. Local; free
+ * with md_decoder_free (NULL is fine). */
 md_status md_decoder_create(md_decoder **out, int64_t max_pixels);
 void md_decoder_free(md_decoder *d);
 /* Bytes md_decoder_create(max_pixels) takes, without what libjpeg and libpng hold while decoding.

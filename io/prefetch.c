@@ -1,0 +1,493 @@
+/* prefetch: see prefetch.h. One mutex guards the ring; it is taken twice an image. Batches are
+ * numbered from start_step on: batch q lives in slot q % slots. A worker takes the next image of
+ * the youngest batch that has been begun; a batch is begun when its slot is free. What a worker
+ * writes reaches the taker through the mutex. */
+#include "io/prefetch.h"
+
+#include <errno.h>
+#include <omp.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/resource.h>
+
+#define MAX_WORKERS   256
+#define NOTES_A_BATCH 16
+#define NOTES         256
+#define NICE          10
+
+typedef enum slot_state { SLOT_FREE, SLOT_BEGUN, SLOT_TAKEN } slot_state;
+
+typedef struct slot {
+    md_batch batch; /* first, so that a batch is its slot */
+    slot_state state;
+    int64_t done; /* images finished */
+    int noted;    /* of batch.bad */
+    md_bad_image note[NOTES_A_BATCH];
+    md_status status; /* of the first image that has no picture at all */
+    char reason[256];
+} slot;
+
+/* What one thread needs to make an image. */
+typedef struct bench {
+    md_loader *loader;
+    md_decoder *decoder;
+    md_resizer *resizer;
+    uint8_t *bytes;
+    pthread_t thread;
+    bool running;
+} bench;
+
+struct md_loader {
+    md_loader_args a;
+    md_order order;
+    int64_t micros; /* batches of a step on this rank */
+    int n_slots, n_benches;
+    slot *slot;
+    bench *bench;
+    void *pixels;   /* of all slots */
+    void *ids;      /* samples and labels of all slots */
+    int64_t wanted; /* number of the batch to take next */
+    uint32_t epoch; /* of the batch taken last */
+    int64_t epoch_bad;
+    md_bad_image *note; /* ring of notes[], main thread only */
+    int64_t note_first, note_next;
+
+    pthread_mutex_t lock;
+    pthread_cond_t work, ready;
+    int64_t next_batch, next_image; /* next work item */
+    bool stop;
+};
+
+/* ---- one image ---- */
+
+static void note_bad(md_loader *l, slot *s, int64_t sample, md_status st)
+{
+    pthread_mutex_lock(&l->lock);
+    if (s->noted < NOTES_A_BATCH) {
+        md_bad_image *n = &s->note[s->noted++];
+        n->sample = sample;
+        n->epoch = s->batch.epoch;
+        n->status = st;
+        snprintf(n->reason, sizeof n->reason, "%s", md_error_text());
+    }
+    pthread_mutex_unlock(&l->lock);
+}
+
+/* Reads and decodes one image of the store. */
+static md_status load_picture(bench *w, int64_t sample, md_image *im, int32_t *label)
+{
+    const md_source *src = &w->loader->a.source;
+    md_image_kind kind;
+    int width, height;
+    size_t n = 0;
+    src->describe(src->ctx, sample, &kind, &width, &height, label);
+    MD_TRY(src->read(src->ctx, sample, w->bytes, src->max_bytes, &n));
+    if (md_fault("loader.decode"))
+        MD_FAIL(MD_ERR_DATA, "injected fault loader.decode");
+    return md_decode_image(w->decoder, kind, w->bytes, n, width, height, im);
+}
+
+/* Image b of the step, or what replaces it; *bad = whether it was replaced. */
+static md_status find_picture(bench *w, slot *s, md_position at, md_image *im, int64_t *sample,
+                              int32_t *label, bool *bad)
+{
+    const md_loader *l = w->loader;
+    md_status st = MD_OK;
+    *sample = at.sample;
+    for (int64_t k = 0; k < MD_LOADER_TRIES; k++) {
+        if (k > 0)
+            *sample = md_permute(l->order.seed, at.epoch, l->order.n,
+                                 (at.place + l->order.n / 2 + k - 1) % l->order.n);
+        st = load_picture(w, *sample, im, label);
+        if (st == MD_OK || st == MD_ERR_MEMORY || st == MD_ERR_BUG)
+            return st;
+        *bad = true;
+        note_bad(w->loader, s, *sample, st);
+    }
+    return md_error_prefix(MD_ERR_DATA, "image %lld and the %d after it have no usable picture",
+                           (long long)at.sample, MD_LOADER_TRIES - 1);
+}
+
+static md_status make_image(bench *w, slot *s, int64_t q, int64_t j, bool *bad)
+{
+    const md_loader *l = w->loader;
+    const md_loader_args *a = &l->a;
+    int64_t step = a->start_step + q / l->micros, micro = q % l->micros;
+    int64_t b = a->dp_rank * (a->batch / a->dp_size) + micro * a->micro_batch + j;
+    md_position at = md_position_at(&l->order, step, b);
+    md_image im;
+    MD_TRY(find_picture(w, s, at, &im, &s->batch.sample[j], &s->batch.label[j], bad));
+    md_augment_draw draw =
+        md_augment_choose(&a->rule, at.epoch, (uint64_t)s->batch.sample[j], im.w, im.h);
+    size_t crop = (size_t)a->rule.size * (size_t)a->rule.size * 3;
+    size_t crop2 = (size_t)a->rule.size2 * (size_t)a->rule.size2 * 3;
+    uint8_t *out = (uint8_t *)s->batch.image.data + (size_t)j * crop, *out2 = s->batch.image2.data;
+    return md_augment_image(&a->rule, &draw, w->resizer, &im, out,
+                            out2 ? out2 + (size_t)j * crop2 : NULL);
+}
+
+/* ---- the ring; all with the lock held unless said otherwise ---- */
+
+static void begin_batch(md_loader *l, int64_t q)
+{
+    slot *s = &l->slot[q % l->n_slots];
+    int64_t step = l->a.start_step + q / l->micros;
+    s->state = SLOT_BEGUN;
+    s->done = 0;
+    s->noted = 0;
+    s->status = MD_OK;
+    s->batch.bad = 0;
+    s->batch.epoch = md_position_at(&l->order, step, 0).epoch;
+}
+
+static bool work_waits(const md_loader *l)
+{
+    if (l->next_image > 0)
+        return true;
+    return l->slot[l->next_batch % l->n_slots].state == SLOT_FREE &&
+           (!l->a.sync || l->next_batch <= l->wanted);
+}
+
+/* Makes the next image; lets the lock go meanwhile. */
+static void run_item(bench *w)
+{
+    md_loader *l = w->loader;
+    int64_t q = l->next_batch, j = l->next_image;
+    slot *s = &l->slot[q % l->n_slots];
+    if (j == 0)
+        begin_batch(l, q);
+    if (++l->next_image == l->a.micro_batch) {
+        l->next_image = 0;
+        l->next_batch++;
+    }
+    pthread_mutex_unlock(&l->lock);
+    bool bad = false;
+    md_status st = make_image(w, s, q, j, &bad);
+    pthread_mutex_lock(&l->lock);
+    s->batch.bad += bad;
+    if (st != MD_OK && s->status == MD_OK) {
+        s->status = st;
+        snprintf(s->reason, sizeof s->reason, "%s", md_error_text());
+    }
+    if (++s->done == l->a.micro_batch)
+        pthread_cond_signal(&l->ready);
+}
+
+static void *worker(void *arg)
+{
+    bench *w = arg;
+    md_loader *l = w->loader;
+    if (getpriority(PRIO_PROCESS, 0) < NICE) /* 0: on Linux the calling thread alone */
+        setpriority(PRIO_PROCESS, 0, NICE);
+    pthread_mutex_lock(&l->lock);
+    while (!l->stop) {
+        if (work_waits(l))
+            run_item(w);
+        else
+            pthread_cond_wait(&l->work, &l->lock);
+    }
+    pthread_mutex_unlock(&l->lock);
+    return NULL;
+}
+
+/* ---- setup ---- */
+
+static int worker_count(const md_loader_args *a)
+{
+    if (a->source.main_thread)
+        return 0;
+    int n = a->workers > 0 ? a->workers : MD_MIN(omp_get_max_threads(), 8);
+    return MD_MIN(MD_MAX(n, 1), MAX_WORKERS);
+}
+
+typedef struct plan {
+    int slots, benches, max_side;
+    int64_t max_pixels;
+    size_t crop, crop2, slot_pixels,
+        ids; /* bytes: of a batch's crops, of a slot, of a batch's ids */
+} plan;
+
+static plan make_plan(const md_loader_args *a)
+{
+    size_t m = (size_t)a->micro_batch, s = (size_t)a->rule.size, s2 = (size_t)a->rule.size2;
+    plan p = {.slots = a->depth + 1, .benches = MD_MAX(worker_count(a), 1)};
+    p.crop = (m * s * s * 3 + 63) / 64 * 64;
+    p.crop2 = (m * s2 * s2 * 3 + 63) / 64 * 64;
+    p.slot_pixels = p.crop + p.crop2;
+    p.ids = m * (sizeof(int64_t) + sizeof(int32_t));
+    p.max_pixels = MD_MIN(a->source.max_pixels, MD_LOADER_PIXELS);
+    for (p.max_side = 64; (int64_t)p.max_side * p.max_side < 2 * p.max_pixels;)
+        p.max_side *= 2;
+    return p;
+}
+
+size_t md_loader_bytes(const md_loader_args *a)
+{
+    plan p = make_plan(a);
+    int size = MD_MAX(a->rule.size, a->rule.size2);
+    size_t thread = sizeof(bench) + a->source.max_bytes + md_decoder_bytes(p.max_pixels) +
+                    md_resizer_bytes(p.max_side, size);
+    return sizeof(md_loader) + (size_t)p.slots * (sizeof(slot) + p.slot_pixels + p.ids) +
+           (size_t)p.benches * thread + NOTES * sizeof(md_bad_image);
+}
+
+static md_status check_args(const md_loader_args *a)
+{
+    int64_t n = a->source.count;
+    if (n < a->batch)
+        MD_FAIL(MD_ERR_CONFIG, "the data set has %lld images, fewer than one batch of %lld",
+                (long long)n, (long long)a->batch);
+    if (a->batch % a->dp_size || a->batch / a->dp_size % a->micro_batch)
+        MD_FAIL(MD_ERR_CONFIG,
+                "batch %lld does not divide into %d data-parallel ranks of micro-batches of %lld",
+                (long long)a->batch, a->dp_size, (long long)a->micro_batch);
+    return MD_OK;
+}
+
+static md_status fill_slots(md_loader *l, const plan *p)
+{
+    int64_t m = l->a.micro_batch, s = l->a.rule.size, s2 = l->a.rule.size2;
+    uint8_t *pixels, *ids;
+    MD_NEW(l->slot, p->slots, "loader");
+    MD_NEW(pixels, (size_t)p->slots * p->slot_pixels, "loader");
+    l->pixels = pixels;
+    MD_NEW(ids, (size_t)p->slots * p->ids, "loader");
+    l->ids = ids;
+    MD_NEW(l->note, NOTES, "loader");
+    int64_t *sample = l->ids;
+    int32_t *label = (int32_t *)(void *)(sample + (int64_t)p->slots * m);
+    for (int i = 0; i < p->slots; i++, pixels += p->slot_pixels) {
+        md_batch *b = &l->slot[i].batch;
+        b->image = MD_TENSOR(pixels, MD_U8, m, s, s, 3);
+        b->image2 = MD_TENSOR(s2 > 0 ? pixels + p->crop : NULL, MD_U8, m, s2, s2, 3);
+        b->sample = sample + i * m;
+        b->label = label + i * m;
+    }
+    return MD_OK;
+}
+
+static md_status fill_benches(md_loader *l, const plan *p)
+{
+    MD_NEW(l->bench, p->benches, "loader");
+    l->n_benches = p->benches;
+    for (int i = 0; i < p->benches; i++) {
+        bench *w = &l->bench[i];
+        w->loader = l;
+        MD_TRY(md_decoder_create(&w->decoder, p->max_pixels));
+        MD_TRY(
+            md_resizer_create(&w->resizer, p->max_side, MD_MAX(l->a.rule.size, l->a.rule.size2)));
+        MD_NEW(w->bytes, l->a.source.max_bytes, "loader");
+    }
+    return MD_OK;
+}
+
+/* Signals stay with the main thread. */
+static md_status start_workers(md_loader *l)
+{
+    sigset_t all, old;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &old);
+    int n = worker_count(&l->a), err = 0;
+    for (int i = 0; i < n && err == 0; i++) {
+        err = md_fault("loader.thread")
+                  ? EAGAIN
+                  : pthread_create(&l->bench[i].thread, NULL, worker, &l->bench[i]);
+        l->bench[i].running = err == 0;
+    }
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
+    if (err)
+        MD_FAIL(MD_ERR_MEMORY, "cannot start a loader thread (data.workers = %d): %s", n,
+                strerror(err));
+    return MD_OK;
+}
+
+md_status md_loader_create(md_loader **out, const md_loader_args *a)
+{
+    *out = NULL;
+    MD_TRY(check_args(a));
+    plan p = make_plan(a);
+    md_loader *l;
+    MD_NEW(l, 1, "loader");
+    l->a = *a;
+    l->order = (md_order){.seed = a->rule.seed, .n = a->source.count, .batch = a->batch};
+    l->micros = a->batch / a->dp_size / a->micro_batch;
+    l->n_slots = p.slots;
+    l->epoch = UINT32_MAX;
+    l->wanted = -1;
+    pthread_mutex_init(&l->lock, NULL);
+    pthread_cond_init(&l->work, NULL);
+    pthread_cond_init(&l->ready, NULL);
+    md_status st = fill_slots(l, &p);
+    if (st == MD_OK)
+        st = fill_benches(l, &p);
+    if (st == MD_OK)
+        st = start_workers(l);
+    if (st != MD_OK) {
+        md_loader_destroy(l);
+        return st;
+    }
+    *out = l;
+    return MD_OK;
+}
+
+void md_loader_destroy(md_loader *l)
+{
+    if (!l)
+        return;
+    pthread_mutex_lock(&l->lock);
+    l->stop = true;
+    pthread_cond_broadcast(&l->work);
+    pthread_mutex_unlock(&l->lock);
+    for (int i = 0; i < l->n_benches; i++) {
+        bench *w = &l->bench[i];
+        if (w->running)
+            pthread_join(w->thread, NULL);
+        md_decoder_free(w->decoder);
+        md_resizer_free(w->resizer);
+        md_free(w->bytes);
+    }
+    pthread_mutex_destroy(&l->lock);
+    pthread_cond_destroy(&l->work);
+    pthread_cond_destroy(&l->ready);
+    md_free(l->bench);
+    md_free(l->slot);
+    md_free(l->pixels);
+    md_free(l->ids);
+    md_free(l->note);
+    md_free(l);
+}
+
+/* ---- taking ---- */
+
+static void keep_notes(md_loader *l, const slot *s)
+{
+    for (int i = 0; i < s->noted && l->note_next - l->note_first < NOTES; i++)
+        l->note[l->note_next++ % NOTES] = s->note[i];
+}
+
+/* Counts are taken in the order of the batches, so the run ends at the same step every time. */
+static md_status count_bad(md_loader *l, const slot *s)
+{
+    if (s->batch.epoch != l->epoch)
+        l->epoch_bad = 0;
+    l->epoch = s->batch.epoch;
+    l->epoch_bad += s->batch.bad;
+    if (s->batch.bad == 0 || l->epoch_bad <= 10 ||
+        (double)l->epoch_bad <= l->a.max_bad * (double)l->a.source.count)
+        return MD_OK;
+    char name[256];
+    const md_source *src = &l->a.source;
+    const md_bad_image *n = &s->note[0];
+    MD_FAIL(
+        MD_ERR_DATA,
+        "%lld of the %lld images of epoch %u were bad on this rank, more than data.max_bad = %g "
+        "allows; one of the last is image %lld (%s): %s",
+        (long long)l->epoch_bad, (long long)src->count, l->epoch, l->a.max_bad,
+        (long long)n->sample, src->name(src->ctx, n->sample, name, sizeof name), n->reason);
+}
+
+md_status md_loader_take(md_loader *l, int64_t step, int64_t micro, const md_batch **out,
+                         double *wait)
+{
+    double start = md_now();
+    int64_t q = (step - l->a.start_step) * l->micros + micro;
+    slot *s = &l->slot[q % l->n_slots];
+    pthread_mutex_lock(&l->lock);
+    MD_ASSERT(q == l->wanted + 1 && micro < l->micros, "batch %lld of step %lld out of order",
+              (long long)micro, (long long)step);
+    MD_ASSERT(s->state != SLOT_TAKEN, "batch %lld was not released", (long long)(q - l->n_slots));
+    l->wanted = q;
+    if (l->a.sync)
+        pthread_cond_broadcast(&l->work);
+    while (!(s->state == SLOT_BEGUN && l->next_batch > q && s->done == l->a.micro_batch)) {
+        if (l->a.source.main_thread)
+            run_item(&l->bench[0]);
+        else
+            pthread_cond_wait(&l->ready, &l->lock);
+    }
+    s->state = SLOT_TAKEN;
+    pthread_mutex_unlock(&l->lock);
+    if (wait)
+        *wait = md_now() - start;
+    keep_notes(l, s);
+    if (s->status != MD_OK)
+        MD_FAIL(s->status, "%s", s->reason);
+    MD_TRY(count_bad(l, s));
+    *out = &s->batch;
+    return MD_OK;
+}
+
+void md_loader_release(md_loader *l, const md_batch *b)
+{
+    slot *s = (slot *)(uintptr_t)b;
+    pthread_mutex_lock(&l->lock);
+    MD_ASSERT(s->state == SLOT_TAKEN, "batch released twice");
+    s->state = SLOT_FREE;
+    pthread_cond_broadcast(&l->work);
+    pthread_mutex_unlock(&l->lock);
+}
+
+bool md_loader_next_bad(md_loader *l, md_bad_image *out)
+{
+    if (l->note_first == l->note_next)
+        return false;
+    *out = l->note[l->note_first++ % NOTES];
+    return true;
+}
+
+/* ---- adapters ---- */
+
+static md_status dataset_read(void *ctx, int64_t i, void *buf, size_t cap, size_t *len)
+{
+    return md_dataset_read(ctx, i, buf, cap, len);
+}
+
+static md_status dataset_read_hdf5(void *ctx, int64_t i, void *buf, size_t cap, size_t *len)
+{
+    return md_dataset_read_hdf5(ctx, i, buf, cap, len);
+}
+
+static void dataset_describe(void *ctx, int64_t i, md_image_kind *kind, int *w, int *h,
+                             int32_t *label)
+{
+    *kind = md_dataset_kind(ctx, i);
+    md_dataset_size(ctx, i, w, h);
+    *label = md_dataset_label(ctx, i);
+}
+
+static const char *dataset_name(void *ctx, int64_t i, char *buf, size_t cap)
+{
+    return md_dataset_name(ctx, i, buf, cap);
+}
+
+md_source md_dataset_source(md_dataset *d, bool hdf5)
+{
+    return (md_source){.ctx = d,
+                       .count = md_dataset_count(d),
+                       .max_bytes = md_dataset_max_bytes(d),
+                       .max_pixels = md_dataset_max_pixels(d),
+                       .main_thread = hdf5,
+                       .read = hdf5 ? dataset_read_hdf5 : dataset_read,
+                       .describe = dataset_describe,
+                       .name = dataset_name};
+}
+
+void md_loader_configure(md_loader_args *a, const md_config *c, int size2)
+{
+    a->rule = (md_augment_rule){.seed = (uint64_t)c->run_seed,
+                                .size = (int)c->image_size,
+                                .size2 = size2,
+                                .crop_min = c->augment_crop_min,
+                                .crop_max = c->augment_crop_max,
+                                .ratio_min = c->augment_ratio_min,
+                                .ratio_max = c->augment_ratio_max,
+                                .flip = c->augment_flip,
+                                .jitter = c->augment_jitter};
+    a->batch = c->train_batch;
+    a->workers = (int)c->data_workers;
+    a->depth = (int)c->data_prefetch;
+    a->sync = c->data_sync;
+    a->max_bad = c->data_max_bad;
+}

@@ -1,0 +1,353 @@
+/* The loader: every layout sees the same pictures, damage is replaced and counted alike, limits
+ * stop the run, and it can be shut down at any moment. Pictures are raw and made up, no file is
+ * needed. */
+#include <stdarg.h>
+#include <stddef.h>
+#include <setjmp.h>
+#include <cmocka.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "io/prefetch.h"
+
+#define N     103
+#define BATCH 12
+#define W     13
+#define H     11
+#define SIDE  8
+#define SIDE2 6
+
+/* Images i with i % bad_every == 3 are bad; 0 = none, 1 = all. */
+typedef struct fake {
+    int bad_every;
+    bool slow;
+    atomic_int reads;
+} fake;
+
+static bool is_bad(const fake *f, int64_t i)
+{
+    return f->bad_every == 1 || (f->bad_every && i % f->bad_every == 3);
+}
+
+static md_status fake_read(void *ctx, int64_t i, void *buf, size_t cap, size_t *len)
+{
+    fake *f = ctx;
+    atomic_fetch_add(&f->reads, 1);
+    if (f->slow)
+        nanosleep(&(struct timespec){.tv_nsec = 2000000}, NULL);
+    if (is_bad(f, i))
+        MD_FAIL(MD_ERR_DATA, "hash of image %d", (int)i);
+    assert_true(cap >= W * H * 3);
+    uint8_t *p = buf;
+    for (int k = 0; k < W * H * 3; k++)
+        p[k] = (uint8_t)(k * (int)(i + 3) + (int)i * i % 251);
+    *len = W * H * 3;
+    return MD_OK;
+}
+
+static void fake_describe(void *ctx, int64_t i, md_image_kind *kind, int *w, int *h, int32_t *label)
+{
+    (void)ctx;
+    *kind = MD_IMAGE_RGB8;
+    *w = W;
+    *h = H;
+    *label = (int32_t)(i * 7 % 5);
+}
+
+static const char *fake_name(void *ctx, int64_t i, char *buf, size_t cap)
+{
+    (void)ctx;
+    snprintf(buf, cap, "fake/%d.raw", (int)i);
+    return buf;
+}
+
+static md_loader_args args_of(fake *f)
+{
+    return (md_loader_args){
+        .source = {.ctx = f,
+                   .count = N,
+                   .max_bytes = W * H * 3,
+                   .max_pixels = W * H,
+                   .read = fake_read,
+                   .describe = fake_describe,
+                   .name = fake_name},
+        .rule = {.seed = 5,
+                 .size = SIDE,
+                 .size2 = SIDE2,
+                 .crop_min = 0.2,
+                 .crop_max = 1,
+                 .ratio_min = 0.75,
+                 .ratio_max = 4.0 / 3,
+                 .flip = 0.5,
+                 .jitter = 0.4},
+        .batch = BATCH,
+        .dp_size = 1,
+        .micro_batch = BATCH,
+        .workers = 3,
+        .depth = 2,
+        .max_bad = 1,
+    };
+}
+
+/* What a step holds, by the definition. */
+typedef struct step_data {
+    int64_t sample[BATCH], bad;
+    int32_t label[BATCH];
+    uint8_t crop[BATCH][SIDE * SIDE * 3], crop2[BATCH][SIDE2 * SIDE2 * 3];
+} step_data;
+
+static void expect_step(const md_loader_args *a, int64_t step, step_data *s)
+{
+    md_order order = {a->rule.seed, N, BATCH};
+    const fake *f = a->source.ctx;
+    md_decoder *d;
+    md_resizer *r;
+    assert_int_equal(md_decoder_create(&d, W * H), MD_OK);
+    assert_int_equal(md_resizer_create(&r, W, SIDE), MD_OK);
+    s->bad = 0;
+    for (int b = 0; b < BATCH; b++) {
+        md_position at = md_position_at(&order, step, b);
+        int64_t sample = at.sample, k = 0;
+        for (; is_bad(f, sample); k++)
+            sample = md_permute(order.seed, at.epoch, N, (at.place + N / 2 + k) % N);
+        s->bad += k > 0;
+        uint8_t bytes[W * H * 3];
+        size_t n;
+        fake good = {0};
+        md_image im;
+        md_image_kind kind;
+        int w, h;
+        assert_int_equal(fake_read(&good, sample, bytes, sizeof bytes, &n), MD_OK);
+        fake_describe(NULL, sample, &kind, &w, &h, &s->label[b]);
+        assert_int_equal(md_decode_image(d, kind, bytes, n, w, h, &im), MD_OK);
+        md_augment_draw draw = md_augment_choose(&a->rule, at.epoch, (uint64_t)sample, w, h);
+        assert_int_equal(md_augment_image(&a->rule, &draw, r, &im, s->crop[b], s->crop2[b]), MD_OK);
+        s->sample[b] = sample;
+    }
+    md_decoder_free(d);
+    md_resizer_free(r);
+}
+
+/* Runs `steps` steps on every rank of a layout and compares with the definition. */
+static void check_layout(md_loader_args a, int ranks, int64_t micro_batch, int64_t start, int steps)
+{
+    static step_data want[32];
+    int64_t got_bad[32] = {0};
+    for (int s = 0; s < steps; s++)
+        expect_step(&a, start + s, &want[s]);
+    a.dp_size = ranks;
+    a.micro_batch = micro_batch;
+    a.start_step = start;
+    int64_t micros = BATCH / ranks / micro_batch;
+    for (a.dp_rank = 0; a.dp_rank < ranks; a.dp_rank++) {
+        md_loader *l;
+        assert_int_equal(md_loader_create(&l, &a), MD_OK);
+        for (int64_t q = 0; q < steps * micros; q++) {
+            const step_data *w = &want[q / micros];
+            int64_t first = a.dp_rank * BATCH / ranks + q % micros * micro_batch;
+            const md_batch *b;
+            double wait = -1;
+            assert_int_equal(md_loader_take(l, start + q / micros, q % micros, &b, &wait), MD_OK);
+            assert_true(wait >= 0 && b->image.dim[0] == micro_batch && b->image2.dim[1] == SIDE2);
+            assert_int_equal(b->epoch, (start + q / micros) / (N / BATCH));
+            size_t m = (size_t)micro_batch;
+            assert_memory_equal(b->sample, w->sample + first, m * sizeof *b->sample);
+            assert_memory_equal(b->label, w->label + first, m * sizeof *b->label);
+            assert_memory_equal(b->image.data, w->crop[first], m * sizeof *w->crop);
+            assert_memory_equal(b->image2.data, w->crop2[first], m * sizeof *w->crop2);
+            got_bad[q / micros] += b->bad;
+            md_loader_release(l, b);
+        }
+        md_loader_destroy(l);
+    }
+    for (int s = 0; s < steps; s++)
+        assert_int_equal(got_bad[s], want[s].bad);
+}
+
+static void layouts_agree(void **state)
+{
+    (void)state;
+    fake f = {0};
+    md_loader_args a = args_of(&f);
+    check_layout(a, 1, 12, 0, 20); /* more than two epochs */
+    check_layout(a, 1, 4, 0, 20);
+    check_layout(a, 2, 3, 5, 9);
+    check_layout(a, 4, 1, 7, 3);
+    check_layout(a, 12, 1, 0, 2);
+    a.workers = 1;
+    a.depth = 1;
+    check_layout(a, 1, 6, 0, 10);
+    a.sync = true;
+    check_layout(a, 2, 2, 0, 10);
+    a.source.main_thread = true;
+    check_layout(a, 3, 2, 0, 10);
+}
+
+static void damage_is_replaced_alike(void **state)
+{
+    (void)state;
+    fake f = {.bad_every = 10};
+    md_loader_args a = args_of(&f);
+    check_layout(a, 1, 12, 0, 16);
+    check_layout(a, 3, 2, 0, 16);
+    a.source.main_thread = true;
+    check_layout(a, 2, 6, 3, 5);
+}
+
+/* An epoch shows an image once at most, and every image in some epoch. */
+static void epochs_are_permutations(void **state)
+{
+    (void)state;
+    fake f = {0};
+    md_loader_args a = args_of(&f);
+    md_loader *l;
+    assert_int_equal(md_loader_create(&l, &a), MD_OK);
+    int seen[N] = {0};
+    for (int64_t s = 0; s < 3 * (N / BATCH); s++) {
+        const md_batch *b;
+        assert_int_equal(md_loader_take(l, s, 0, &b, NULL), MD_OK);
+        for (int j = 0; j < BATCH; j++)
+            seen[b->sample[j]]++;
+        md_loader_release(l, b);
+        int epochs = (int)(s / (N / BATCH)) + 1;
+        for (int i = 0; i < N; i++)
+            assert_true(seen[i] <= epochs);
+    }
+    for (int i = 0; i < N; i++)
+        assert_true(seen[i] > 0);
+    md_loader_destroy(l);
+}
+
+static void limit_and_notes(void **state)
+{
+    (void)state;
+    fake f = {.bad_every = 10};
+    md_loader_args a = args_of(&f);
+    a.max_bad = 0.01;
+    md_loader *l;
+    assert_int_equal(md_loader_create(&l, &a), MD_OK);
+    int64_t bad = 0, notes = 0;
+    md_status st = MD_OK;
+    for (int64_t s = 0; s < 8 && st == MD_OK; s++) { /* one epoch: about 10 bad of 96 */
+        const md_batch *b;
+        st = md_loader_take(l, s, 0, &b, NULL);
+        if (st == MD_OK) {
+            bad += b->bad;
+            md_loader_release(l, b);
+        }
+    }
+    md_bad_image n;
+    while (md_loader_next_bad(l, &n)) {
+        assert_int_equal(n.sample % 10, 3);
+        assert_int_equal(n.status, MD_ERR_DATA);
+        assert_non_null(strstr(n.reason, "hash of image"));
+        notes++;
+    }
+    assert_true(bad > 3 && notes >= bad);
+    md_loader_destroy(l);
+
+    f.bad_every = 5; /* about 20 in one batch: more than 10 and more than 5 % */
+    a.batch = a.micro_batch = 100;
+    a.max_bad = 0.05;
+    const md_batch *b;
+    assert_int_equal(md_loader_create(&l, &a), MD_OK);
+    assert_int_equal(md_loader_take(l, 0, 0, &b, NULL), MD_ERR_DATA);
+    assert_non_null(strstr(md_error_text(), "data.max_bad = 0.05"));
+    assert_non_null(strstr(md_error_text(), ".raw"));
+    assert_true(md_loader_next_bad(l, &n));
+    md_loader_destroy(l);
+}
+
+static void nothing_usable_ends(void **state)
+{
+    (void)state;
+    fake f = {.bad_every = 1};
+    md_loader_args a = args_of(&f);
+    for (int k = 0; k < 2; k++) {
+        a.source.main_thread = k == 1;
+        md_loader *l;
+        const md_batch *b;
+        assert_int_equal(md_loader_create(&l, &a), MD_OK);
+        assert_int_equal(md_loader_take(l, 0, 0, &b, NULL), MD_ERR_DATA);
+        assert_non_null(strstr(md_error_text(), "no usable picture"));
+        md_loader_destroy(l);
+    }
+}
+
+static void bad_arguments(void **state)
+{
+    (void)state;
+    fake f = {0};
+    md_loader_args a = args_of(&f);
+    md_loader *l;
+    a.batch = N + 1;
+    assert_int_equal(md_loader_create(&l, &a), MD_ERR_CONFIG);
+    assert_non_null(strstr(md_error_text(), "103"));
+    a = args_of(&f);
+    a.dp_size = 5;
+    assert_int_equal(md_loader_create(&l, &a), MD_ERR_CONFIG);
+    a.dp_size = 2;
+    a.micro_batch = 4;
+    assert_int_equal(md_loader_create(&l, &a), MD_ERR_CONFIG);
+    assert_null(l);
+}
+
+/* Ends at any moment, and gives all memory back; the plan is what is held. */
+static void shutdown_and_memory(void **state)
+{
+    (void)state;
+    fake f = {.slow = true};
+    md_loader_args a = args_of(&f);
+    size_t before = md_alloc_now();
+    for (int k = 0; k < 24; k++) {
+        md_loader *l;
+        const md_batch *b;
+        a.depth = 1 + k % 3;
+        assert_int_equal(md_loader_create(&l, &a), MD_OK);
+        double held = (double)(md_alloc_now() - before), planned = (double)md_loader_bytes(&a);
+        assert_true(held >= planned && held < planned * 1.05 + 65536);
+        for (int s = 0; s < k % 4; s++) {
+            assert_int_equal(md_loader_take(l, s, 0, &b, NULL), MD_OK);
+            if (s < k % 4 - 1)
+                md_loader_release(l, b); /* the last one stays out */
+        }
+        nanosleep(&(struct timespec){.tv_nsec = 300000 * k}, NULL);
+        md_loader_destroy(l);
+        assert_int_equal(md_alloc_now(), before);
+    }
+}
+
+/* depth batches are made ahead and no more; sync makes none. */
+static void loads_ahead(void **state)
+{
+    (void)state;
+    for (int k = 0; k < 2; k++) {
+        fake f = {0};
+        md_loader_args a = args_of(&f);
+        a.sync = k == 1;
+        md_loader *l;
+        const md_batch *b;
+        assert_int_equal(md_loader_create(&l, &a), MD_OK);
+        assert_int_equal(md_loader_take(l, 0, 0, &b, NULL), MD_OK);
+        int want = k == 1 ? BATCH : BATCH * (a.depth + 1);
+        for (int t = 0; t < 2000 && atomic_load(&f.reads) < want; t++)
+            nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+        nanosleep(&(struct timespec){.tv_nsec = 20000000}, NULL);
+        assert_int_equal(atomic_load(&f.reads), want);
+        md_loader_destroy(l);
+    }
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(layouts_agree),           cmocka_unit_test(damage_is_replaced_alike),
+        cmocka_unit_test(epochs_are_permutations), cmocka_unit_test(limit_and_notes),
+        cmocka_unit_test(nothing_usable_ends),     cmocka_unit_test(bad_arguments),
+        cmocka_unit_test(shutdown_and_memory),     cmocka_unit_test(loads_ahead),
+    };
+    return cmocka_run_group_tests_name("prefetch", tests, NULL, NULL);
+}
