@@ -368,7 +368,7 @@ static md_status weights_new(md_comm *c, const char *path, md_weights **out)
     (*out)->comm = c;
     (*out)->file = -1;
     MD_NEW((*out)->path, strlen(path) + 1, FAMILY);
-    strcpy((*out)->path, path);
+    memcpy((*out)->path, path, strlen(path));
     return MD_OK;
 }
 

@@ -97,7 +97,7 @@ static void folder_of(const char *input, char *dir, size_t size)
         snprintf(dir, size, "%.*s", slash ? (int)(slash - input) + 1 : 0, input);
 }
 
-static md_status config_read(const char *dir, const char *file, json_t **root)
+static md_status read_config(const char *dir, const char *file, json_t **root)
 {
     char path[4096];
     json_error_t err;
@@ -117,7 +117,7 @@ static md_status findings_read(const char *input, findings *f)
     char dir[4096];
     folder_of(input, dir, sizeof dir);
     for (int i = 0; i < FILE_COUNT; i++)
-        MD_TRY(config_read(dir, files[i], &f->root[i]));
+        MD_TRY(read_config(dir, files[i], &f->root[i]));
     for (size_t i = 0; i < MD_COUNT(places); i++) {
         json_t *v = json_walk(f->root[places[i].file], places[i].path);
         if (v && !json_is_null(v) && !f->value[places[i].fact]) {

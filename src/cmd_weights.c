@@ -35,7 +35,9 @@ static void print_tensor(const char *name, const char *dtype, int rank, const in
     for (int i = 0; i < rank && used < sizeof shape; i++)
         used += (size_t)snprintf(shape + used, sizeof shape - used, "%s%lld", i ? ", " : "",
                                  (long long)dim[i]);
-    printf("%-56s %-6s %-22s %12lld\n", name, dtype, strcat(shape, "]"), (long long)bytes);
+    if (used < sizeof shape)
+        snprintf(shape + used, sizeof shape - used, "]");
+    printf("%-56s %-6s %-22s %12lld\n", name, dtype, shape, (long long)bytes);
 }
 
 /* Names with numbers in their natural order: blocks.2 before blocks.10. */
