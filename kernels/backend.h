@@ -278,9 +278,9 @@ struct md_backend {
 /* "gemm" for MD_OP_gemm. */
 const char *md_op_name(md_op op);
 
-/* Checks the operands of an op against its row in the shape table (presence, dtype, shape, host
- * memory or not is the backend's matter) and that accumulate names present outputs only. Every
- * backend calls it first. MD_ERR_BUG naming op and operand. Local. */
+/* Checks the operands of an op against its row in the shape table (presence, dtype, shape) and that
+ * accumulate names outputs of the op; a bit of an absent output means nothing. Every backend calls
+ * it first. MD_ERR_BUG naming op and operand. Local. */
 md_status md_op_check(md_op op, const md_operands *a);
 /* Name of operand i of an op ("weight", "dx"); NULL beyond the last one. */
 const char *md_op_in_name(md_op op, int i);

@@ -168,11 +168,13 @@ md_status md_op_check(md_op op, const md_operands *a)
     }
     for (int i = 0; i < MD_OP_IN; i++)
         MD_TRY(operand_check(op, rules[op].in[i], a->in[i], i < 2 && trans[i], letter));
+    uint32_t outputs = 0;
     for (int i = 0; i < MD_OP_OUT; i++) {
         MD_TRY(operand_check(op, rules[op].out[i], a->out[i], false, letter));
-        if (!a->out[i] && (a->accumulate >> i & 1))
-            MD_FAIL(MD_ERR_BUG, "%s: accumulate names output %d, which is absent", md_op_name(op),
-                    i);
+        outputs |= rules[op].out[i] ? 1u << i : 0u;
     }
+    if (a->accumulate & ~outputs)
+        MD_FAIL(MD_ERR_BUG, "%s: accumulate is %#x, but the outputs are %#x", md_op_name(op),
+                a->accumulate, outputs);
     return MD_OK;
 }

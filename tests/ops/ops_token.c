@@ -32,7 +32,7 @@ static void ref_rel_gather(op_case *c, bool mutant)
     for (int64_t h = 0; h < heads; h++)
         for (int64_t i = 0; i < t * t; i++)
             REF(c, rel_gather, rel)
-            [h * t * t + i] += mutant && i == 0 ? 9.0 : table[(int64_t)index[i] * heads + h];
+    [h * t * t + i] += mutant && i == 0 ? 9.0 : table[(int64_t)index[i] * heads + h];
 }
 
 static void build_rel_scatter(op_case *c)
@@ -52,7 +52,7 @@ static void ref_rel_scatter(op_case *c, bool mutant)
     for (int64_t h = 0; h < heads; h++)
         for (int64_t i = mutant ? 1 : 0; i < t * t; i++)
             REF(c, rel_scatter, dtable)
-            [(int64_t)index[i] * heads + h] += X(c, rel_scatter, drel)[h * t * t + i];
+    [(int64_t)index[i] * heads + h] += X(c, rel_scatter, drel)[h * t * t + i];
 }
 
 /* <drel, table[index]> is linear in the table: the change alone is exact. */
