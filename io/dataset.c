@@ -60,10 +60,34 @@ static md_status check_head(hid_t file, int *classes)
                           "image store of version %lld; this program reads version %d",
                           (long long)version, MD_DATASET_VERSION);
     MD_TRY(md_h5_attr_read_i64(file, "num_classes", &k));
-    if (k < 1 || k > MAX_CLASSES)
+    if (k < 0 || k > MAX_CLASSES)
         return md_h5_fail(MD_ERR_DATA, file, "num_classes is %lld", (long long)k);
     *classes = (int)k;
     return MD_OK;
+}
+
+/* The names of the root's groups without "classes". */
+static void list_splits(hid_t file, char *buf, size_t cap)
+{
+    char all[1024], *save = NULL;
+    size_t used = 0;
+    md_h5_list(file, all, sizeof all);
+    buf[0] = 0;
+    for (char *t = strtok_r(all, ", ", &save); t && used < cap; t = strtok_r(NULL, ", ", &save))
+        if (strcmp(t, "classes") != 0)
+            used += (size_t)snprintf(buf + used, cap - used, "%s%s", used ? ", " : "", t);
+}
+
+md_status md_dataset_splits(const char *path, md_comm *c, char *buf, size_t cap)
+{
+    hid_t file;
+    int classes;
+    MD_TRY(md_h5_open(path, c, false, &file));
+    md_status st = check_head(file, &classes);
+    if (st == MD_OK)
+        list_splits(file, buf, cap);
+    md_h5_close(&file);
+    return c ? md_agree(c, st) : st;
 }
 
 static md_status open_group(hid_t file, const char *split, hid_t *group)
@@ -71,7 +95,7 @@ static md_status open_group(hid_t file, const char *split, hid_t *group)
     char have[256];
     if (!md_h5_exists(file, split)) {
         *group = -1;
-        md_h5_list(file, have, sizeof have);
+        list_splits(file, have, sizeof have);
         return md_h5_fail(MD_ERR_DATA, file, "has no split '%s' (it holds: %s)", split, have);
     }
     return md_h5_group_open(file, split, group);
@@ -462,11 +486,10 @@ static uint64_t feistel(md_rng_key key, int bits, uint64_t x)
     return high << low_bits | low;
 }
 
-int64_t md_permute(uint64_t seed, uint32_t epoch, int64_t n, int64_t p)
+static int64_t permute(md_rng_key key, int64_t n, int64_t p)
 {
     MD_ASSERT(n >= 1 && n <= (int64_t)1 << PERMUTE_BITS && p >= 0 && p < n, "p %lld, n %lld",
               (long long)p, (long long)n);
-    md_rng_key key = {seed, MD_RNG_SHUFFLE, epoch, 0};
     int bits = 2;
     while ((int64_t)1 << bits < n)
         bits++;
@@ -476,6 +499,16 @@ int64_t md_permute(uint64_t seed, uint32_t epoch, int64_t n, int64_t p)
         x = feistel(key, bits, x);
     while (x >= (uint64_t)n);
     return (int64_t)x;
+}
+
+int64_t md_permute(uint64_t seed, uint32_t epoch, int64_t n, int64_t p)
+{
+    return permute((md_rng_key){seed, MD_RNG_SHUFFLE, epoch, 0}, n, p);
+}
+
+int64_t md_store_order(uint64_t seed, int64_t n, int64_t p)
+{
+    return permute((md_rng_key){seed, MD_RNG_STORE_ORDER, 0, 0}, n, p);
 }
 
 int64_t md_epoch_steps(int64_t n, int64_t batch)

@@ -33,6 +33,10 @@ typedef struct md_dataset md_dataset;
 md_status md_dataset_open(const char *path, const char *split, md_comm *c, md_dataset **out);
 void md_dataset_close(md_dataset *d);
 
+/* The names of a store's splits as "test, train" into buf; fails as md_dataset_open does.
+ * Collective(c); c == NULL: Local. */
+md_status md_dataset_splits(const char *path, md_comm *c, char *buf, size_t cap);
+
 /* Local and thread-safe, as all that follow unless they say otherwise; i is 0 .. count - 1. */
 int64_t md_dataset_count(const md_dataset *d);
 int md_dataset_classes(const md_dataset *d);
@@ -61,6 +65,10 @@ md_status md_dataset_read_hdf5(const md_dataset *d, int64_t i, void *buf, size_t
  * (Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002): a bijection in O(1)
  * memory, the same on every rank and after every restart. */
 int64_t md_permute(uint64_t seed, uint32_t epoch, int64_t n, int64_t p);
+
+/* Which image in source order is stored at place p of n: the same construction on another stream.
+ */
+int64_t md_store_order(uint64_t seed, int64_t n, int64_t p);
 
 /* Whole batches in an epoch of n images: the n % batch images left over differ from epoch to epoch.
  */

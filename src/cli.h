@@ -27,6 +27,7 @@ md_status md_usage_error(const char *verb, const char *fmt, ...)
     __attribute__((format(printf, 2, 3)));
 
 md_status md_cmd_config(int argc, char **argv);
+md_status md_cmd_convert(int argc, char **argv);
 md_status md_cmd_help(int argc, char **argv);
 md_status md_cmd_version(int argc, char **argv);
 md_status md_cmd_weights(int argc, char **argv);

@@ -19,6 +19,23 @@ static const md_verb verbs[] = {
      "check      reports every error of FILE and the overrides; silent when there is none\n"
      "show       writes the resolved config with the origin of each value;\n"
      "           --diff: only what differs from the defaults"},
+    {"convert", md_cmd_convert, "pack images into an image store (HDF5)",
+     "md_hpc convert --out FILE [options] SOURCE...\n"
+     "       md_hpc convert --verify FILE\n"
+     "\n"
+     "SOURCE          class folders (train/, val/, test/ above them are splits), a tar of class\n"
+     "                folders or of class tars, IDX images with their labels file (gzip or not),\n"
+     "                or a folder of such files; what it is is read from its content\n"
+     "--out FILE      the store; written as FILE.partial, named when every byte was read back;\n"
+     "                images that cannot be decoded are listed in FILE.rejects.txt\n"
+     "--split NAME    split of sources that do not name theirs (train)\n"
+     "--val SOURCE    a source for the split val\n"
+     "--seed N        seed of the stored order (0)\n"
+     "--order ORDER   shuffled (default) or source\n"
+     "--force         replace FILE when it exists\n"
+     "--verify FILE   read, hash and decode every image of a store\n"
+     "\n"
+     "Under mpirun all ranks share the work; the file is the same for any number of them."},
     {"help", md_cmd_help, "explain a verb, a key or a topic",
      "md_hpc help [VERB | KEY | exit-codes | keys]"},
     {"version", md_cmd_version, "versions of the program and its libraries", "md_hpc version"},
