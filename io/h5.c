@@ -62,11 +62,11 @@ md_status md_h5_fail(md_status st, hid_t loc, const char *fmt, ...)
     return say(st, path, reason, what);
 }
 
-static hid_t access_plist(md_comm *c, bool write)
+static hid_t access_plist(md_comm *c, bool write, hsize_t alignment)
 {
     hid_t fapl = H5Pcreate(H5P_FILE_ACCESS);
     bool ok = fapl >= 0 && H5Pset_libver_bounds(fapl, H5F_LIBVER_EARLIEST, H5F_LIBVER_V18) >= 0 &&
-              H5Pset_alignment(fapl, ALIGN_FROM, ALIGNMENT) >= 0 &&
+              H5Pset_alignment(fapl, ALIGN_FROM, alignment) >= 0 &&
               H5Pset_fclose_degree(fapl, H5F_CLOSE_STRONG) >= 0;
     if (ok && !write)
         ok = H5Pset_file_locking(fapl, false, true) >= 0;
@@ -86,6 +86,11 @@ static md_status agree(md_comm *c, md_status st)
 
 md_status md_h5_create(const char *path, md_comm *c, hid_t *file)
 {
+    return md_h5_create_as(path, c, &(md_h5_layout){.alignment = ALIGNMENT}, file);
+}
+
+md_status md_h5_create_as(const char *path, md_comm *c, const md_h5_layout *layout, hid_t *file)
+{
     *file = -1;
     H5Eset_auto2(H5E_DEFAULT, NULL, NULL);
     md_status st = MD_OK;
@@ -98,10 +103,12 @@ md_status md_h5_create(const char *path, md_comm *c, hid_t *file)
             close(fd);
     }
     MD_TRY(agree(c, st));
-    hid_t fapl = access_plist(c, true);
-    *file = H5Fcreate(path, H5F_ACC_TRUNC, H5P_DEFAULT, fapl);
+    hid_t fapl = access_plist(c, true, layout->alignment), fcpl = H5Pcreate(H5P_FILE_CREATE);
+    if (H5Pset_userblock(fcpl, layout->user_block) >= 0)
+        *file = H5Fcreate(path, H5F_ACC_TRUNC, fcpl, fapl);
     if (*file < 0)
         st = fail_path(MD_ERR_CREATE, path, "cannot create");
+    md_h5_release(fcpl);
     md_h5_release(fapl);
     st = agree(c, st);
     if (st != MD_OK && *file >= 0) {
@@ -118,13 +125,19 @@ static md_status check_openable(const char *path, bool write)
         MD_FAIL(MD_ERR_NOINPUT, "%s: cannot open: %s", path, strerror(errno));
     static const unsigned char magic[8] = {0x89, 'H', 'D', 'F', '\r', '\n', 0x1a, '\n'};
     unsigned char head[8];
-    ssize_t n = pread(fd, head, sizeof head, 0);
+    ssize_t n = sizeof head;
+    bool found = false;
+    /* HDF5's part starts at 0 or behind a user block. */
+    for (off_t at = 0; !found && n == (ssize_t)sizeof head; at = at ? 2 * at : 512) {
+        n = pread(fd, head, sizeof head, at);
+        found = n == (ssize_t)sizeof head && memcmp(head, magic, sizeof magic) == 0;
+    }
     int err = errno;
     close(fd);
     if (n < 0)
         MD_FAIL(err == EISDIR ? MD_ERR_NOINPUT : MD_ERR_IO, "%s: cannot read: %s", path,
                 strerror(err));
-    if (n < (ssize_t)sizeof head || memcmp(head, magic, sizeof magic) != 0)
+    if (!found)
         MD_FAIL(MD_ERR_DATA, "%s: not an HDF5 file", path);
     return MD_OK;
 }
@@ -134,7 +147,7 @@ md_status md_h5_open(const char *path, md_comm *c, bool write, hid_t *file)
     *file = -1;
     H5Eset_auto2(H5E_DEFAULT, NULL, NULL);
     MD_TRY(agree(c, check_openable(path, write)));
-    hid_t fapl = access_plist(c, write);
+    hid_t fapl = access_plist(c, write, ALIGNMENT);
     *file = H5Fopen(path, write ? H5F_ACC_RDWR : H5F_ACC_RDONLY, fapl);
     md_status st = MD_OK;
     if (*file < 0)

@@ -22,6 +22,12 @@
  * the MPI-IO driver when the group has more than one rank; all ranks get the same status. Errors:
  * MD_ERR_CREATE, MD_ERR_NOINPUT (missing, not permitted), MD_ERR_DATA (not HDF5, truncated). */
 md_status md_h5_create(const char *path, md_comm *c, hid_t *file);
+/* The same with the border on which data sets of 64 KiB and more start, and with bytes left to the
+ * caller in front of HDF5's: 0 or a power of two from 512 (HDF5's user block). */
+typedef struct md_h5_layout {
+    hsize_t alignment, user_block;
+} md_h5_layout;
+md_status md_h5_create_as(const char *path, md_comm *c, const md_h5_layout *layout, hid_t *file);
 md_status md_h5_open(const char *path, md_comm *c, bool write, hid_t *file);
 /* Flushes, closes and sets *file to -1; negative is fine. Collective as the opening was, but not
  * agreed: MD_ERR_IO is this rank's own view. */

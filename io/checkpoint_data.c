@@ -1,0 +1,224 @@
+/* checkpoint_data: item bytes between memory and file, by plain pwrite and pread at the offsets
+ * HDF5 gave. One pass over memory does everything while a block is in the cache: is it finite, what
+ * is its hash, write it. */
+#include "io/checkpoint_parts.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
+#include "mpi/agree.h"
+
+md_state_item md_state_item_make(const char *name, const md_tensor *t)
+{
+    md_state_item item = {.name = name, .dtype = (md_dtype)t->dtype, .rank = t->rank};
+    item.data = t->data;
+    for (int d = 0; d < t->rank; d++)
+        item.global[d] = item.count[d] = t->dim[d];
+    return item;
+}
+
+void md_state_item_cut(md_state_item *item, int part, int parts)
+{
+    int64_t rows = item->count[0], lo = rows * part / parts, hi = rows * (part + 1) / parts;
+    int64_t row = (int64_t)md_dtype_bytes(item->dtype);
+    for (int d = 1; d < item->rank; d++)
+        row *= item->count[d];
+    item->start[0] += lo;
+    item->count[0] = hi - lo;
+    item->data = (char *)item->data + lo * row;
+}
+
+int64_t md_ckpt_item_bytes(const md_state_item *item)
+{
+    int64_t bytes = (int64_t)md_dtype_bytes(item->dtype);
+    for (int d = 0; d < item->rank; d++)
+        bytes *= item->global[d];
+    return bytes;
+}
+
+int64_t md_ckpt_blocks(int64_t bytes)
+{
+    return (bytes + MD_CKPT_BLOCK - 1) / MD_CKPT_BLOCK;
+}
+
+uint64_t md_ckpt_hash(const uint64_t *block, int64_t blocks)
+{
+    return XXH3_64bits(block, (size_t)blocks * sizeof *block);
+}
+
+/* Dimensions behind the last cut one are whole: their elements and the cut dimension's make one
+ * run. */
+static int cut_dimension(const md_state_item *item)
+{
+    int d = item->rank - 1;
+    while (d > 0 && item->count[d] == item->global[d])
+        d--;
+    return d;
+}
+
+md_ckpt_runs md_ckpt_runs_of(const md_state_item *item)
+{
+    md_ckpt_runs r = {0, 0};
+    if (item->count[0] == 0)
+        return r;
+    int cut = cut_dimension(item);
+    r = (md_ckpt_runs){1, (int64_t)md_dtype_bytes(item->dtype)};
+    for (int d = 0; d < item->rank; d++)
+        *(d < cut ? &r.count : &r.bytes) *= item->count[d];
+    return r;
+}
+
+int64_t md_ckpt_run_offset(const md_state_item *item, int64_t run)
+{
+    int64_t at = 0, stride = 1;
+    int cut = cut_dimension(item);
+    for (int d = item->rank - 1; d >= 0; d--) {
+        int64_t index = item->start[d];
+        if (d < cut) {
+            index += run % item->count[d];
+            run /= item->count[d];
+        }
+        at += index * stride;
+        stride *= item->global[d];
+    }
+    return at * (int64_t)md_dtype_bytes(item->dtype);
+}
+
+md_status md_ckpt_fd(const char *path, bool write, int *fd)
+{
+    *fd = open(path, (write ? O_RDWR : O_RDONLY) | O_CLOEXEC);
+    if (*fd < 0)
+        MD_FAIL(errno == ENOENT ? MD_ERR_NOINPUT : MD_ERR_IO, "%s: cannot open: %s", path,
+                strerror(errno));
+    return MD_OK;
+}
+
+md_status md_ckpt_pread(int fd, const char *path, void *buf, int64_t bytes, int64_t at)
+{
+    for (int64_t done = 0; done < bytes;) {
+        ssize_t n = pread(fd, (char *)buf + done, (size_t)(bytes - done), at + done);
+        if (n == 0)
+            MD_FAIL(MD_ERR_DATA, "%s: the file ends at byte %lld", path, (long long)(at + done));
+        if (n < 0 && errno != EINTR)
+            MD_FAIL(MD_ERR_IO, "%s: cannot read: %s", path, strerror(errno));
+        done += MD_MAX(n, 0);
+    }
+    return MD_OK;
+}
+
+md_status md_ckpt_pwrite(int fd, const char *path, const void *buf, int64_t bytes, int64_t at)
+{
+    for (int64_t done = 0; done < bytes;) {
+        ssize_t n = pwrite(fd, (const char *)buf + done, (size_t)(bytes - done), at + done);
+        if (n < 0 && errno != EINTR)
+            MD_FAIL(MD_ERR_IO, "%s: cannot write: %s", path, strerror(errno));
+        done += MD_MAX(n, 0);
+    }
+    return MD_OK;
+}
+
+md_status md_ckpt_sync(int fd, const char *path)
+{
+    if (fsync(fd) != 0)
+        MD_FAIL(MD_ERR_IO, "%s: cannot sync: %s", path, strerror(errno));
+    return MD_OK;
+}
+
+/* A value is not finite when all its exponent bits are set. The loops have no exit, so that they
+ * vectorise. */
+static bool all_finite(const void *data, int64_t bytes, md_dtype dtype)
+{
+    uint64_t bad = 0;
+    if (dtype == MD_F32) {
+        const uint32_t *x = data;
+        for (int64_t i = 0; i < bytes / 4; i++)
+            bad |= (x[i] & 0x7f800000u) == 0x7f800000u;
+    } else if (dtype == MD_F64) {
+        const uint64_t *x = data;
+        for (int64_t i = 0; i < bytes / 8; i++)
+            bad |= (x[i] & 0x7ff0000000000000u) == 0x7ff0000000000000u;
+    }
+    return !bad;
+}
+
+/* Bytes [lo, hi) of the item's array, which lie at `data`; cut at block borders by the caller. */
+static md_status write_piece(int fd, const md_checkpoint *ck, int i, md_dtype dtype, int64_t lo,
+                             int64_t hi, const void *data, uint64_t *memory)
+{
+    const md_state_entry *e = &ck->entry[i];
+    if (!all_finite(data, hi - lo, dtype))
+        MD_FAIL(MD_ERR_NUMERICS, "%s: %s has a value that is not finite", ck->path, e->name);
+    if (lo % MD_CKPT_BLOCK == 0 && (hi - lo == MD_CKPT_BLOCK || hi == e->bytes))
+        memory[lo / MD_CKPT_BLOCK] = XXH3_64bits(data, (size_t)(hi - lo));
+    return md_ckpt_pwrite(fd, ck->path, data, hi - lo, e->offset + lo);
+}
+
+static md_status write_item(int fd, const md_checkpoint *ck, int i, const md_state_item *item,
+                            uint64_t *memory)
+{
+    md_ckpt_runs runs = md_ckpt_runs_of(item);
+    const char *data = item->data;
+    for (int64_t r = 0; r < runs.count; r++) {
+        int64_t lo = md_ckpt_run_offset(item, r), end = lo + runs.bytes;
+        while (lo < end) {
+            int64_t hi = MD_MIN(end, (lo / MD_CKPT_BLOCK + 1) * MD_CKPT_BLOCK);
+            MD_TRY(write_piece(fd, ck, i, item->dtype, lo, hi, data, memory));
+            data += hi - lo;
+            lo = hi;
+        }
+    }
+    return MD_OK;
+}
+
+md_status md_ckpt_write_blocks(int fd, const md_checkpoint_args *args, const md_checkpoint *ck,
+                               uint64_t *memory)
+{
+    for (int i = 0; i < args->items; i++) {
+        MD_TRY(write_item(fd, ck, i, &args->item[i], memory));
+        memory += md_ckpt_blocks(ck->entry[i].bytes);
+    }
+    if (md_fault("ckpt.write"))
+        MD_FAIL(MD_ERR_IO, "%s: cannot write: %s", ck->path, strerror(ENOSPC));
+    return MD_OK;
+}
+
+/* Hashes the blocks [first, last) of the numbering through all items. */
+static md_status hash_blocks(const md_checkpoint *ck, int fd, int64_t first, int64_t last,
+                             uint64_t *hash)
+{
+    char *buf;
+    MD_NEW(buf, MD_CKPT_BLOCK, "checkpoint buffer");
+    md_status st = MD_OK;
+    int64_t base = 0;
+    for (int i = 0; i < ck->entries && base < last && st == MD_OK; i++) {
+        const md_state_entry *e = &ck->entry[i];
+        int64_t blocks = md_ckpt_blocks(e->bytes);
+        int64_t lo = MD_MAX(first - base, 0), hi = MD_MIN(last - base, blocks);
+        for (int64_t b = lo; b < hi && st == MD_OK; b++) {
+            int64_t n = MD_MIN(MD_CKPT_BLOCK, e->bytes - b * MD_CKPT_BLOCK);
+            st = md_ckpt_pread(fd, ck->path, buf, n, e->offset + b * MD_CKPT_BLOCK);
+            hash[base + b] = XXH3_64bits(buf, (size_t)n);
+        }
+        base += blocks;
+    }
+    md_free(buf);
+    return st;
+}
+
+md_status md_ckpt_hash_file(const md_checkpoint *ck, int fd, uint64_t *hash)
+{
+    int64_t blocks = 0, rank = md_comm_rank(ck->comm), size = md_comm_size(ck->comm);
+    for (int i = 0; i < ck->entries; i++)
+        blocks += md_ckpt_blocks(ck->entry[i].bytes);
+    memset(hash, 0, (size_t)blocks * sizeof *hash);
+    md_status st = hash_blocks(ck, fd, blocks * rank / size, blocks * (rank + 1) / size, hash);
+    MD_TRY(md_agree(ck->comm, st));
+    md_comm_allreduce(ck->comm, hash, blocks, MD_I64, MD_SUM);
+    return MD_OK;
+}
