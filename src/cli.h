@@ -26,6 +26,7 @@ const md_verb *md_verb_find(const char *name);
 md_status md_usage_error(const char *verb, const char *fmt, ...)
     __attribute__((format(printf, 2, 3)));
 
+md_status md_cmd_bench(int argc, char **argv);
 md_status md_cmd_config(int argc, char **argv);
 md_status md_cmd_convert(int argc, char **argv);
 md_status md_cmd_help(int argc, char **argv);

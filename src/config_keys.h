@@ -54,6 +54,7 @@ X(model_init_std, "model.init_std", REAL, "0.02", 1e-6, 1, "", "Standard deviati
 /* method axes */
 X(teacher_kind, "method.teacher.kind", CHOICE, "vit", 0, 0, "vit,pixel", "Where targets come from: a frozen ViT, or the picture's own patches.")
 X(teacher_weights, "method.teacher.weights", STR, "", 0, 0, "path", "Weights of the vit teacher (made by `md_hpc weights import`).")
+X(teacher_arch, "method.teacher.arch", CHOICE, "file", 0, 0, "file,clip_vit_b16,clip_vit_l14,vit_b16", "What the weights are: file = whatever they say; a name is checked against them, and lets `plan` work where they are not at hand (vit_b16: DINO, MAE, timm).")
 X(teacher_stage, "method.teacher.stage", CHOICE, "ln_post", 0, 0, "raw,ln_post,ln_post_proj", "Feature taken from the teacher: last block, after its final LayerNorm, after its projection.")
 X(teacher_layers, "method.teacher.layers", INT, "1", 1, 1024, "blocks", "Targets are the mean of the last k block outputs.")
 X(teacher_pos, "method.teacher.pos_interpolation", CHOICE, "beit2", 0, 0, "beit2,exact", "Scale of the bicubic resize of the teacher's positions: (g + 0.1) / G as BEiT v2, or g / G.")
@@ -87,7 +88,6 @@ X(train_epochs, "train.epochs", REAL, "300", 0, 1000000, "epochs", "Length of th
 X(train_max_steps, "train.max_steps", INT, "0", 0, 1000000000000, "steps", "Stop (finished) after this step; 0 = at the end of the epochs. The schedule is not changed.")
 X(train_batch, "train.batch", INT, "2048", 1, 16777216, "images", "Global batch of one optimizer step.")
 X(train_micro_batch, "train.micro_batch", INT, "0", 0, 65536, "images", "Images of one forward and backward pass on a data-parallel rank; 0 = batch / data-parallel ranks.")
-X(train_recompute, "train.recompute", BOOL, "false", 0, 0, "", "Keep block inputs only and run each block again in the backward pass.")
 
 /* parallel */
 X(parallel_tensor, "parallel.tensor", INT, "1", 1, 1, "ranks", "Ranks that share one model (tensor parallel).")

@@ -10,6 +10,10 @@
 #include <string.h>
 
 static const md_verb verbs[] = {
+    {"bench", md_cmd_bench, "measure training steps on made-up pictures",
+     "md_hpc bench step [--case vit_b16|small] [--threads N] [--steps N] [--warmup N]\n"
+     "\n"
+     "Prints one JSON line with the milliseconds of each step and images per second."},
     {"config", md_cmd_config, "look at and check configurations",
      "md_hpc config reference\n"
      "       md_hpc config check FILE [key=value ...]\n"

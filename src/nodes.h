@@ -16,6 +16,10 @@
 #define MD_PARAM_GRAD(k, t)                                                                        \
     (n->param[k] == MD_NO_PARAM ? NULL : ((t) = md_param_grad(g->params, n->param[k]), &(t)))
 
+/* Bit for output k of an op that writes the gradient of parameter p: set when this backward adds to
+ * parameter gradients and the node has the parameter. */
+#define MD_ADD_BIT(k, p) (g->accumulate && n->param[p] != MD_NO_PARAM ? 1u << (k) : 0u)
+
 /* Appends the node and returns its output 0. */
 md_slot md_node_append(md_graph *g, const md_node *node);
 

@@ -202,6 +202,24 @@ static md_status tokens_infer(md_graph *g, md_node *n)
     return md_node_output(g, n, 0, MD_F32, 3, (int64_t[]){b, rows / b + 1, c});
 }
 
+static md_tensor as_matrix(const md_tensor *t)
+{
+    return MD_TENSOR(t->data, (md_dtype)t->dtype, md_tensor_rows(t), md_tensor_cols(t));
+}
+
+static md_tensor as_vector(const md_tensor *t)
+{
+    return MD_TENSOR(t->data, (md_dtype)t->dtype, md_tensor_count(t));
+}
+
+/* Parameters keep BEiT's leading dimensions of one; ops do not. NULL stays NULL. */
+static md_tensor *drop_ones(md_tensor *t, bool matrix)
+{
+    if (t)
+        *t = matrix ? as_matrix(t) : as_vector(t);
+    return t;
+}
+
 /* [B*G, C] seen as [B, G, C]. */
 static md_tensor by_image(const md_tensor *patch, const md_tensor *tokens)
 {
@@ -212,8 +230,9 @@ static md_status tokens_fwd(md_graph *g, const md_node *n)
 {
     md_tensor *out = md_out(g, n, 0), cls, mask_token, pos;
     md_tensor patch = by_image(md_in(g, n, 0), out);
-    return MD_RUN(tokens, .patch = &patch, .cls = MD_PARAM(0, cls), .mask_token = MD_PARAM(1, mask_token),
-               .pos = MD_PARAM(2, pos), .mask = md_in(g, n, 1), .tokens = out);
+    return MD_RUN(tokens, .patch = &patch, .cls = drop_ones(MD_PARAM(0, cls), false),
+                  .mask_token = drop_ones(MD_PARAM(1, mask_token), false),
+                  .pos = drop_ones(MD_PARAM(2, pos), true), .mask = md_in(g, n, 1), .tokens = out);
 }
 
 static md_status tokens_bwd(md_graph *g, const md_node *n)
@@ -221,8 +240,9 @@ static md_status tokens_bwd(md_graph *g, const md_node *n)
     md_tensor *dtokens = md_out_grad(g, n, 0), cls, mask_token, pos;
     md_tensor dpatch = by_image(md_in_grad(g, n, 0), dtokens);
     return MD_RUN(tokens_bwd, .dtokens = dtokens, .mask = md_in(g, n, 1), .dpatch = &dpatch,
-               .dcls = MD_PARAM_GRAD(0, cls), .dmask_token = MD_PARAM_GRAD(1, mask_token),
-               .dpos = MD_PARAM_GRAD(2, pos), .accumulate = g->accumulate ? 0xeu : 0u);
+                  .dcls = drop_ones(MD_PARAM_GRAD(0, cls), false),
+                  .dmask_token = drop_ones(MD_PARAM_GRAD(1, mask_token), false),
+                  .dpos = drop_ones(MD_PARAM_GRAD(2, pos), true), .accumulate = MD_ADD_BIT(1, 0) | MD_ADD_BIT(2, 1) | MD_ADD_BIT(3, 2));
 }
 
 static const md_node_kind kind_tokens = {.name = "tokens",
@@ -337,11 +357,6 @@ static md_status gather_rows_infer(md_graph *g, md_node *n)
 {
     const md_tensor *x = md_in(g, n, 0), *index = md_in(g, n, 1);
     return md_node_output(g, n, 0, MD_F32, 2, (int64_t[]){index->dim[0], md_tensor_cols(x)});
-}
-
-static md_tensor as_matrix(const md_tensor *t)
-{
-    return MD_TENSOR(t->data, (md_dtype)t->dtype, md_tensor_rows(t), md_tensor_cols(t));
 }
 
 static md_status gather_rows_fwd(md_graph *g, const md_node *n)

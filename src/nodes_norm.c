@@ -60,7 +60,7 @@ static md_status residual_ln_bwd(md_graph *g, const md_node *n)
                   .dbranch = md_in_grad(g, n, 1),
                   .dgamma = MD_PARAM_GRAD(0, dgamma), .dweight = dy ? MD_PARAM_GRAD(1, dweight) : NULL,
                   .dbias = dy ? MD_PARAM_GRAD(2, dbias) : NULL,
-                  .accumulate = g->accumulate ? 0x1cu : 0u);
+                  .accumulate = MD_ADD_BIT(2, 0) | (dy ? MD_ADD_BIT(3, 1) | MD_ADD_BIT(4, 2) : 0u));
 }
 
 static const md_node_kind kind_residual_ln = {.name = "residual_ln",

@@ -1,0 +1,63 @@
+/* step: one optimizer step, the only place that orders its phases. */
+#ifndef MD_STEP_H
+#define MD_STEP_H
+
+#include "io/prefetch.h"
+#include "mpi/grad_reduce.h"
+#include "src/method.h"
+
+/* What training carries from step to step besides parameters and moments; saved in checkpoints. */
+typedef struct md_train_state {
+    int64_t step;           /* next step to run */
+    int64_t updates;        /* optimizer updates applied */
+    int64_t skipped;        /* steps whose update was skipped */
+    int64_t skipped_in_row;
+    int64_t bad_images;     /* replaced so far */
+} md_train_state;
+
+typedef struct md_step_result {
+    double loss, grad_norm, learning_rate;
+    double data_wait, comm_wait; /* seconds on this rank */
+    bool skipped;
+    bool stop; /* some rank wants to stop */
+} md_step_result;
+
+/* Where micro-batches come from: the loader, or made-up pictures in a benchmark. take gives micro-batch
+ * `micro` of global step `step` on this rank and adds the seconds waited to *wait. */
+typedef struct md_batch_source {
+    void *context;
+    md_status (*take)(void *context, int64_t step, int micro, const md_batch **batch,
+                      double *wait);
+    void (*release)(void *context, const md_batch *batch);
+} md_batch_source;
+
+typedef struct md_stepper_args {
+    const md_config *config;
+    md_method *method; /* built; registries allocated */
+    md_backend *backend;
+    md_comm *dp;
+    md_batch_source source;
+    int64_t steps_per_epoch;
+    int accumulation; /* micro-batches of method->images a step and rank */
+} md_stepper_args;
+
+typedef struct md_stepper md_stepper;
+
+/* Allocates the activations, scratch and host-side batch buffers, and binds the graphs. Local. */
+md_status md_stepper_create(const md_stepper_args *args, md_stepper **out);
+void md_stepper_free(md_stepper *t);
+
+/* Bytes of one stepper's buffers (activations, scratch, batch), from shapes alone. */
+typedef struct md_stepper_bytes {
+    size_t activations, scratch, batch;
+    double student_forward, student_backward, teacher_forward; /* FLOP of one micro-batch */
+} md_stepper_bytes;
+md_status md_stepper_plan(const md_method *method, md_backend *backend, md_stepper_bytes *out);
+
+/* Collective(dp). Runs step s->step on its images and advances s. stop_wanted travels to all ranks in
+ * the step's one small reduction. A local failure (loader, backend) is agreed upon after the gradient
+ * reduction, so that every rank returns the same status and none waits. MD_ERR_NUMERICS after
+ * optim.max_skipped skipped updates in a row. */
+md_status md_step_run(md_stepper *t, md_train_state *s, bool stop_wanted, md_step_result *out);
+
+#endif
