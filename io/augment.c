@@ -40,7 +40,7 @@ static void choose_jitter(const md_augment_rule *rule, uint32_t epoch, uint64_t 
 static md_box central_box(const md_augment_rule *rule, int w, int h)
 {
     double ratio = (double)w / h;
-    md_box b = {0, 0, w, h};
+    md_box b = {0, 0, w, h, false};
     if (ratio < rule->ratio_min)
         b.h = MD_MIN(h, (int)rint(w / rule->ratio_min));
     else if (ratio > rule->ratio_max)
@@ -60,7 +60,7 @@ static md_box choose_box(const md_augment_rule *rule, uint32_t epoch, uint64_t s
         double bw = rint(sqrt(area * ratio)), bh = rint(sqrt(area / ratio));
         if (bw < 1 || bh < 1 || bw > w || bh > h)
             continue;
-        md_box b = {0, 0, (int)bw, (int)bh};
+        md_box b = {0, 0, (int)bw, (int)bh, false};
         b.y = (int)md_rng_below(&r, (uint32_t)(h - b.h + 1));
         b.x = (int)md_rng_below(&r, (uint32_t)(w - b.w + 1));
         return b;
@@ -74,9 +74,9 @@ md_augment_draw md_augment_choose(const md_augment_rule *rule, uint32_t epoch, u
     md_augment_draw d = {0};
     choose_jitter(rule, epoch, sample, &d);
     md_rng r = md_rng_at(rule->seed, MD_RNG_FLIP, epoch, sample);
-    d.mirror = md_rng_double(&r) < rule->flip;
     d.box = choose_box(rule, epoch, sample, w, h);
-    if (d.mirror) /* the box was drawn in the mirrored picture */
+    d.box.mirror = md_rng_double(&r) < rule->flip;
+    if (d.box.mirror) /* the box was drawn in the mirrored picture */
         d.box.x = w - d.box.x - d.box.w;
     return d;
 }
@@ -174,8 +174,8 @@ md_status md_augment_image(const md_augment_rule *rule, const md_augment_draw *d
 {
     if (draw->jitter)
         md_augment_jitter(im, draw);
-    MD_TRY(md_resize_box(r, im, draw->box, draw->mirror, rule->size, rule->size, crop));
+    MD_TRY(md_resize_box(r, im, draw->box, rule->size, rule->size, crop));
     if (rule->size2 > 0)
-        MD_TRY(md_resize_box(r, im, draw->box, draw->mirror, rule->size2, rule->size2, crop2));
+        MD_TRY(md_resize_box(r, im, draw->box, rule->size2, rule->size2, crop2));
     return MD_OK;
 }

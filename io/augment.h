@@ -30,8 +30,8 @@ typedef struct md_augment_rule {
 } md_augment_rule;
 
 typedef struct md_augment_draw {
-    md_box box; /* in the picture as decoded: x is already mirrored back when mirror is set */
-    bool mirror, jitter;
+    md_box box; /* in the picture as decoded: of a mirrored one, x is already mirrored back */
+    bool jitter;
     md_jitter_op order[MD_JITTER_OPS];
     float factor[MD_JITTER_OPS]; /* indexed by md_jitter_op */
 } md_augment_draw;

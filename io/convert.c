@@ -118,7 +118,7 @@ static md_status check_bytes(checker *k, const convert_item *it, convert_result 
     if (st == MD_OK && (w > UINT16_MAX || h > UINT16_MAX))
         st = md_error_set(MD_ERR_DATA, "%d x %d pixels; at most 65535 on a side", w, h);
     if (st == MD_OK)
-        st = md_decode_image(k->decoder, kind, bytes, (size_t)it->bytes, w, h, &image);
+        st = md_decode_image(k->decoder, &(md_coded){kind, bytes, (size_t)it->bytes, w, h}, &image);
     *bad = st == MD_ERR_DATA;
     MD_TRY(st);
     *res = (convert_result){.xxh3 = XXH3_64bits(bytes, (size_t)it->bytes),
@@ -312,7 +312,8 @@ static md_status verify_part(const md_dataset *d, md_comm *c, md_decoder *decode
         st = md_dataset_read(d, i, buf, cap, &len);
         md_dataset_size(d, i, &w, &h);
         if (st == MD_OK && decoder) {
-            st = md_decode_image(decoder, md_dataset_kind(d, i), buf, len, w, h, &image);
+            st = md_decode_image(decoder, &(md_coded){md_dataset_kind(d, i), buf, len, w, h},
+                                 &image);
             if (st != MD_OK)
                 md_error_prefix(st, "image %lld (%s)", (long long)i,
                                 md_dataset_name(d, i, name, sizeof name));

@@ -55,15 +55,16 @@ static md_status make_room(md_decoder *d, int w, int h)
     return MD_OK;
 }
 
-static md_status check_size(int64_t w, int64_t h, int want_w, int want_h)
+/* Limits, and the size `want` says if it says one. */
+static md_status check_size(int64_t w, int64_t h, const md_coded *want)
 {
     if (w < 1 || h < 1 || w > MD_IMAGE_MAX_SIDE || h > MD_IMAGE_MAX_SIDE ||
         w * h > MD_IMAGE_MAX_PIXELS)
         MD_FAIL(MD_ERR_DATA, "picture of %lld x %lld pixels is outside the limit of %lld pixels",
                 (long long)w, (long long)h, (long long)MD_IMAGE_MAX_PIXELS);
-    if ((want_w && w != want_w) || (want_h && h != want_h))
+    if (want && ((want->w && w != want->w) || (want->h && h != want->h)))
         MD_FAIL(MD_ERR_DATA, "picture is %lld x %lld pixels where %d x %d were expected",
-                (long long)w, (long long)h, want_w, want_h);
+                (long long)w, (long long)h, want->w, want->h);
     return MD_OK;
 }
 
@@ -184,20 +185,19 @@ static md_status jpeg_rows(md_decoder *d)
     return MD_OK;
 }
 
-static md_status decode_jpeg(md_decoder *d, const uint8_t *bytes, size_t n, int w, int h,
-                             md_image *out)
+static md_status decode_jpeg(md_decoder *d, const md_coded *in, md_image *out)
 {
-    MD_TRY(jpeg_header(d, bytes, n));
-    int got_w = (int)d->jpeg.image_width, got_h = (int)d->jpeg.image_height;
-    md_status st = check_size(got_w, got_h, w, h);
+    MD_TRY(jpeg_header(d, in->bytes, in->n));
+    int w = (int)d->jpeg.image_width, h = (int)d->jpeg.image_height;
+    md_status st = check_size(w, h, in);
     if (st == MD_OK)
-        st = make_room(d, got_w, got_h);
+        st = make_room(d, w, h);
     if (st != MD_OK) {
         jpeg_abort_decompress(&d->jpeg);
         return st;
     }
     MD_TRY(jpeg_rows(d));
-    *out = (md_image){d->pixels, got_w, got_h};
+    *out = (md_image){d->pixels, w, h};
     return MD_OK;
 }
 
@@ -287,50 +287,47 @@ static bool png_run(md_decoder *d, int w, int h)
     return true;
 }
 
-static md_status decode_png(md_decoder *d, const uint8_t *bytes, size_t n, int w, int h,
-                            md_image *out)
+static md_status decode_png(md_decoder *d, const md_coded *in, md_image *out)
 {
-    int64_t got_w = 0, got_h = 0;
-    MD_TRY(png_size(bytes, n, &got_w, &got_h));
-    MD_TRY(check_size(got_w, got_h, w, h));
-    MD_TRY(make_room(d, (int)got_w, (int)got_h));
-    if ((size_t)got_h > d->png_rows_capacity) {
+    int64_t w = 0, h = 0;
+    MD_TRY(png_size(in->bytes, in->n, &w, &h));
+    MD_TRY(check_size(w, h, in));
+    MD_TRY(make_room(d, (int)w, (int)h));
+    if ((size_t)h > d->png_rows_capacity) {
         md_free(d->png_rows);
         d->png_rows_capacity = 0;
-        MD_NEW(d->png_rows, got_h, "decode");
-        d->png_rows_capacity = (size_t)got_h;
+        MD_NEW(d->png_rows, h, "decode");
+        d->png_rows_capacity = (size_t)h;
     }
-    d->png_next = bytes;
-    d->png_left = n;
+    d->png_next = in->bytes;
+    d->png_left = in->n;
     snprintf(d->reason, sizeof d->reason, "out of memory");
     d->png = png_create_read_struct(PNG_LIBPNG_VER_STRING, d, png_fatal, png_note);
     d->png_info = d->png ? png_create_info_struct(d->png) : NULL;
-    bool good = d->png_info && png_run(d, (int)got_w, (int)got_h);
+    bool good = d->png_info && png_run(d, (int)w, (int)h);
     png_destroy_read_struct(&d->png, &d->png_info, NULL);
     if (!good)
         MD_FAIL(MD_ERR_DATA, "PNG: %s", d->reason);
-    *out = (md_image){d->pixels, (int)got_w, (int)got_h};
+    *out = (md_image){d->pixels, (int)w, (int)h};
     return MD_OK;
 }
 
 /* ---- raw ---- */
 
-static md_status decode_raw(md_decoder *d, md_image_kind kind, const uint8_t *bytes, size_t n,
-                            md_image *shape)
+static md_status decode_raw(md_decoder *d, const md_coded *in, md_image *out)
 {
-    int w = shape->w, h = shape->h, components = kind == MD_IMAGE_RGB8 ? 3 : 1;
-    MD_TRY(check_size(w, h, 0, 0));
-    size_t pixels = (size_t)w * (size_t)h;
-    if (n != pixels * (size_t)components)
-        MD_FAIL(MD_ERR_DATA, "raw picture of %d x %d x %d has %zu bytes", w, h, components, n);
-    MD_TRY(make_room(d, w, h));
-    uint32_t *to = (uint32_t *)(void *)d->pixels;
+    MD_TRY(check_size(in->w, in->h, NULL));
+    size_t pixels = (size_t)in->w * (size_t)in->h, components = in->kind == MD_IMAGE_RGB8 ? 3 : 1;
+    if (in->n != pixels * components)
+        MD_FAIL(MD_ERR_DATA, "raw picture of %d x %d x %zu has %zu bytes", in->w, in->h, components,
+                in->n);
+    MD_TRY(make_room(d, in->w, in->h));
     for (size_t i = 0; i < pixels; i++) {
-        const uint8_t *p = bytes + i * (size_t)components;
+        const uint8_t *p = in->bytes + i * components;
         uint8_t c[4] = {p[0], p[components / 2], p[components - 1], 255};
-        memcpy(to + i, c, 4);
+        memcpy(d->pixels + 4 * i, c, 4);
     }
-    shape->pixels = d->pixels;
+    *out = (md_image){d->pixels, in->w, in->h};
     return MD_OK;
 }
 
@@ -384,24 +381,19 @@ md_status md_decode_probe(md_decoder *d, const uint8_t *bytes, size_t n, md_imag
     } else {
         MD_FAIL(MD_ERR_DATA, "neither JPEG nor PNG (%zu bytes)", n);
     }
-    MD_TRY(check_size(got_w, got_h, 0, 0));
+    MD_TRY(check_size(got_w, got_h, NULL));
     *w = (int)got_w;
     *h = (int)got_h;
     return MD_OK;
 }
 
-md_status md_decode_image(md_decoder *d, md_image_kind kind, const uint8_t *bytes, size_t n, int w,
-                          int h, md_image *out)
+md_status md_decode_image(md_decoder *d, const md_coded *in, md_image *out)
 {
-    if (kind == MD_IMAGE_RGB8 || kind == MD_IMAGE_GRAY8) {
-        md_image raw = {NULL, w, h};
-        MD_TRY(decode_raw(d, kind, bytes, n, &raw));
-        *out = raw;
-        return MD_OK;
-    }
-    if (is_jpeg(bytes, n))
-        return decode_jpeg(d, bytes, n, w, h, out);
-    if (is_png(bytes, n))
-        return decode_png(d, bytes, n, w, h, out);
-    MD_FAIL(MD_ERR_DATA, "neither JPEG nor PNG (%zu bytes)", n);
+    if (in->kind == MD_IMAGE_RGB8 || in->kind == MD_IMAGE_GRAY8)
+        return decode_raw(d, in, out);
+    if (is_jpeg(in->bytes, in->n))
+        return decode_jpeg(d, in, out);
+    if (is_png(in->bytes, in->n))
+        return decode_png(d, in, out);
+    MD_FAIL(MD_ERR_DATA, "neither JPEG nor PNG (%zu bytes)", in->n);
 }

@@ -48,10 +48,16 @@ size_t md_decoder_bytes(int64_t max_pixels);
 md_status md_decode_probe(md_decoder *d, const uint8_t *bytes, size_t n, md_image_kind *kind,
                           int *w, int *h);
 
-/* Decodes n bytes. w and h are the expected size: needed for raw kinds, 0 = unknown for coded ones.
- * MD_ERR_DATA with the reason when the bytes are damaged or end early (what Pillow would patch up
+/* A coded picture: its bytes, and the size it should have, which raw kinds need (0 = unknown). */
+typedef struct md_coded {
+    md_image_kind kind;
+    const uint8_t *bytes;
+    size_t n;
+    int w, h;
+} md_coded;
+
+/* MD_ERR_DATA with the reason when the bytes are damaged or end early (what Pillow would patch up
  * with grey is refused), the size differs or a limit is passed; `out` is then unset. Local. */
-md_status md_decode_image(md_decoder *d, md_image_kind kind, const uint8_t *bytes, size_t n, int w,
-                          int h, md_image *out);
+md_status md_decode_image(md_decoder *d, const md_coded *in, md_image *out);
 
 #endif

@@ -75,36 +75,39 @@ static void note_bad(md_loader *l, slot *s, int64_t sample, md_status st)
     pthread_mutex_unlock(&l->lock);
 }
 
+/* An image as it will be shown. */
+typedef struct shot {
+    md_image picture;
+    int64_t sample;
+    int32_t label;
+    bool bad; /* it stands for another one */
+} shot;
+
 /* Reads and decodes one image of the store. */
-static md_status load_picture(bench *w, int64_t sample, md_image *im, int32_t *label)
+static md_status load_picture(bench *w, shot *sh)
 {
     const md_source *src = &w->loader->a.source;
-    md_image_kind kind;
-    int width, height;
-    size_t n = 0;
-    src->describe(src->ctx, sample, &kind, &width, &height, label);
-    MD_TRY(src->read(src->ctx, sample, w->bytes, src->max_bytes, &n));
+    md_coded in = {.bytes = w->bytes};
+    src->describe(src->ctx, sh->sample, &in.kind, &in.w, &in.h, &sh->label);
+    MD_TRY(src->read(src->ctx, sh->sample, w->bytes, src->max_bytes, &in.n));
     if (md_fault("loader.decode"))
         MD_FAIL(MD_ERR_DATA, "injected fault loader.decode");
-    return md_decode_image(w->decoder, kind, w->bytes, n, width, height, im);
+    return md_decode_image(w->decoder, &in, &sh->picture);
 }
 
-/* Image b of the step, or what replaces it; *bad = whether it was replaced. */
-static md_status find_picture(bench *w, slot *s, md_position at, md_image *im, int64_t *sample,
-                              int32_t *label, bool *bad)
+/* The image at a position, or what replaces it. */
+static md_status find_picture(bench *w, slot *s, md_position at, shot *sh)
 {
-    const md_loader *l = w->loader;
-    md_status st = MD_OK;
-    *sample = at.sample;
+    const md_order *o = &w->loader->order;
+    *sh = (shot){.sample = at.sample};
     for (int64_t k = 0; k < MD_LOADER_TRIES; k++) {
         if (k > 0)
-            *sample = md_permute(l->order.seed, at.epoch, l->order.n,
-                                 (at.place + l->order.n / 2 + k - 1) % l->order.n);
-        st = load_picture(w, *sample, im, label);
-        if (st == MD_OK || st == MD_ERR_MEMORY || st == MD_ERR_BUG)
+            sh->sample = md_permute(o->seed, at.epoch, o->n, (at.place + o->n / 2 + k - 1) % o->n);
+        md_status st = load_picture(w, sh);
+        if (st == MD_OK || st == MD_ERR_MEMORY)
             return st;
-        *bad = true;
-        note_bad(w->loader, s, *sample, st);
+        sh->bad = true;
+        note_bad(w->loader, s, sh->sample, st);
     }
     return md_error_prefix(MD_ERR_DATA, "image %lld and the %d after it have no usable picture",
                            (long long)at.sample, MD_LOADER_TRIES - 1);
@@ -117,14 +120,19 @@ static md_status make_image(bench *w, slot *s, int64_t q, int64_t j, bool *bad)
     int64_t step = a->start_step + q / l->micros, micro = q % l->micros;
     int64_t b = a->dp_rank * (a->batch / a->dp_size) + micro * a->micro_batch + j;
     md_position at = md_position_at(&l->order, step, b);
-    md_image im;
-    MD_TRY(find_picture(w, s, at, &im, &s->batch.sample[j], &s->batch.label[j], bad));
+    shot sh;
+    md_status st = find_picture(w, s, at, &sh);
+    *bad = sh.bad;
+    if (st != MD_OK)
+        return st;
+    s->batch.sample[j] = sh.sample;
+    s->batch.label[j] = sh.label;
     md_augment_draw draw =
-        md_augment_choose(&a->rule, at.epoch, (uint64_t)s->batch.sample[j], im.w, im.h);
+        md_augment_choose(&a->rule, at.epoch, (uint64_t)sh.sample, sh.picture.w, sh.picture.h);
     size_t crop = (size_t)a->rule.size * (size_t)a->rule.size * 3;
     size_t crop2 = (size_t)a->rule.size2 * (size_t)a->rule.size2 * 3;
     uint8_t *out = (uint8_t *)s->batch.image.data + (size_t)j * crop, *out2 = s->batch.image2.data;
-    return md_augment_image(&a->rule, &draw, w->resizer, &im, out,
+    return md_augment_image(&a->rule, &draw, w->resizer, &sh.picture, out,
                             out2 ? out2 + (size_t)j * crop2 : NULL);
 }
 

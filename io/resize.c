@@ -273,14 +273,13 @@ static int rows_across(md_resizer *r, const md_image *im, md_box box, int y, int
     return rows;
 }
 
-md_status md_resize_box(md_resizer *r, const md_image *im, md_box box, bool mirror, int w, int h,
-                        uint8_t *out)
+md_status md_resize_box(md_resizer *r, const md_image *im, md_box box, int w, int h, uint8_t *out)
 {
     MD_ASSERT(box.x >= 0 && box.y >= 0 && box.w > 0 && box.h > 0 && box.x + box.w <= im->w &&
                   box.y + box.h <= im->h,
               "box %d,%d %dx%d of %dx%d", box.x, box.y, box.w, box.h, im->w, im->h);
     MD_TRY(reserve(r, MD_MAX(box.w, box.h), MD_MAX(w, h)));
-    axis_fill(&r->x, r->raw, box.w, w, mirror);
+    axis_fill(&r->x, r->raw, box.w, w, box.mirror);
     axis_fill(&r->y, r->raw, box.h, h, false);
     size_t stride = row_bytes(w);
     int ready = 0; /* rows of the box that went through the horizontal pass */

@@ -11,6 +11,7 @@
 
 typedef struct md_box {
     int x, y, w, h; /* pixels; inside the picture */
+    bool mirror;    /* read right to left */
 } md_box;
 
 /* Scratch memory of one thread: weights and a window of rows, not a picture. */
@@ -22,9 +23,8 @@ md_status md_resizer_create(md_resizer **out, int max_in, int max_out);
 void md_resizer_free(md_resizer *r);
 size_t md_resizer_bytes(int max_in, int max_out);
 
-/* Writes the box of `im`, resized to w x h and mirrored left to right if asked, to out[h][w][3].
- * MD_ERR_MEMORY when scratch cannot grow. Local. */
-md_status md_resize_box(md_resizer *r, const md_image *im, md_box box, bool mirror, int w, int h,
-                        uint8_t *out);
+/* Writes the box of `im`, resized to w x h, to out[h][w][3]. MD_ERR_MEMORY when scratch cannot
+ * grow. Local. */
+md_status md_resize_box(md_resizer *r, const md_image *im, md_box box, int w, int h, uint8_t *out);
 
 #endif

@@ -29,6 +29,12 @@ static const struct golden_coded *golden(const char *name)
     return NULL;
 }
 
+static md_status decode(md_decoder *d, md_image_kind kind, const uint8_t *bytes, size_t n,
+                        md_image *out)
+{
+    return md_decode_image(d, &(md_coded){kind, bytes, n, 0, 0}, out);
+}
+
 static md_decoder *new_decoder(void)
 {
     md_decoder *d;
@@ -49,14 +55,13 @@ static void pictures_equal_pillow(void **state)
         assert_int_equal(w, g->w);
         assert_int_equal(h, g->h);
         md_image im = {0};
-        if (md_decode_image(d, kind, g->bytes, g->n, w, h, &im) != MD_OK)
+        if (md_decode_image(d, &(md_coded){kind, g->bytes, g->n, w, h}, &im) != MD_OK)
             fail_msg("%s: %s", g->name, md_error_text());
         if (hash_rgb(&im) != g->hash)
             fail_msg("%s: pixels differ from Pillow's", g->name);
         /* The kind may come from a file's name: content decides. */
-        assert_int_equal(md_decode_image(d, g->kind == 0 ? MD_IMAGE_PNG : MD_IMAGE_JPEG, g->bytes,
-                                         g->n, 0, 0, &im),
-                         MD_OK);
+        assert_int_equal(
+            decode(d, g->kind == 0 ? MD_IMAGE_PNG : MD_IMAGE_JPEG, g->bytes, g->n, &im), MD_OK);
         assert_true(hash_rgb(&im) == g->hash);
     }
     md_decoder_free(d);
@@ -68,14 +73,15 @@ static void raw_kinds(void **state)
     md_decoder *d = new_decoder();
     md_image im;
     const uint8_t rgb[12] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12}, gray[3] = {9, 8, 7};
-    assert_int_equal(md_decode_image(d, MD_IMAGE_RGB8, rgb, 12, 2, 2, &im), MD_OK);
+    assert_int_equal(md_decode_image(d, &(md_coded){MD_IMAGE_RGB8, rgb, 12, 2, 2}, &im), MD_OK);
     assert_int_equal(im.pixels[4 * 3 + 2], 12);
     assert_int_equal(im.pixels[4 * 2], 7);
-    assert_int_equal(md_decode_image(d, MD_IMAGE_GRAY8, gray, 3, 3, 1, &im), MD_OK);
+    assert_int_equal(md_decode_image(d, &(md_coded){MD_IMAGE_GRAY8, gray, 3, 3, 1}, &im), MD_OK);
     assert_int_equal(im.pixels[4], 8);
     assert_int_equal(im.pixels[6], 8);
-    assert_int_equal(md_decode_image(d, MD_IMAGE_RGB8, rgb, 11, 2, 2, &im), MD_ERR_DATA);
-    assert_int_equal(md_decode_image(d, MD_IMAGE_GRAY8, gray, 3, 0, 0, &im), MD_ERR_DATA);
+    assert_int_equal(md_decode_image(d, &(md_coded){MD_IMAGE_RGB8, rgb, 11, 2, 2}, &im),
+                     MD_ERR_DATA);
+    assert_int_equal(decode(d, MD_IMAGE_GRAY8, gray, 3, &im), MD_ERR_DATA);
     md_decoder_free(d);
 }
 
@@ -91,7 +97,7 @@ static void cut_files(void **state)
             uint8_t *copy = malloc(n ? n : 1); /* so that a sanitizer sees an overrun */
             memcpy(copy, g->bytes, n);
             md_image im;
-            md_status st = md_decode_image(d, MD_IMAGE_JPEG, copy, n, 0, 0, &im);
+            md_status st = decode(d, MD_IMAGE_JPEG, copy, n, &im);
             if (st == MD_OK) {
                 assert_true(g->kind == 0 && n + 2 >= g->n);
                 assert_true(hash_rgb(&im) == g->hash);
@@ -120,7 +126,7 @@ static void damaged_bytes(void **state)
             if (copy[n] == g->bytes[n])
                 continue;
             md_image im;
-            md_status st = md_decode_image(d, MD_IMAGE_PNG, copy, g->n, 0, 0, &im);
+            md_status st = decode(d, MD_IMAGE_PNG, copy, g->n, &im);
             assert_true(st == MD_OK || st == MD_ERR_DATA);
             png_bytes += g->kind == 1;
             refused_png += g->kind == 1 && st != MD_OK;
@@ -130,7 +136,8 @@ static void damaged_bytes(void **state)
     assert_true(refused_png > png_bytes / 2); /* checksums */
     md_image im;
     const struct golden_coded *g = golden("jpeg_420");
-    assert_int_equal(md_decode_image(d, MD_IMAGE_JPEG, g->bytes, g->n, g->w, g->h, &im), MD_OK);
+    assert_int_equal(
+        md_decode_image(d, &(md_coded){MD_IMAGE_JPEG, g->bytes, g->n, g->w, g->h}, &im), MD_OK);
     assert_true(hash_rgb(&im) == g->hash);
     md_decoder_free(d);
 }
@@ -141,11 +148,11 @@ static void limits(void **state)
     md_decoder *d = new_decoder();
     md_image im;
     const struct golden_coded *g = golden("jpeg_420");
-    assert_int_equal(md_decode_image(d, MD_IMAGE_JPEG, g->bytes, g->n, g->w + 1, g->h, &im),
-                     MD_ERR_DATA);
+    assert_int_equal(
+        md_decode_image(d, &(md_coded){MD_IMAGE_JPEG, g->bytes, g->n, g->w + 1, g->h}, &im),
+        MD_ERR_DATA);
     assert_non_null(strstr(md_error_text(), "expected"));
-    assert_int_equal(md_decode_image(d, MD_IMAGE_JPEG, (const uint8_t *)"GIF89a..", 8, 0, 0, &im),
-                     MD_ERR_DATA);
+    assert_int_equal(decode(d, MD_IMAGE_JPEG, (const uint8_t *)"GIF89a..", 8, &im), MD_ERR_DATA);
     assert_non_null(strstr(md_error_text(), "neither"));
 
     /* a frame header that claims 65500 x 65500 */
@@ -155,7 +162,7 @@ static void limits(void **state)
     while (!(big[sof] == 0xff && big[sof + 1] == 0xc0))
         sof++;
     big[sof + 5] = big[sof + 7] = 0xff;
-    assert_int_equal(md_decode_image(d, MD_IMAGE_JPEG, big, g->n, 0, 0, &im), MD_ERR_DATA);
+    assert_int_equal(decode(d, MD_IMAGE_JPEG, big, g->n, &im), MD_ERR_DATA);
     assert_non_null(strstr(md_error_text(), "limit"));
     free(big);
 
@@ -170,7 +177,7 @@ static void limits(void **state)
     for (size_t i = 0; i < 201; i++)
         memcpy(bomb + scan + i * len, g->bytes + scan, len);
     memcpy(bomb + total - 2, "\xff\xd9", 2);
-    assert_int_equal(md_decode_image(d, MD_IMAGE_JPEG, bomb, total, 0, 0, &im), MD_ERR_DATA);
+    assert_int_equal(decode(d, MD_IMAGE_JPEG, bomb, total, &im), MD_ERR_DATA);
     free(bomb);
     md_decoder_free(d);
 }
@@ -193,7 +200,7 @@ static void photos(void **state)
         size_t n = fread(bytes, 1, sizeof bytes, f);
         fclose(f);
         md_image im;
-        if (md_decode_image(d, MD_IMAGE_JPEG, bytes, n, 0, 0, &im) != MD_OK)
+        if (decode(d, MD_IMAGE_JPEG, bytes, n, &im) != MD_OK)
             fail_msg("%s: %s", g.gl_pathv[i], md_error_text());
     }
     md_decoder_free(d);

@@ -122,7 +122,7 @@ static void expect_step(const md_loader_args *a, int64_t step, step_data *s)
         int w, h;
         assert_int_equal(fake_read(&good, sample, bytes, sizeof bytes, &n), MD_OK);
         fake_describe(NULL, sample, &kind, &w, &h, &s->label[b]);
-        assert_int_equal(md_decode_image(d, kind, bytes, n, w, h, &im), MD_OK);
+        assert_int_equal(md_decode_image(d, &(md_coded){kind, bytes, n, w, h}, &im), MD_OK);
         md_augment_draw draw = md_augment_choose(&a->rule, at.epoch, (uint64_t)sample, w, h);
         assert_int_equal(md_augment_image(&a->rule, &draw, r, &im, s->crop[b], s->crop2[b]), MD_OK);
         s->sample[b] = sample;
