@@ -1,6 +1,6 @@
 #!/bin/bash
-# Words that belong to one room stay there (tests/lint/tokens.txt), and no code under src/ asks which
-# published method is being run: methods are data.
+# Words that belong to one room stay there (tests/lint/tokens.txt), and no condition under src/ asks
+# which published method is being run: methods are data.
 . tests/lint/common.sh
 set -f
 
@@ -31,7 +31,8 @@ while read -r file; do
     code "$file" >"$stripped"
     if [[ $file == src/*.c ]]; then
         while IFS=: read -r line text; do
-            error "$file:$line: a method's name in code (methods are rows of data): $text"
+            [[ $text =~ (strcmp|strcasecmp|strstr|md_choice_index|if \(|\?|==) ]] || continue
+            error "$file:$line: a method's name in a condition (methods are rows of data): $text"
         done < <(grep -iE "$methods" "$stripped")
     fi
     sed -i -E 's/"([^"\\]|\\.)*"/""/g' "$stripped"
