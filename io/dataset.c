@@ -157,7 +157,7 @@ static md_status open_file(md_dataset *d, hid_t *group)
 
 /* --- the index ----------------------------------------------------------------------------- */
 
-static size_t index_bytes(int64_t n)
+size_t md_dataset_index_bytes(int64_t n)
 {
     return sizeof(shared_head) + (size_t)(n + 1) * sizeof(uint64_t) +
            (size_t)n * (sizeof(uint64_t) + sizeof(int32_t) + 2 * sizeof(uint16_t) + 1);
@@ -246,7 +246,7 @@ static md_status load_index(md_dataset *d, hid_t group, md_comm *c)
 {
     void *block;
     MD_TRY(md_agree(c, md_comm_split_node(c, &d->node)));
-    MD_TRY(md_agree(c, md_comm_shared(d->node, index_bytes(d->count), &block)));
+    MD_TRY(md_agree(c, md_comm_shared(d->node, md_dataset_index_bytes(d->count), &block)));
     index_layout(d, block);
     md_status st = md_comm_rank(d->node) == 0 ? fill_index(d, group) : MD_OK;
     return md_agree(c, st);

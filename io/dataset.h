@@ -48,6 +48,8 @@ size_t md_dataset_bytes(const md_dataset *d, int64_t i);
 /* Largest md_dataset_bytes, and largest w * h, of all images. */
 size_t md_dataset_max_bytes(const md_dataset *d);
 int64_t md_dataset_max_pixels(const md_dataset *d);
+/* Bytes of the index of n images, held once per node. */
+size_t md_dataset_index_bytes(int64_t n);
 /* Identity of the split: XXH3-64 over every image's hash, label, kind and size, in stored order. */
 uint64_t md_dataset_hash(const md_dataset *d);
 /* The name of image i into buf (cut to cap), read from the file; "?" when that fails. */

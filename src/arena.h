@@ -1,5 +1,5 @@
-/* arena: gives blocks with known lifetimes offsets in one region, so that blocks that are never alive
- * together share memory. Planned once at setup; nothing is allocated during a step. */
+/* arena: gives blocks with known lifetimes offsets in one region, so that blocks that are never
+ * alive together share memory. Planned once at setup; nothing is allocated during a step. */
 #ifndef MD_ARENA_H
 #define MD_ARENA_H
 

@@ -30,6 +30,7 @@ md_status md_cmd_bench(int argc, char **argv);
 md_status md_cmd_config(int argc, char **argv);
 md_status md_cmd_convert(int argc, char **argv);
 md_status md_cmd_help(int argc, char **argv);
+md_status md_cmd_plan(int argc, char **argv);
 md_status md_cmd_version(int argc, char **argv);
 md_status md_cmd_weights(int argc, char **argv);
 

@@ -1,5 +1,6 @@
 /* cmd_bench: measurements a user can repeat. `bench step` runs whole training steps (teacher and
- * student forward, backward, clipping, AdamW) of a named case on made-up pictures, without files. */
+ * student forward, backward, clipping, AdamW) of a named case on made-up pictures, without files.
+ */
 #include "src/cli.h"
 #include "src/config.h"
 #include "src/rng.h"
@@ -101,7 +102,8 @@ static int by_value(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-static void report(const options *o, const md_config *c, double *ms, const double *loss, double flops)
+static void report(const options *o, const md_config *c, double *ms, const double *loss,
+                   double flops)
 {
     int n = o->steps;
     printf("{\"program\": \"md_hpc\", \"version\": \"%s\", \"case\": \"%s\", \"threads\": %d, "
@@ -170,7 +172,8 @@ static md_status measure(run *r, const options *o)
     }
     md_stepper_bytes plan;
     MD_TRY(md_stepper_plan(&r->method, NULL, &plan));
-    report(o, &r->config, r->ms, r->loss, plan.student_forward + plan.student_backward + plan.teacher_forward);
+    report(o, &r->config, r->ms, r->loss,
+           plan.student_forward + plan.student_backward + plan.teacher_forward);
     return MD_OK;
 }
 

@@ -54,7 +54,7 @@ X(model_init_std, "model.init_std", REAL, "0.02", 1e-6, 1, "", "Standard deviati
 /* method axes */
 X(teacher_kind, "method.teacher.kind", CHOICE, "vit", 0, 0, "vit,pixel", "Where targets come from: a frozen ViT, or the picture's own patches.")
 X(teacher_weights, "method.teacher.weights", STR, "", 0, 0, "path", "Weights of the vit teacher (made by `md_hpc weights import`).")
-X(teacher_arch, "method.teacher.arch", CHOICE, "file", 0, 0, "file,clip_vit_b16,clip_vit_l14,vit_b16", "What the weights are: file = whatever they say; a name is checked against them, and lets `plan` work where they are not at hand (vit_b16: DINO, MAE, timm).")
+X(teacher_arch, "method.teacher.arch", CHOICE, "file", 0, 0, "file,clip_vit_b16,clip_vit_l14,vit_b16", "What `plan` takes the teacher for where its weights are not at hand (vit_b16: DINO, MAE, timm); training looks at the weights alone.")
 X(teacher_stage, "method.teacher.stage", CHOICE, "ln_post", 0, 0, "raw,ln_post,ln_post_proj", "Feature taken from the teacher: last block, after its final LayerNorm, after its projection.")
 X(teacher_layers, "method.teacher.layers", INT, "1", 1, 1024, "blocks", "Targets are the mean of the last k block outputs.")
 X(teacher_pos, "method.teacher.pos_interpolation", CHOICE, "beit2", 0, 0, "beit2,exact", "Scale of the bicubic resize of the teacher's positions: (g + 0.1) / G as BEiT v2, or g / G.")

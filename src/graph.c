@@ -1,5 +1,5 @@
-/* graph: table, lifetimes, walkers. Time of node i is i in the forward and 2n - 1 - i in the backward
- * pass; a block lives from the first to the last time anything touches it. */
+/* graph: table, lifetimes, walkers. Time of node i is i in the forward and 2n - 1 - i in the
+ * backward pass; a block lives from the first to the last time anything touches it. */
 #include "src/graph.h"
 #include "src/arena.h"
 
@@ -43,8 +43,12 @@ static md_slot add_slot(md_graph *g, const char *name, const md_tensor *t, int p
     if (g->status != MD_OK)
         return MD_NO_SLOT;
     md_slot_row *s = &g->slot[g->slots];
-    *s = (md_slot_row){.value = *t, .producer = producer, .first_use = -1, .last_use = -1,
-                       .value_block = -1, .grad_block = -1};
+    *s = (md_slot_row){.value = *t,
+                       .producer = producer,
+                       .first_use = -1,
+                       .last_use = -1,
+                       .value_block = -1,
+                       .grad_block = -1};
     snprintf(s->name, sizeof s->name, "%s", name);
     return g->slots++;
 }
@@ -182,7 +186,8 @@ static void plan_value(md_graph *g, md_slot s)
     row->value_block = new_block(g, md_tensor_bytes(&row->value), row->producer, end);
 }
 
-/* The gradient of slot s is written first by its last reader and read by its producer's backward. */
+/* The gradient of slot s is written first by its last reader and read by its producer's backward.
+ */
 static void plan_grad(md_graph *g, md_slot s)
 {
     md_slot_row *row = &g->slot[s];
@@ -213,9 +218,10 @@ static md_status plan_accumulation(md_graph *g)
             if (s == MD_NO_SLOT || !g->slot[s].needs_grad || g->slot[s].last_use == i)
                 continue;
             if (!(n->kind->accumulates >> k & 1))
-                MD_FAIL(MD_ERR_BUG, "node %d (%s) cannot add to the gradient of %s, which node %d "
-                                    "reads too", i, n->kind->name, g->slot[s].name,
-                        g->slot[s].last_use);
+                MD_FAIL(MD_ERR_BUG,
+                        "node %d (%s) cannot add to the gradient of %s, which node %d "
+                        "reads too",
+                        i, n->kind->name, g->slot[s].name, g->slot[s].last_use);
             n->accumulate_in |= 1u << k;
         }
     }

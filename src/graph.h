@@ -1,13 +1,15 @@
 /* graph: the model, described once: a list of nodes over single-assignment slots whose shapes are
- * known when the list is built. No branches and no dynamic shapes, so lifetimes fall out of the list,
- * memory is planned once, and the same list serves every backend and every process grid.
+ * known when the list is built. No branches and no dynamic shapes, so lifetimes fall out of the
+ * list, memory is planned once, and the same list serves every backend and every process grid.
  *
- * Building: md_n_* calls (nodes_*.c) append nodes; the first error is kept and later calls do nothing,
- * so that a builder checks once, in md_graph_finish. Slots are small integers; MD_NO_SLOT is "absent".
+ * Building: md_n_* calls (nodes_*.c) append nodes; the first error is kept and later calls do
+ * nothing, so that a builder checks once, in md_graph_finish. Slots are small integers; MD_NO_SLOT
+ * is "absent".
  *
- * Running: md_graph_forward walks the nodes, md_graph_backward walks them in reverse. Every parameter
- * belongs to one node, so its gradient is complete when that node's backward has run: then the hook is
- * called. A slot read by several nodes gets its gradient summed in reverse node order. */
+ * Running: md_graph_forward walks the nodes, md_graph_backward walks them in reverse. Every
+ * parameter belongs to one node, so its gradient is complete when that node's backward has run:
+ * then the hook is called. A slot read by several nodes gets its gradient summed in reverse node
+ * order. */
 #ifndef MD_GRAPH_H
 #define MD_GRAPH_H
 
@@ -15,7 +17,7 @@
 #include "src/param.h"
 
 typedef int md_slot;
-#define MD_NO_SLOT (-1)
+#define MD_NO_SLOT  (-1)
 #define MD_NO_PARAM (-1)
 
 #define MD_NODE_IN    4
@@ -36,8 +38,8 @@ typedef struct md_attr {
 typedef struct md_graph md_graph;
 typedef struct md_node md_node;
 
-/* One row per kind of node. infer checks the inputs and declares the outputs (md_node_output). bwd is
- * NULL for kinds that pass no gradient. keep_in, keep_out: bit k set when bwd reads the value of
+/* One row per kind of node. infer checks the inputs and declares the outputs (md_node_output). bwd
+ * is NULL for kinds that pass no gradient. keep_in, keep_out: bit k set when bwd reads the value of
  * input or output k. alias_fwd: output 0 may take input 0's memory when nothing reads that later;
  * alias_bwd: the gradient of input 0 may take the memory of the gradient of output 0. accumulates:
  * bit k set when bwd can add to the gradient of input k. */
@@ -54,7 +56,8 @@ struct md_node {
     const md_node_kind *kind;
     md_slot in[MD_NODE_IN], out[MD_NODE_OUT];
     int param[MD_NODE_PARAM];
-    uint32_t accumulate_in; /* bit k: this node adds to the gradient of input k instead of writing it */
+    uint32_t
+        accumulate_in; /* bit k: this node adds to the gradient of input k instead of writing it */
     md_attr attr;
 };
 
@@ -62,8 +65,8 @@ typedef struct md_slot_row {
     char name[32];
     md_tensor value, grad; /* data NULL until bound */
     bool external, needs_grad;
-    int producer;   /* node, -1 for inputs */
-    int first_use, last_use; /* nodes that read the value in the forward pass; -1 none */
+    int producer;                /* node, -1 for inputs */
+    int first_use, last_use;     /* nodes that read the value in the forward pass; -1 none */
     int value_block, grad_block; /* arena blocks, -1 none */
 } md_slot_row;
 
@@ -135,8 +138,8 @@ md_slot md_n_linear(md_graph *g, md_slot x, int w, int bias, md_act act);
 md_slot md_n_linear_slot(md_graph *g, md_slot x, int w, md_slot bias);
 /* [q_bias, 0, v_bias] of BEiT's attention, which has no key bias: -> [3C]. */
 md_slot md_n_qv_bias(md_graph *g, int q_bias, int v_bias);
-/* Token sequence: cls first, masked patches replaced. patch [B*G, C] -> [B, G+1, C]. mask (u8 [B, G])
- * and mask_token go together; pos [G+1, C] optional. */
+/* Token sequence: cls first, masked patches replaced. patch [B*G, C] -> [B, G+1, C]. mask (u8 [B,
+ * G]) and mask_token go together; pos [G+1, C] optional. */
 md_slot md_n_tokens(md_graph *g, md_slot patch, md_slot mask, int64_t images, const int params[3]);
 /* Relative position bias of a square grid: table [R, H] -> [H, T, T]; index i32 [T, T]. */
 md_slot md_n_rel_bias(md_graph *g, md_slot index, int table);

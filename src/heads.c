@@ -6,12 +6,22 @@
 static md_status linear_declare(md_method *m, const md_tag *in, int width)
 {
     int layer = m->student_vit.spec.layers + 1;
-    md_param w = {.name = "lm_head.weight", .rank = 2, .global = {width, in->width}, .cut_dim = -1,
-                  .cut_parts = 1, .init = MD_INIT_TRUNC_NORMAL,
-                  .init_value = (float)m->config->model_init_std, .init_scale = 1.0f, .decay = true,
+    md_param w = {.name = "lm_head.weight",
+                  .rank = 2,
+                  .global = {width, in->width},
+                  .cut_dim = -1,
+                  .cut_parts = 1,
+                  .init = MD_INIT_TRUNC_NORMAL,
+                  .init_value = (float)m->config->model_init_std,
+                  .init_scale = 1.0f,
+                  .decay = true,
                   .layer_id = layer};
-    md_param b = {.name = "lm_head.bias", .rank = 1, .global = {width}, .cut_dim = -1,
-                  .cut_parts = 1, .layer_id = layer};
+    md_param b = {.name = "lm_head.bias",
+                  .rank = 1,
+                  .global = {width},
+                  .cut_dim = -1,
+                  .cut_parts = 1,
+                  .layer_id = layer};
     m->head_w = md_params_add(&m->params, &w);
     m->head_b = md_params_add(&m->params, &b);
     return m->head_w < 0 || m->head_b < 0 ? MD_ERR_MEMORY : MD_OK;

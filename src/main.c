@@ -42,6 +42,14 @@ static const md_verb verbs[] = {
      "Under mpirun all ranks share the work; the file is the same for any number of them."},
     {"help", md_cmd_help, "explain a verb, a key or a topic",
      "md_hpc help [VERB | KEY | exit-codes | keys]"},
+    {"plan", md_cmd_plan, "what a run will need: memory, FLOPs, steps, bytes",
+     "md_hpc plan FILE.cfg [--ranks N] [--images N] [--tflops X] [--memory GIB] [key=value ...]\n"
+     "\n"
+     "Needs no MPI, no GPU, no data and no weights (method.teacher.arch names the teacher).\n"
+     "--ranks   data-parallel ranks (default 1)\n"
+     "--images  images of an epoch where data.train is not there (default ImageNet-1k's)\n"
+     "--tflops  sustained TFLOP/s of a rank, as `md_hpc bench step` reports: adds the time\n"
+     "--memory  GiB a rank may use: adds whether it fits"},
     {"version", md_cmd_version, "versions of the program and its libraries", "md_hpc version"},
     {"weights", md_cmd_weights, "look at pretrained weights and import them",
      "md_hpc weights import --out OUT.h5 [options] FILE.safetensors|FOLDER\n"

@@ -29,16 +29,17 @@ static md_status choose_tokens(md_method *m)
     int patches = (int)((c->image_size / c->model_patch) * (c->image_size / c->model_patch));
     bool all = strcmp(c->loss_on, "all") == 0;
     if (!all && m->mask.count == 0)
-        MD_FAIL(MD_ERR_CONFIG, "method.loss.on = masked, but method.mask.kind = none masks nothing: "
-                               "set method.loss.on = all");
+        MD_FAIL(MD_ERR_CONFIG,
+                "method.loss.on = masked, but method.mask.kind = none masks nothing: "
+                "set method.loss.on = all");
     m->chosen = all ? patches : m->mask.count;
     return MD_OK;
 }
 
 md_status md_method_resolve(md_method *m, const md_config *c, const md_teacher_info *info)
 {
-    *m = (md_method){.config = c, .proj_w = MD_NO_PARAM, .s_mask = MD_NO_SLOT,
-                     .s_rel_index = MD_NO_SLOT};
+    *m = (md_method){
+        .config = c, .proj_w = MD_NO_PARAM, .s_mask = MD_NO_SLOT, .s_rel_index = MD_NO_SLOT};
     MD_TRY(look_up(m));
     MD_TRY(choose_tokens(m));
     if (m->teacher->trained_weights && !info)
@@ -82,7 +83,8 @@ static md_status build_student(md_method *m, int64_t step_images)
     md_slot pred = m->head->build(m, g, m->student->build(m, g));
     double values = (double)step_images * m->chosen * m->target_width;
     m->s_loss = md_n_loss(g, pred, m->s_target,
-                          &(md_attr){.loss = m->loss->kind, .beta = (float)m->config->loss_beta,
+                          &(md_attr){.loss = m->loss->kind,
+                                     .beta = (float)m->config->loss_beta,
                                      .scale = (float)(1.0 / values)});
     return md_graph_finish(g);
 }

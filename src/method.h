@@ -70,7 +70,7 @@ struct md_method {
     const md_head_row *head;
     const md_loss_row *loss;
     md_mask_args mask;
-    md_teacher_info info;   /* zero for teachers without weights */
+    md_teacher_info info; /* zero for teachers without weights */
     md_vit student_vit, teacher_vit;
     md_params params;         /* the student's and the head's, trainable */
     md_params teacher_params; /* frozen */
@@ -89,9 +89,9 @@ struct md_method {
     md_slot *s_keep; /* [2L] or NULL */
 };
 
-/* Looks up the axes of c (kept by pointer), checks that they fit, declares and seals both registries.
- * info describes the teacher's weights, NULL when they are not known (pixel teacher). Local.
- * MD_ERR_CONFIG names the keys that do not fit. */
+/* Looks up the axes of c (kept by pointer), checks that they fit, declares and seals both
+ * registries. info describes the teacher's weights, NULL when they are not known (pixel teacher).
+ * Local. MD_ERR_CONFIG names the keys that do not fit. */
 md_status md_method_resolve(md_method *m, const md_config *c, const md_teacher_info *info);
 /* Whether this config's teacher is read from a weights file. */
 bool md_method_needs_weights(const md_config *c);

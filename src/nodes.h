@@ -11,9 +11,9 @@
 #define MD_RUN(op, ...) g->be->ops->op(g->be, &(md_##op##_args){__VA_ARGS__})
 
 /* Value and gradient of parameter k of node n, through the tensor variable t; NULL when absent. */
-#define MD_PARAM(k, t)                                                                             \
+#define MD_PARAM(k, t) \
     (n->param[k] == MD_NO_PARAM ? NULL : ((t) = md_param_value(g->params, n->param[k]), &(t)))
-#define MD_PARAM_GRAD(k, t)                                                                        \
+#define MD_PARAM_GRAD(k, t) \
     (n->param[k] == MD_NO_PARAM ? NULL : ((t) = md_param_grad(g->params, n->param[k]), &(t)))
 
 /* Bit for output k of an op that writes the gradient of parameter p: set when this backward adds to

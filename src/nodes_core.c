@@ -39,8 +39,8 @@ static md_status patchify_fwd(md_graph *g, const md_node *n)
 {
     const md_attr *a = &n->attr;
     return MD_RUN(patchify, .image = md_in(g, n, 0), .patch = md_out(g, n, 0), .side = a->side,
-               .order = a->order, .mean = {a->mean[0], a->mean[1], a->mean[2]},
-               .std = {a->std[0], a->std[1], a->std[2]});
+                  .order = a->order, .mean = {a->mean[0], a->mean[1], a->mean[2]},
+                  .std = {a->std[0], a->std[1], a->std[2]});
 }
 
 static const md_node_kind kind_patchify = {
@@ -86,24 +86,25 @@ static md_status linear_fwd(md_graph *g, const md_node *n)
     md_tensor w = weight_matrix(md_param_value(g->params, n->param[0])), b;
     const md_tensor *bias = n->in[1] != MD_NO_SLOT ? md_in(g, n, 1) : MD_PARAM(1, b);
     return MD_RUN(gemm, .a = md_in(g, n, 0), .b = &w, .bias = bias, .y = md_out(g, n, 0),
-               .pre = md_out(g, n, 1), .trans_b = true, .act = n->attr.act,
-               .b_frozen = !g->training);
+                  .pre = md_out(g, n, 1), .trans_b = true, .act = n->attr.act,
+                  .b_frozen = !g->training);
 }
 
 static md_status linear_bwd(md_graph *g, const md_node *n)
 {
-    md_tensor *dy = md_out_grad(g, n, 0), *dx = md_in_grad(g, n, 0), *dbias_slot = md_in_grad(g, n, 1);
+    md_tensor *dy = md_out_grad(g, n, 0), *dx = md_in_grad(g, n, 0),
+              *dbias_slot = md_in_grad(g, n, 1);
     md_tensor w = weight_matrix(md_param_value(g->params, n->param[0]));
     md_tensor dw = weight_matrix(md_param_grad(g->params, n->param[0])), db;
     md_tensor *dbias = dbias_slot ? dbias_slot : MD_PARAM_GRAD(1, db);
     bool add_bias = dbias_slot ? n->accumulate_in >> 1 & 1 : g->accumulate;
     if (n->attr.act != MD_ACT_NONE)
         MD_TRY(MD_RUN(act_bwd, .x = md_out(g, n, 1), .dy = dy, .dx = dy, .dbias = dbias,
-                   .act = n->attr.act, .accumulate = dbias && add_bias ? 2u : 0u));
+                      .act = n->attr.act, .accumulate = dbias && add_bias ? 2u : 0u));
     else if (dbias)
         MD_TRY(MD_RUN(colsum, .x = dy, .y = dbias, .accumulate = add_bias));
     MD_TRY(MD_RUN(gemm, .a = dy, .b = md_in(g, n, 0), .y = &dw, .trans_a = true,
-               .accumulate = g->accumulate));
+                  .accumulate = g->accumulate));
     if (dx)
         MD_TRY(MD_RUN(gemm, .a = dy, .b = &w, .y = dx));
     return MD_OK;
@@ -168,9 +169,9 @@ static md_status qv_bias_bwd(md_graph *g, const md_node *n)
     const md_tensor *d = md_out_grad(g, n, 0);
     md_tensor dq, dv, from_q = third(d, 0), from_v = third(d, 2);
     MD_TRY(MD_RUN(axpy, .x = &from_q, .y = MD_PARAM_GRAD(0, dq), .alpha = 1.0f,
-               .accumulate = g->accumulate));
+                  .accumulate = g->accumulate));
     return MD_RUN(axpy, .x = &from_v, .y = MD_PARAM_GRAD(1, dv), .alpha = 1.0f,
-               .accumulate = g->accumulate);
+                  .accumulate = g->accumulate);
 }
 
 static const md_node_kind kind_qv_bias = {
@@ -242,7 +243,8 @@ static md_status tokens_bwd(md_graph *g, const md_node *n)
     return MD_RUN(tokens_bwd, .dtokens = dtokens, .mask = md_in(g, n, 1), .dpatch = &dpatch,
                   .dcls = drop_ones(MD_PARAM_GRAD(0, cls), false),
                   .dmask_token = drop_ones(MD_PARAM_GRAD(1, mask_token), false),
-                  .dpos = drop_ones(MD_PARAM_GRAD(2, pos), true), .accumulate = MD_ADD_BIT(1, 0) | MD_ADD_BIT(2, 1) | MD_ADD_BIT(3, 2));
+                  .dpos = drop_ones(MD_PARAM_GRAD(2, pos), true),
+                  .accumulate = MD_ADD_BIT(1, 0) | MD_ADD_BIT(2, 1) | MD_ADD_BIT(3, 2));
 }
 
 static const md_node_kind kind_tokens = {.name = "tokens",
@@ -277,14 +279,14 @@ static md_status rel_bias_fwd(md_graph *g, const md_node *n)
 {
     md_tensor table;
     return MD_RUN(rel_gather, .table = MD_PARAM(0, table), .index = md_in(g, n, 0),
-               .rel = md_out(g, n, 0));
+                  .rel = md_out(g, n, 0));
 }
 
 static md_status rel_bias_bwd(md_graph *g, const md_node *n)
 {
     md_tensor dtable;
     return MD_RUN(rel_scatter, .drel = md_out_grad(g, n, 0), .index = md_in(g, n, 0),
-               .dtable = MD_PARAM_GRAD(0, dtable), .accumulate = g->accumulate);
+                  .dtable = MD_PARAM_GRAD(0, dtable), .accumulate = g->accumulate);
 }
 
 static const md_node_kind kind_rel_bias = {.name = "rel_bias",
@@ -322,15 +324,15 @@ static md_status attention_infer(md_graph *g, md_node *n)
 static md_status attention_fwd(md_graph *g, const md_node *n)
 {
     return MD_RUN(attention, .qkv = md_in(g, n, 0), .rel = md_in(g, n, 1), .o = md_out(g, n, 0),
-               .lse = md_out(g, n, 1), .heads = n->attr.heads, .scale = n->attr.scale);
+                  .lse = md_out(g, n, 1), .heads = n->attr.heads, .scale = n->attr.scale);
 }
 
 static md_status attention_bwd(md_graph *g, const md_node *n)
 {
     return MD_RUN(attention_bwd, .qkv = md_in(g, n, 0), .rel = md_in(g, n, 1), .o = md_out(g, n, 0),
-               .lse = md_out(g, n, 1), .d_o = md_out_grad(g, n, 0), .dqkv = md_in_grad(g, n, 0),
-               .drel = md_in_grad(g, n, 1), .heads = n->attr.heads, .scale = n->attr.scale,
-               .accumulate = n->accumulate_in);
+                  .lse = md_out(g, n, 1), .d_o = md_out_grad(g, n, 0), .dqkv = md_in_grad(g, n, 0),
+                  .drel = md_in_grad(g, n, 1), .heads = n->attr.heads, .scale = n->attr.scale,
+                  .accumulate = n->accumulate_in);
 }
 
 static const md_node_kind kind_attention = {.name = "attention",

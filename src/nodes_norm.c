@@ -57,8 +57,8 @@ static md_status residual_ln_bwd(md_graph *g, const md_node *n)
                   .branch = md_in(g, n, 1), .keep = md_in(g, n, 2), .gamma = MD_PARAM(0, gamma),
                   .weight = dy ? MD_PARAM(1, weight) : NULL, .mean = md_out(g, n, 2),
                   .rstd = md_out(g, n, 3), .dr = dr, .dy = dy, .dx = dx,
-                  .dbranch = md_in_grad(g, n, 1),
-                  .dgamma = MD_PARAM_GRAD(0, dgamma), .dweight = dy ? MD_PARAM_GRAD(1, dweight) : NULL,
+                  .dbranch = md_in_grad(g, n, 1), .dgamma = MD_PARAM_GRAD(0, dgamma),
+                  .dweight = dy ? MD_PARAM_GRAD(1, dweight) : NULL,
                   .dbias = dy ? MD_PARAM_GRAD(2, dbias) : NULL,
                   .accumulate = MD_ADD_BIT(2, 0) | (dy ? MD_ADD_BIT(3, 1) | MD_ADD_BIT(4, 2) : 0u));
 }

@@ -18,10 +18,16 @@ void md_progress_start(md_progress *p, int64_t first_step, int64_t total_steps,
                        int64_t steps_per_epoch, int64_t batch)
 {
     double now = md_now();
-    *p = (md_progress){.first_step = first_step, .total_steps = total_steps,
-                       .steps_per_epoch = steps_per_epoch, .batch = batch, .started = now,
-                       .last_line = now, .last_line_step = first_step, .step_min = INFINITY,
-                       .first_loss = NAN, .last_loss = NAN};
+    *p = (md_progress){.first_step = first_step,
+                       .total_steps = total_steps,
+                       .steps_per_epoch = steps_per_epoch,
+                       .batch = batch,
+                       .started = now,
+                       .last_line = now,
+                       .last_line_step = first_step,
+                       .step_min = INFINITY,
+                       .first_loss = NAN,
+                       .last_loss = NAN};
 }
 
 void md_progress_step(md_progress *p, const md_train_state *s, const md_step_result *r,
@@ -123,9 +129,10 @@ void md_progress_summary(const md_progress *p, md_comm *c, const char *checkpoin
     md_log_info("  memory peak    %.2f / %.2f / %.2f GiB a rank (min / mean / max)", memory.min,
                 memory.mean, memory.max);
     if (data.max > 0.05 * p->step_seconds)
-        md_log_info("NOTE: %.0f %% of the step waits for data: raise data.workers or data.prefetch, "
-                    "or put the image store on a faster disk",
-                    100.0 * data.max / p->step_seconds);
+        md_log_info(
+            "NOTE: %.0f %% of the step waits for data: raise data.workers or data.prefetch, "
+            "or put the image store on a faster disk",
+            100.0 * data.max / p->step_seconds);
     if (comm.max > 0.10 * p->step_seconds)
         md_log_info("NOTE: %.0f %% of the step waits for gradients: use fewer ranks, a larger "
                     "batch, or check that ranks and cores match",

@@ -8,8 +8,8 @@
 
 typedef struct md_progress {
     int64_t first_step, total_steps, steps_per_epoch, batch;
-    double started;             /* md_now() at the first step */
-    double last_line;           /* md_now() of the last line */
+    double started;   /* md_now() at the first step */
+    double last_line; /* md_now() of the last line */
     int64_t last_line_step;
     double step_seconds, step_min, step_max, data_wait, comm_wait; /* sums over steps */
     double checkpoint_seconds;

@@ -202,8 +202,8 @@ static void give_up_gradients(md_stepper *t)
 
 /* ---- one micro-batch ---- */
 
-/* Masks, chosen rows and drop-path draws of a micro-batch: functions of the global sample and of the
- * position in the global batch, so they do not depend on the process grid. */
+/* Masks, chosen rows and drop-path draws of a micro-batch: functions of the global sample and of
+ * the position in the global batch, so they do not depend on the process grid. */
 static void draw(md_stepper *t, int64_t step, int64_t first_position, const md_batch *batch)
 {
     const md_method *m = t->args.method;
@@ -280,8 +280,9 @@ static md_status update(md_stepper *t, md_train_state *s, const double *v, md_st
     if (out->skipped) {
         s->skipped++;
         if (++s->skipped_in_row >= c->optim_max_skipped)
-            MD_FAIL(MD_ERR_NUMERICS, "loss or gradients were not finite %lld steps in a row, up to "
-                                     "step %lld (optim.max_skipped)",
+            MD_FAIL(MD_ERR_NUMERICS,
+                    "loss or gradients were not finite %lld steps in a row, up to "
+                    "step %lld (optim.max_skipped)",
                     (long long)s->skipped_in_row, (long long)s->step);
         return MD_OK;
     }
@@ -306,8 +307,8 @@ md_status md_step_run(md_stepper *t, md_train_state *s, bool stop_wanted, md_ste
     out->comm_wait = md_grad_reduce_finish(t->reduce);
     if (st == MD_OK)
         st = md_optim_grad_stats(t->args.backend, &t->args.method->params, &stats);
-    double v[SUM_COUNT] = {[SUM_LOSS] = out->loss, [SUM_NORM] = stats.norm,
-                           [SUM_NONFINITE] = stats.nonfinite};
+    double v[SUM_COUNT] = {
+        [SUM_LOSS] = out->loss, [SUM_NORM] = stats.norm, [SUM_NONFINITE] = stats.nonfinite};
     MD_TRY(share(t, st, stop_wanted, s->bad_images - bad_before, v));
     out->loss = v[SUM_LOSS];
     out->grad_norm = v[SUM_NORM];

@@ -8,11 +8,11 @@
 
 /* What training carries from step to step besides parameters and moments; saved in checkpoints. */
 typedef struct md_train_state {
-    int64_t step;           /* next step to run */
-    int64_t updates;        /* optimizer updates applied */
-    int64_t skipped;        /* steps whose update was skipped */
+    int64_t step;    /* next step to run */
+    int64_t updates; /* optimizer updates applied */
+    int64_t skipped; /* steps whose update was skipped */
     int64_t skipped_in_row;
-    int64_t bad_images;     /* replaced so far */
+    int64_t bad_images; /* replaced so far */
 } md_train_state;
 
 typedef struct md_step_result {
@@ -22,12 +22,11 @@ typedef struct md_step_result {
     bool stop; /* some rank wants to stop */
 } md_step_result;
 
-/* Where micro-batches come from: the loader, or made-up pictures in a benchmark. take gives micro-batch
- * `micro` of global step `step` on this rank and adds the seconds waited to *wait. */
+/* Where micro-batches come from: the loader, or made-up pictures in a benchmark. take gives
+ * micro-batch `micro` of global step `step` on this rank and adds the seconds waited to *wait. */
 typedef struct md_batch_source {
     void *context;
-    md_status (*take)(void *context, int64_t step, int micro, const md_batch **batch,
-                      double *wait);
+    md_status (*take)(void *context, int64_t step, int micro, const md_batch **batch, double *wait);
     void (*release)(void *context, const md_batch *batch);
 } md_batch_source;
 
@@ -54,10 +53,10 @@ typedef struct md_stepper_bytes {
 } md_stepper_bytes;
 md_status md_stepper_plan(const md_method *method, md_backend *backend, md_stepper_bytes *out);
 
-/* Collective(dp). Runs step s->step on its images and advances s. stop_wanted travels to all ranks in
- * the step's one small reduction. A local failure (loader, backend) is agreed upon after the gradient
- * reduction, so that every rank returns the same status and none waits. MD_ERR_NUMERICS after
- * optim.max_skipped skipped updates in a row. */
+/* Collective(dp). Runs step s->step on its images and advances s. stop_wanted travels to all ranks
+ * in the step's one small reduction. A local failure (loader, backend) is agreed upon after the
+ * gradient reduction, so that every rank returns the same status and none waits. MD_ERR_NUMERICS
+ * after optim.max_skipped skipped updates in a row. */
 md_status md_step_run(md_stepper *t, md_train_state *s, bool stop_wanted, md_step_result *out);
 
 #endif

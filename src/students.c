@@ -47,7 +47,8 @@ static md_status add_keep_inputs(md_method *m, md_graph *g)
     return MD_OK;
 }
 
-/* Mask tokens stand in for the hidden patches (BEiT); the final norm runs on the chosen rows only. */
+/* Mask tokens stand in for the hidden patches (BEiT); the final norm runs on the chosen rows only.
+ */
 static md_slot replace_build(md_method *m, md_graph *g)
 {
     const md_vit *v = &m->student_vit;
@@ -64,16 +65,25 @@ static md_slot replace_build(md_method *m, md_graph *g)
         m->s_rel_index = md_graph_input(g, "rel_index", MD_I32, 2, (int64_t[]){tokens, tokens});
     if (s->mask_token)
         m->s_mask = md_graph_input(g, "mask", MD_U8, 2, (int64_t[]){m->images, tokens - 1});
-    md_vit_in in = {.images = m->images, .image = m->s_image, .mask = m->s_mask,
-                    .index = m->s_rel_index, .keep = m->s_keep, .mean = mean, .std = std,
+    md_vit_in in = {.images = m->images,
+                    .image = m->s_image,
+                    .mask = m->s_mask,
+                    .index = m->s_rel_index,
+                    .keep = m->s_keep,
+                    .mean = mean,
+                    .std = std,
                     .last = 1};
     md_slot x = MD_NO_SLOT, y, unused;
     md_vit_build(v, g, &in, &x);
     x = md_n_gather_rows(g, x, m->s_rows);
     md_n_residual_ln(g,
-                     &(md_residual_in){.x = x, .branch = MD_NO_SLOT, .keep = MD_NO_SLOT,
-                                       .gamma = MD_NO_PARAM, .weight = v->norm_w,
-                                       .bias = v->norm_b, .eps = s->ln_eps},
+                     &(md_residual_in){.x = x,
+                                       .branch = MD_NO_SLOT,
+                                       .keep = MD_NO_SLOT,
+                                       .gamma = MD_NO_PARAM,
+                                       .weight = v->norm_w,
+                                       .bias = v->norm_b,
+                                       .eps = s->ln_eps},
                      &unused, &y);
     return y;
 }

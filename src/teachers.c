@@ -15,12 +15,13 @@ static md_status vit_grid(md_method *m)
     int side = (int)(c->image_size / c->model_patch);
     t->image = c->teacher_image_size ? (int)c->teacher_image_size : side * t->patch;
     if (t->image % t->patch != 0 || t->image / t->patch != side)
-        MD_FAIL(MD_ERR_CONFIG,
-                "method.teacher.image_size = %d gives the teacher (patch %d) a grid of %g x %g, the "
-                "student (image.size %d, model.patch %d) has %d x %d: set "
-                "method.teacher.image_size = %d",
-                t->image, t->patch, (double)t->image / t->patch, (double)t->image / t->patch,
-                (int)c->image_size, (int)c->model_patch, side, side, side * t->patch);
+        MD_FAIL(
+            MD_ERR_CONFIG,
+            "method.teacher.image_size = %d gives the teacher (patch %d) a grid of %g x %g, the "
+            "student (image.size %d, model.patch %d) has %d x %d: set "
+            "method.teacher.image_size = %d",
+            t->image, t->patch, (double)t->image / t->patch, (double)t->image / t->patch,
+            (int)c->image_size, (int)c->model_patch, side, side, side * t->patch);
     m->teacher_image = t->image == c->image_size ? 0 : t->image;
     return MD_OK;
 }
@@ -42,8 +43,12 @@ static md_status vit_declare(md_method *m, md_tag *out)
     int width = t->width;
     if (stage == STAGE_PROJ) {
         width = m->info.proj_width;
-        md_param proj = {.name = "proj.weight", .rank = 2, .global = {width, t->width},
-                         .cut_dim = -1, .cut_parts = 1, .layer_id = t->layers + 1};
+        md_param proj = {.name = "proj.weight",
+                         .rank = 2,
+                         .global = {width, t->width},
+                         .cut_dim = -1,
+                         .cut_parts = 1,
+                         .layer_id = t->layers + 1};
         m->proj_w = md_params_add(&m->teacher_params, &proj);
     }
     *out = (md_tag){MD_FEATURE, MD_TOKENS_WITH_CLS, width};
@@ -60,8 +65,13 @@ static md_slot vit_build(md_method *m, md_graph *g, md_slot image, md_slot rows)
         g->status = MD_ERR_MEMORY;
         return MD_NO_SLOT;
     }
-    md_vit_in in = {.images = m->images, .image = image, .mask = MD_NO_SLOT, .index = MD_NO_SLOT,
-                    .mean = m->info.mean, .std = m->info.std, .last = k};
+    md_vit_in in = {.images = m->images,
+                    .image = image,
+                    .mask = MD_NO_SLOT,
+                    .index = MD_NO_SLOT,
+                    .mean = m->info.mean,
+                    .std = m->info.std,
+                    .last = k};
     md_vit_build(&m->teacher_vit, g, &in, out);
     md_slot x = MD_NO_SLOT;
     for (int i = 0; i < k; i++) {
@@ -71,8 +81,7 @@ static md_slot vit_build(md_method *m, md_graph *g, md_slot image, md_slot rows)
     md_free(out);
     const md_vit *v = &m->teacher_vit;
     if (stage != STAGE_RAW)
-        x = md_n_layernorm(g, x, (int[]){v->norm_w, v->norm_b},
-                           &(md_attr){.eps = v->spec.ln_eps});
+        x = md_n_layernorm(g, x, (int[]){v->norm_w, v->norm_b}, &(md_attr){.eps = v->spec.ln_eps});
     if (stage == STAGE_PROJ)
         x = md_n_linear(g, x, m->proj_w, MD_NO_PARAM, MD_ACT_NONE);
     return x;

@@ -17,8 +17,13 @@ static int add(md_params *p, const row_spec *r, int rank, const int64_t *dim, co
     __attribute__((format(printf, 5, 6)));
 static int add(md_params *p, const row_spec *r, int rank, const int64_t *dim, const char *fmt, ...)
 {
-    md_param row = {.rank = rank, .cut_dim = -1, .cut_parts = 1, .init = r->init,
-                    .init_value = r->value, .init_scale = r->scale, .layer_id = r->layer_id,
+    md_param row = {.rank = rank,
+                    .cut_dim = -1,
+                    .cut_parts = 1,
+                    .init = r->init,
+                    .init_value = r->value,
+                    .init_scale = r->scale,
+                    .layer_id = r->layer_id,
                     .decay = rank > 1 && !r->no_decay};
     for (int d = 0; d < rank; d++)
         row.global[d] = dim[d];
@@ -29,7 +34,11 @@ static int add(md_params *p, const row_spec *r, int rank, const int64_t *dim, co
     return md_params_add(p, &row);
 }
 
-#define DIMS(...) (int)MD_COUNT(((int64_t[]){__VA_ARGS__})), (int64_t[]){__VA_ARGS__}
+#define DIMS(...)                                          \
+    (int)MD_COUNT(((int64_t[]){__VA_ARGS__})), (int64_t[]) \
+    {                                                      \
+        __VA_ARGS__                                        \
+    }
 
 static void declare_block(md_vit *v, md_params *p, int k)
 {
@@ -49,10 +58,9 @@ static void declare_block(md_vit *v, md_params *p, int k)
     b->v_b = s->qv_bias ? add(p, &zero, DIMS(c), "blocks.%d.attn.v_bias", k) : MD_NO_PARAM;
     b->qkv_w = add(p, &normal, DIMS(3 * c, c), "blocks.%d.attn.qkv.weight", k);
     b->qkv_b = s->qv_bias ? MD_NO_PARAM : add(p, &zero, DIMS(3 * c), "blocks.%d.attn.qkv.bias", k);
-    b->rel = s->rel_pos != MD_REL_PER_LAYER
-                 ? MD_NO_PARAM
-                 : add(p, &zero, DIMS(md_vit_rel_rows(s), s->heads),
-                       "blocks.%d.attn.relative_position_bias_table", k);
+    b->rel = s->rel_pos != MD_REL_PER_LAYER ? MD_NO_PARAM
+                                            : add(p, &zero, DIMS(md_vit_rel_rows(s), s->heads),
+                                                  "blocks.%d.attn.relative_position_bias_table", k);
     b->proj_w = add(p, &rescaled, DIMS(c, c), "blocks.%d.attn.proj.weight", k);
     b->proj_b = add(p, &zero, DIMS(c), "blocks.%d.attn.proj.bias", k);
     b->gamma_1 = scaled ? add(p, &gamma, DIMS(c), "blocks.%d.gamma_1", k) : MD_NO_PARAM;
@@ -85,10 +93,9 @@ md_status md_vit_declare(md_vit *v, const md_vit_spec *spec, md_params *p)
     v->pos = s->abs_pos ? add(p, &token, DIMS(1, md_vit_tokens(s), c), "pos_embed") : MD_NO_PARAM;
     v->pre_w = s->pre_norm ? add(p, &one, DIMS(c), "norm_pre.weight") : MD_NO_PARAM;
     v->pre_b = s->pre_norm ? add(p, &zero, DIMS(c), "norm_pre.bias") : MD_NO_PARAM;
-    v->rel = s->rel_pos == MD_REL_SHARED
-                 ? add(p, &table, DIMS(md_vit_rel_rows(s), s->heads),
-                       "rel_pos_bias.relative_position_bias_table")
-                 : MD_NO_PARAM;
+    v->rel = s->rel_pos == MD_REL_SHARED ? add(p, &table, DIMS(md_vit_rel_rows(s), s->heads),
+                                               "rel_pos_bias.relative_position_bias_table")
+                                         : MD_NO_PARAM;
     for (int k = 0; k < s->layers; k++)
         declare_block(v, p, k);
     v->norm_w = s->final_norm ? add(p, &last_one, DIMS(c), "norm.weight") : MD_NO_PARAM;
@@ -122,7 +129,8 @@ float md_vit_drop_rate(const md_vit_spec *s, int k)
     return s->layers > 1 ? s->drop_path * (float)k / (float)(s->layers - 1) : 0.0f;
 }
 
-/* One block: y is LN1(x); returns the new residual stream in *x and the next norm's output in *y. */
+/* One block: y is LN1(x); returns the new residual stream in *x and the next norm's output in *y.
+ */
 static void build_block(const md_vit *v, md_graph *g, const md_vit_in *in, int k, md_slot rel,
                         md_slot *x, md_slot *y)
 {
@@ -137,15 +145,21 @@ static void build_block(const md_vit *v, md_graph *g, const md_vit_in *in, int k
     md_slot attn = md_n_attention(g, qkv, rel, s->heads);
     attn = md_n_linear(g, attn, b->proj_w, b->proj_b, MD_ACT_NONE);
     md_n_residual_ln(g,
-                     &(md_residual_in){.x = *x, .branch = attn, .keep = keep ? keep[0] : MD_NO_SLOT,
-                                       .gamma = b->gamma_1, .weight = b->norm2_w,
-                                       .bias = b->norm2_b, .eps = s->ln_eps},
+                     &(md_residual_in){.x = *x,
+                                       .branch = attn,
+                                       .keep = keep ? keep[0] : MD_NO_SLOT,
+                                       .gamma = b->gamma_1,
+                                       .weight = b->norm2_w,
+                                       .bias = b->norm2_b,
+                                       .eps = s->ln_eps},
                      x, y);
     md_slot hidden = md_n_linear(g, *y, b->fc1_w, b->fc1_b, s->act);
     hidden = md_n_linear(g, hidden, b->fc2_w, b->fc2_b, MD_ACT_NONE);
     md_n_residual_ln(g,
-                     &(md_residual_in){.x = *x, .branch = hidden,
-                                       .keep = keep ? keep[1] : MD_NO_SLOT, .gamma = b->gamma_2,
+                     &(md_residual_in){.x = *x,
+                                       .branch = hidden,
+                                       .keep = keep ? keep[1] : MD_NO_SLOT,
+                                       .gamma = b->gamma_2,
                                        .weight = last ? MD_NO_PARAM : v->block[k + 1].norm1_w,
                                        .bias = last ? MD_NO_PARAM : v->block[k + 1].norm1_b,
                                        .eps = s->ln_eps},
@@ -170,9 +184,13 @@ void md_vit_build(const md_vit *v, md_graph *g, const md_vit_in *in, md_slot *ou
     md_slot rel = s->rel_pos == MD_REL_SHARED ? md_n_rel_bias(g, in->index, v->rel) : MD_NO_SLOT;
     md_slot unused;
     md_n_residual_ln(g,
-                     &(md_residual_in){.x = x, .branch = MD_NO_SLOT, .keep = MD_NO_SLOT,
-                                       .gamma = MD_NO_PARAM, .weight = v->block[0].norm1_w,
-                                       .bias = v->block[0].norm1_b, .eps = s->ln_eps},
+                     &(md_residual_in){.x = x,
+                                       .branch = MD_NO_SLOT,
+                                       .keep = MD_NO_SLOT,
+                                       .gamma = MD_NO_PARAM,
+                                       .weight = v->block[0].norm1_w,
+                                       .bias = v->block[0].norm1_b,
+                                       .eps = s->ln_eps},
                      &unused, &y);
     for (int k = 0; k < s->layers; k++) {
         build_block(v, g, in, k, rel, &x, &y);

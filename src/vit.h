@@ -1,6 +1,6 @@
 /* vit: declares the parameters of a Vision Transformer and builds its encoder nodes. The student
- * (BEiT: relative position bias, layer scale, no key bias) and the frozen teachers (CLIP, DINO, MAE,
- * timm: absolute positions, full qkv bias) are the same code under two specs. */
+ * (BEiT: relative position bias, layer scale, no key bias) and the frozen teachers (CLIP, DINO,
+ * MAE, timm: absolute positions, full qkv bias) are the same code under two specs. */
 #ifndef MD_VIT_H
 #define MD_VIT_H
 
@@ -11,12 +11,12 @@ typedef enum md_rel_pos { MD_REL_SHARED, MD_REL_PER_LAYER, MD_REL_NONE } md_rel_
 typedef struct md_vit_spec {
     int image, patch, width, layers, heads, mlp;
     md_rel_pos rel_pos;
-    bool abs_pos;     /* pos_embed [G+1, C] */
+    bool abs_pos; /* pos_embed [G+1, C] */
     bool mask_token;
-    bool qv_bias;     /* q_bias and v_bias, no key bias (BEiT); else one bias [3C] */
+    bool qv_bias; /* q_bias and v_bias, no key bias (BEiT); else one bias [3C] */
     bool patch_bias;
-    bool pre_norm;    /* LayerNorm before the first block (CLIP) */
-    bool final_norm;  /* declare norm.weight, norm.bias */
+    bool pre_norm;   /* LayerNorm before the first block (CLIP) */
+    bool final_norm; /* declare norm.weight, norm.bias */
     md_act act;
     float ln_eps;
     float layer_scale; /* initial value; 0 = none */
@@ -62,25 +62,25 @@ static inline int md_vit_rel_rows(const md_vit_spec *s)
 md_status md_vit_declare(md_vit *v, const md_vit_spec *spec, md_params *params);
 void md_vit_free(md_vit *v);
 
-/* Fills index i32 [T, T] of a g x g grid with cls first (microsoft/unilm, beit/modeling_finetune.py:
- * RelativePositionBias). Local. */
+/* Fills index i32 [T, T] of a g x g grid with cls first (microsoft/unilm,
+ * beit/modeling_finetune.py: RelativePositionBias). Local. */
 void md_vit_rel_index(int g, int32_t *index);
 
 /* Drop-path rate of block k: linear from 0 at the first to spec.drop_path at the last. */
 float md_vit_drop_rate(const md_vit_spec *s, int k);
 
 typedef struct md_vit_in {
-    int64_t images;   /* B */
-    md_slot image;    /* u8 [B, S, S, 3] */
-    md_slot mask;     /* u8 [B, G], MD_NO_SLOT: none */
-    md_slot index;    /* i32 [T, T] when rel_pos */
+    int64_t images;      /* B */
+    md_slot image;       /* u8 [B, S, S, 3] */
+    md_slot mask;        /* u8 [B, G], MD_NO_SLOT: none */
+    md_slot index;       /* i32 [T, T] when rel_pos */
     const md_slot *keep; /* [2L] slots f32 [B] when drop_path > 0, else NULL */
     const float *mean, *std;
     int last; /* how many of the last block outputs to give */
 } md_vit_in;
 
-/* Builds patch embedding, tokens and blocks. out[0 .. in->last) receives the outputs [B, T, C] of the
- * last blocks, oldest first; no final norm. Errors stay in the graph. */
+/* Builds patch embedding, tokens and blocks. out[0 .. in->last) receives the outputs [B, T, C] of
+ * the last blocks, oldest first; no final norm. Errors stay in the graph. */
 void md_vit_build(const md_vit *v, md_graph *g, const md_vit_in *in, md_slot *out);
 
 #endif

@@ -52,10 +52,10 @@ static md_status plan_op(md_backend *be, md_op op, const void *args)
     return MD_OK;
 }
 
-#define PLAN_OP(op)                                                                                \
-    static md_status plan_##op(md_backend *be, const md_##op##_args *a)                            \
-    {                                                                                              \
-        return plan_op(be, MD_OP_##op, a);                                                         \
+#define PLAN_OP(op)                                                     \
+    static md_status plan_##op(md_backend *be, const md_##op##_args *a) \
+    {                                                                   \
+        return plan_op(be, MD_OP_##op, a);                              \
     }
 MD_OPS(PLAN_OP)
 

@@ -1,6 +1,6 @@
 /* plan_backend: runs a graph without memory. Every op adds its floating-point operations and the
- * bytes of its operands to a total, and asks the target backend how much scratch the same call would
- * need there. */
+ * bytes of its operands to a total, and asks the target backend how much scratch the same call
+ * would need there. */
 #ifndef MD_PLAN_BACKEND_H
 #define MD_PLAN_BACKEND_H
 

@@ -21,16 +21,22 @@ static void config_with(md_config *c, int n, const char *const *overrides)
     if (st != MD_OK)
         fail_msg("%s", md_error_text());
 }
-#define CONFIG(c, ...)                                                                             \
-    config_with((c), (int)MD_COUNT(((const char *[]){__VA_ARGS__})),                               \
-                (const char *[]){__VA_ARGS__})
+#define CONFIG(c, ...) \
+    config_with((c), (int)MD_COUNT(((const char *[]){__VA_ARGS__})), (const char *[]){__VA_ARGS__})
 
 static md_teacher_info clip_l14(void)
 {
     md_teacher_info t = {.grid = 16, .proj_width = 768};
-    t.spec = (md_vit_spec){.patch = 14, .width = 1024, .layers = 24, .heads = 16, .mlp = 4096,
-                           .rel_pos = MD_REL_NONE, .abs_pos = true, .pre_norm = true,
-                           .act = MD_ACT_QUICK_GELU, .ln_eps = 1e-5f};
+    t.spec = (md_vit_spec){.patch = 14,
+                           .width = 1024,
+                           .layers = 24,
+                           .heads = 16,
+                           .mlp = 4096,
+                           .rel_pos = MD_REL_NONE,
+                           .abs_pos = true,
+                           .pre_norm = true,
+                           .act = MD_ACT_QUICK_GELU,
+                           .ln_eps = 1e-5f};
     return t;
 }
 
@@ -55,10 +61,10 @@ static void test_parameter_counts(void **state)
 {
     (void)state;
     expect_count(86453584, (const char *[]){"method.mask.count=75", NULL});
-    expect_count(304186816, (const char *[]){"model.width=1024", "model.layers=24", "model.heads=16",
-                                             "model.layer_scale=1e-5", NULL});
-    expect_count(631805248, (const char *[]){"model.width=1280", "model.layers=32", "model.heads=16",
-                                             "model.patch=14", NULL});
+    expect_count(304186816, (const char *[]){"model.width=1024", "model.layers=24",
+                                             "model.heads=16", "model.layer_scale=1e-5", NULL});
+    expect_count(631805248, (const char *[]){"model.width=1280", "model.layers=32",
+                                             "model.heads=16", "model.patch=14", NULL});
 }
 
 static void test_decay_groups(void **state)
@@ -71,11 +77,18 @@ static void test_decay_groups(void **state)
     static const struct {
         const char *name;
         bool decay;
-    } rows[] = {{"cls_token", false}, {"pos_embed", false}, {"mask_token", true},
-                {"rel_pos_bias.relative_position_bias_table", true}, {"patch_embed.proj.weight", true},
-                {"patch_embed.proj.bias", false}, {"blocks.1.attn.q_bias", false},
-                {"blocks.1.gamma_2", false}, {"blocks.0.norm1.weight", false},
-                {"blocks.0.mlp.fc2.weight", true}, {"lm_head.weight", true}, {"lm_head.bias", false}};
+    } rows[] = {{"cls_token", false},
+                {"pos_embed", false},
+                {"mask_token", true},
+                {"rel_pos_bias.relative_position_bias_table", true},
+                {"patch_embed.proj.weight", true},
+                {"patch_embed.proj.bias", false},
+                {"blocks.1.attn.q_bias", false},
+                {"blocks.1.gamma_2", false},
+                {"blocks.0.norm1.weight", false},
+                {"blocks.0.mlp.fc2.weight", true},
+                {"lm_head.weight", true},
+                {"lm_head.bias", false}};
     for (size_t i = 0; i < MD_COUNT(rows); i++) {
         int k = md_params_find(&m.params, rows[i].name);
         assert_true(k >= 0);
@@ -96,7 +109,8 @@ static void test_arena(void **state)
     size_t region, live = 0, sum = 0;
     for (int i = 0; i < N; i++) {
         int first = (int)md_rng_below(&r, 100);
-        b[i] = (md_arena_block){.bytes = 1 + md_rng_below(&r, 5000), .first = first,
+        b[i] = (md_arena_block){.bytes = 1 + md_rng_below(&r, 5000),
+                                .first = first,
                                 .last = first + (int)md_rng_below(&r, 30)};
         sum += b[i].bytes;
     }
@@ -123,8 +137,8 @@ static void test_arena(void **state)
 static void test_relative_index(void **state)
 {
     (void)state;
-    static const int32_t want[25] = {11, 9, 9, 9, 9, 10, 4, 3, 1, 0, 10, 5, 4, 2,
-                                     1,  10, 7, 6, 4, 3, 10, 8, 7, 5, 4};
+    static const int32_t want[25] = {11, 9, 9,  9, 9, 10, 4, 3,  1, 0, 10, 5, 4,
+                                     2,  1, 10, 7, 6, 4,  3, 10, 8, 7, 5,  4};
     int32_t small[25], *big = md_alloc(197 * 197 * sizeof *big, "test");
     md_vit_rel_index(2, small);
     assert_memory_equal(small, want, sizeof want);
@@ -151,7 +165,8 @@ static void test_initialisation(void **state)
     static const struct {
         const char *name;
         double divide;
-    } rows[] = {{"blocks.1.mlp.fc1.weight", 1.0}, {"blocks.1.mlp.fc2.weight", 2.0},
+    } rows[] = {{"blocks.1.mlp.fc1.weight", 1.0},
+                {"blocks.1.mlp.fc2.weight", 2.0},
                 {"blocks.0.attn.proj.weight", 1.4142135}};
     for (size_t i = 0; i < MD_COUNT(rows); i++) {
         md_tensor t = md_param_value(&m.params, md_params_find(&m.params, rows[i].name));
@@ -259,8 +274,9 @@ static void count_ready(void *context, int param)
     ready_count[param]++;
 }
 
-/* Along a random direction of every parameter, the analytic derivative equals the central difference.
- * The check backend also proves that no op changes its inputs or leaves outputs unwritten. */
+/* Along a random direction of every parameter, the analytic derivative equals the central
+ * difference. The check backend also proves that no op changes its inputs or leaves outputs
+ * unwritten. */
 static void gradients_match(const char *rel_pos)
 {
     tiny *t = test_calloc(1, sizeof *t);
@@ -322,7 +338,8 @@ static void test_accumulation(void **state)
     assert_int_equal(md_graph_backward(&t->m.student_graph, t->be, false, NULL, NULL), MD_OK);
     memcpy(once, p->grad, md_params_block_bytes(p));
     assert_true(tiny_forward(t) == loss);
-    if (md_graph_backward(&t->m.student_graph, t->be, true, NULL, NULL) != MD_OK) fail_msg("%s", md_error_text());
+    if (md_graph_backward(&t->m.student_graph, t->be, true, NULL, NULL) != MD_OK)
+        fail_msg("%s", md_error_text());
     for (int64_t i = 0; i < p->elements; i++)
         assert_true(fabsf(p->grad[i] - 2 * once[i]) <= 1e-6f + 1e-5f * fabsf(once[i]));
     tiny_forward(t);
@@ -345,8 +362,9 @@ static void test_update(void **state)
         assert_int_equal(md_graph_backward(&t->m.student_graph, t->be, false, NULL, NULL), MD_OK);
         assert_int_equal(md_optim_grad_stats(t->be, &t->m.params, &s), MD_OK);
         assert_true(isfinite(s.norm) && s.nonfinite == 0);
-        assert_int_equal(md_optim_update(t->be, &t->m.params, &t->c, 3e-3,
-                                         md_optim_clip(s.norm, 3.0), update), MD_OK);
+        assert_int_equal(
+            md_optim_update(t->be, &t->m.params, &t->c, 3e-3, md_optim_clip(s.norm, 3.0), update),
+            MD_OK);
         tiny_forward(t);
     }
     assert_true(t->loss < 0.8 * first);
@@ -370,8 +388,8 @@ static void expect_refused(const char *words, int n, const char *const *override
     md_method_free(&m);
     md_config_free(&c);
 }
-#define REFUSED(words, info, ...)                                                                  \
-    expect_refused((words), (int)MD_COUNT(((const char *[]){__VA_ARGS__})),                        \
+#define REFUSED(words, info, ...)                                           \
+    expect_refused((words), (int)MD_COUNT(((const char *[]){__VA_ARGS__})), \
                    (const char *[]){__VA_ARGS__}, (info))
 
 static void test_axes_that_do_not_fit(void **state)
@@ -383,16 +401,21 @@ static void test_axes_that_do_not_fit(void **state)
     REFUSED("method.teacher.weights", NULL, "model.layers=2");
     REFUSED("no projection", &bare, "method.teacher.stage=ln_post_proj");
     REFUSED("24 blocks", &t, "method.teacher.layers=25");
-    REFUSED("leave the key at 0", NULL, "method.teacher.kind=pixel", "method.teacher.image_size=196");
+    REFUSED("leave the key at 0", NULL, "method.teacher.kind=pixel",
+            "method.teacher.image_size=196");
 }
 
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_parameter_counts), cmocka_unit_test(test_decay_groups),
-        cmocka_unit_test(test_arena),            cmocka_unit_test(test_relative_index),
-        cmocka_unit_test(test_initialisation),   cmocka_unit_test(test_gradients),
-        cmocka_unit_test(test_accumulation),     cmocka_unit_test(test_update),
+        cmocka_unit_test(test_parameter_counts),
+        cmocka_unit_test(test_decay_groups),
+        cmocka_unit_test(test_arena),
+        cmocka_unit_test(test_relative_index),
+        cmocka_unit_test(test_initialisation),
+        cmocka_unit_test(test_gradients),
+        cmocka_unit_test(test_accumulation),
+        cmocka_unit_test(test_update),
         cmocka_unit_test(test_axes_that_do_not_fit),
     };
     return cmocka_run_group_tests_name("model", tests, NULL, NULL);

@@ -1,0 +1,191 @@
+/* cmd_plan: what a run will need, worked out from the config alone: no MPI, no GPU, no data. The
+ * graphs are built as for training and run on the plan backend, which has no memory. */
+#include "src/cli.h"
+#include "src/setup.h"
+#include "src/step.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+typedef struct options {
+    const char *config;
+    int ranks;
+    int64_t images;
+    double tflops, memory_gib;
+    int n_overrides;
+    char **overrides;
+} options;
+
+static md_status positive(const char *option, const char *text, double *out)
+{
+    char *end;
+    *out = text ? strtod(text, &end) : 0;
+    if (!text || *end || !(*out > 0) || *out > 1e15)
+        return md_usage_error("plan", "%s needs a positive number", option);
+    return MD_OK;
+}
+
+static md_status parse(int argc, char **argv, options *o)
+{
+    double ranks = 1, images = 1281167; /* ImageNet-1k's training split */
+    *o = (options){.overrides = argv};
+    for (int i = 1; i < argc; i++) {
+        double *number = strcmp(argv[i], "--ranks") == 0    ? &ranks
+                         : strcmp(argv[i], "--images") == 0 ? &images
+                         : strcmp(argv[i], "--tflops") == 0 ? &o->tflops
+                         : strcmp(argv[i], "--memory") == 0 ? &o->memory_gib
+                                                            : NULL;
+        if (number)
+            MD_TRY(positive(argv[i], i + 1 < argc ? argv[i + 1] : NULL, number));
+        if (number)
+            i++;
+        else if (argv[i][0] == '-')
+            return md_usage_error("plan", "option %s", argv[i]);
+        else if (!o->config && !strchr(argv[i], '='))
+            o->config = argv[i];
+        else
+            o->overrides[o->n_overrides++] = argv[i];
+    }
+    if (!o->config)
+        return md_usage_error("plan", "which config file?");
+    o->ranks = (int)ranks;
+    o->images = (int64_t)images;
+    return MD_OK;
+}
+
+/* What a rank holds before it has allocated anything: MPI, HDF5, oneDNN, thread stacks. Measured
+ * with Open MPI 4.1 and HDF5 1.10 on Debian 12. */
+#define BASE_BYTES (64.0 * 1048576.0)
+
+/* One line of the memory table. */
+typedef struct family {
+    const char *name;
+    double bytes;
+} family;
+
+static void print_memory(const family *f, int n, double limit_gib)
+{
+    double total = 0;
+    printf("memory of a rank\n");
+    for (int i = 0; i < n; i++) {
+        total += f[i].bytes;
+        printf("  %-34s %12.3f GiB\n", f[i].name, f[i].bytes / 1073741824.0);
+    }
+    printf("  %-34s %12.3f GiB\n", "peak", total / 1073741824.0);
+    if (limit_gib > 0)
+        printf("  %s\n", total <= limit_gib * 1073741824.0 ? "fits" : "does NOT fit");
+}
+
+typedef struct plan {
+    md_config config;
+    md_loader_args loader;
+    int64_t images;     /* of the image store, or assumed */
+    size_t index_bytes; /* of the store's index, shared by the ranks of a node */
+    md_batch_layout layout;
+    md_method method;
+    md_backend *be;
+    md_stepper_bytes step;
+    int64_t per_epoch, steps;
+} plan;
+
+/* ImageNet-1k's largest file and picture (bytes and pixels), where the store is not at hand. */
+enum { ASSUMED_BYTES = 15800000, ASSUMED_PIXELS = 32000000 };
+
+static md_status look_at_data(plan *p, const options *o)
+{
+    const md_config *c = &p->config;
+    md_loader_args *a = &p->loader;
+    *a = (md_loader_args){
+        .source = {.count = o->images, .max_bytes = ASSUMED_BYTES, .max_pixels = ASSUMED_PIXELS},
+        .dp_size = p->layout.ranks,
+        .micro_batch = p->layout.micro};
+    if (*c->data_train && access(c->data_train, R_OK) == 0) {
+        md_dataset *d;
+        MD_TRY(md_dataset_open(c->data_train, c->data_split, NULL, &d));
+        a->source = md_dataset_source(d, strcmp(c->data_reader, "hdf5") == 0);
+        md_dataset_close(d);
+    }
+    md_loader_configure(a, c, p->method.teacher_image);
+    p->images = a->source.count;
+    p->index_bytes = md_dataset_index_bytes(p->images);
+    return MD_OK;
+}
+
+static md_status work_out(plan *p, const options *o)
+{
+    char path[MD_CONFIG_STR], hash[17];
+    md_teacher_info info;
+    md_config *c = &p->config;
+    MD_TRY(md_config_init(c));
+    MD_TRY(md_config_find(o->config, path, sizeof path));
+    MD_TRY(md_config_load(c, path, o->n_overrides, o->overrides));
+    MD_TRY(md_batch_layout_make(c, o->ranks, &p->layout));
+    MD_TRY(md_teacher_info_get(c, true, &info, hash));
+    MD_TRY(md_method_resolve(&p->method, c, md_method_needs_weights(c) ? &info : NULL));
+    MD_TRY(md_method_build(&p->method, p->layout.micro, p->layout.batch));
+    MD_TRY(md_backend_create("cpu", (int)c->threads, &p->be));
+    MD_TRY(md_stepper_plan(&p->method, p->be, &p->step));
+    MD_TRY(look_at_data(p, o));
+    if (p->images < c->train_batch)
+        MD_FAIL(MD_ERR_CONFIG, "train.batch = %lld is more than the %lld images there are",
+                (long long)c->train_batch, (long long)p->images);
+    p->per_epoch = md_epoch_steps(p->images, c->train_batch);
+    p->steps = md_total_steps(c, p->per_epoch);
+    return MD_OK;
+}
+
+static void report(const plan *p, const options *o)
+{
+    const md_method *m = &p->method;
+    const double ranks = p->layout.ranks, params = (double)md_params_total(&m->params);
+    const double block = (double)md_params_block_bytes(&m->params);
+    double image_flops =
+        (3 * p->step.student_forward + p->step.teacher_forward) / (double)m->images;
+    double step_flops = image_flops * (double)p->layout.batch / ranks;
+    printf("parameters                 %.0f (student and head), %.0f (teacher)\n", params,
+           (double)md_params_total(&m->teacher_params));
+    printf("steps                      %lld (%lld an epoch of %lld images, %g epochs)\n",
+           (long long)p->steps, (long long)p->per_epoch, (long long)p->images,
+           p->config.train_epochs);
+    printf("batch                      %lld = %d ranks x %d passes x %lld images\n",
+           (long long)p->layout.batch, p->layout.ranks, p->layout.accumulation,
+           (long long)p->layout.micro);
+    printf(
+        "compute                    %.1f GFLOP an image (3 x student forward + teacher forward), "
+        "%.4g FLOP in all\n",
+        1e-9 * image_flops, image_flops * (double)p->layout.batch * (double)p->steps);
+    printf("gradient reduction         %.3f GB sent by a rank and step\n",
+           1e-9 * 2.0 * (ranks - 1) / ranks * 4.0 * params);
+    printf("checkpoint                 %.0f bytes (%.3f GB)\n", 12.0 * params, 12e-9 * params);
+    const family f[] = {{"parameters", block},
+                        {"gradients", block},
+                        {"Adam moments", 2 * block},
+                        {"teacher", (double)md_params_block_bytes(&m->teacher_params)},
+                        {"activations", (double)p->step.activations},
+                        {"op scratch and batch buffers", (double)(p->step.scratch + p->step.batch)},
+                        {"loader", (double)md_loader_bytes(&p->loader)},
+                        {"image index (one a node)", (double)p->index_bytes},
+                        {"program and libraries", BASE_BYTES}};
+    print_memory(f, (int)MD_COUNT(f), o->memory_gib);
+    if (o->tflops > 0)
+        printf("time                       %.3f s a step, %.2f days in all at %g TFLOP/s a rank\n",
+               step_flops / (1e12 * o->tflops),
+               step_flops / (1e12 * o->tflops) * (double)p->steps / 86400.0, o->tflops);
+}
+
+md_status md_cmd_plan(int argc, char **argv)
+{
+    options o;
+    plan p = {0};
+    MD_TRY(parse(argc, argv, &o));
+    md_status st = work_out(&p, &o);
+    if (st == MD_OK)
+        report(&p, &o);
+    md_method_free(&p.method);
+    md_backend_destroy(p.be);
+    md_config_free(&p.config);
+    return st;
+}

@@ -1,0 +1,113 @@
+/* setup: see setup.h. */
+#include "src/setup.h"
+#include "io/weights.h"
+
+#include <math.h>
+#include <string.h>
+#include <unistd.h>
+
+md_status md_batch_layout_make(const md_config *c, int ranks, md_batch_layout *out)
+{
+    const int64_t batch = c->train_batch;
+    if (batch % ranks != 0)
+        MD_FAIL(MD_ERR_CONFIG,
+                "train.batch = %lld does not divide over %d ranks: the next batches "
+                "that do are %lld and %lld",
+                (long long)batch, ranks, (long long)MD_MAX(batch / ranks, 1) * ranks,
+                (long long)(batch / ranks + 1) * ranks);
+    int64_t micro = c->train_micro_batch ? c->train_micro_batch : batch / ranks;
+    if (batch / ranks % micro != 0)
+        MD_FAIL(MD_ERR_CONFIG,
+                "train.micro_batch = %lld does not divide the %lld images of a rank "
+                "(train.batch = %lld over %d ranks)",
+                (long long)micro, (long long)(batch / ranks), (long long)batch, ranks);
+    *out = (md_batch_layout){.batch = batch,
+                             .micro = micro,
+                             .ranks = ranks,
+                             .accumulation = (int)(batch / ranks / micro)};
+    return MD_OK;
+}
+
+int64_t md_total_steps(const md_config *c, int64_t steps_per_epoch)
+{
+    int64_t steps = llround(c->train_epochs * (double)steps_per_epoch);
+    return c->train_max_steps ? MD_MIN(steps, c->train_max_steps) : steps;
+}
+
+/* Teachers that are known by name. The qkv bias is full, positions are absolute in all of them. */
+static const struct {
+    const char *name;
+    int width, layers, heads, patch, grid, proj_width;
+    bool clip;
+} known[] = {
+    {"clip_vit_b16", 768, 12, 12, 16, 14, 512, true},
+    {"clip_vit_l14", 1024, 24, 16, 14, 16, 768, true},
+    {"vit_b16", 768, 12, 12, 16, 14, 0, false},
+};
+
+/* The table's row as weights information; false for "file". */
+static bool info_from_name(const char *name, md_teacher_info *out)
+{
+    for (size_t i = 0; i < MD_COUNT(known); i++) {
+        if (strcmp(known[i].name, name) != 0)
+            continue;
+        *out = (md_teacher_info){
+            .grid = known[i].grid, .proj_width = known[i].proj_width, .std = {1.0f, 1.0f, 1.0f}};
+        out->spec = (md_vit_spec){.patch = known[i].patch,
+                                  .width = known[i].width,
+                                  .layers = known[i].layers,
+                                  .heads = known[i].heads,
+                                  .mlp = 4 * known[i].width,
+                                  .rel_pos = MD_REL_NONE,
+                                  .abs_pos = true,
+                                  .patch_bias = !known[i].clip,
+                                  .pre_norm = known[i].clip,
+                                  .act = known[i].clip ? MD_ACT_QUICK_GELU : MD_ACT_GELU,
+                                  .ln_eps = known[i].clip ? 1e-5f : 1e-6f};
+        return true;
+    }
+    return false;
+}
+
+static md_status info_from_file(const md_config *c, md_teacher_info *out, char hash[17])
+{
+    md_weights_info w;
+    MD_TRY(md_weights_info_read(c->teacher_weights, &w));
+    out->spec = (md_vit_spec){.patch = w.patch,
+                              .width = w.width,
+                              .layers = w.layers,
+                              .heads = w.heads,
+                              .mlp = w.mlp,
+                              .rel_pos = MD_REL_NONE,
+                              .abs_pos = true,
+                              .patch_bias = w.patch_bias,
+                              .pre_norm = w.pre_norm,
+                              .act = w.act,
+                              .ln_eps = (float)w.ln_eps};
+    out->grid = w.grid;
+    out->proj_width = w.proj_width;
+    for (int i = 0; i < 3; i++) {
+        out->mean[i] = (float)w.mean[i];
+        out->std[i] = (float)w.std[i];
+    }
+    memcpy(hash, w.hash, 17);
+    return MD_OK;
+}
+
+md_status md_teacher_info_get(const md_config *c, bool planning, md_teacher_info *out,
+                              char hash[17])
+{
+    *out = (md_teacher_info){0};
+    hash[0] = 0;
+    if (!md_method_needs_weights(c))
+        return MD_OK;
+    bool there = *c->teacher_weights && access(c->teacher_weights, R_OK) == 0;
+    if (planning && !there && info_from_name(c->teacher_arch, out))
+        return MD_OK;
+    if (!*c->teacher_weights)
+        MD_FAIL(MD_ERR_CONFIG,
+                "method.teacher.kind = %s needs method.teacher.weights: a file made "
+                "by `md_hpc weights import`%s",
+                c->teacher_kind, planning ? ", or method.teacher.arch for planning" : "");
+    return info_from_file(c, out, hash);
+}
