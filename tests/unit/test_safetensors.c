@@ -146,57 +146,59 @@ static void writer_fails_cleanly(void **state)
 #define T(body)  "{\"x\":{\"dtype\":\"F32\"," body "}}"
 #define OK_SHAPE "\"shape\":[2],\"data_offsets\":[0,8]"
 
+/* What is wrong and a word of the message that says so. */
+static const struct {
+    const char *header;
+    size_t body;
+    const char *word;
+} bad_headers[] = {
+    {"", 0, "not a safetensors file"},
+    {"[]", 0, "'{'"},
+    {" {}", 0, "'{'"},
+    {"{}\n", 0, "'}'"},
+    {"{}}", 0, "not valid"},
+    {"{} {}", 0, "not valid"},
+    {"{}", 1, "follow the last tensor"},
+    {T(OK_SHAPE), 7, "outside the file"},
+    {T(OK_SHAPE), 9, "follow the last tensor"},
+    {T("\"shape\":[3],\"data_offsets\":[0,8]"), 8, "do not take 8 bytes"},
+    {T("\"shape\":[2],\"data_offsets\":[8,0]"), 8, "outside"},
+    {T("\"shape\":[2],\"data_offsets\":[4,12]"), 12, "a gap"},
+    {T("\"shape\":[2],\"data_offsets\":[0]"), 8, "two numbers"},
+    {T("\"shape\":[2],\"data_offsets\":[0,8,9]"), 8, "two numbers"},
+    {T("\"shape\":[2.0],\"data_offsets\":[0,8]"), 8, "not allowed there"},
+    {T("\"shape\":[2e0],\"data_offsets\":[0,8]"), 8, "not allowed there"},
+    {T("\"shape\":[-2],\"data_offsets\":[0,8]"), 8, "not allowed there"},
+    {T("\"shape\":[18446744073709551618],\"data_offsets\":[0,8]"), 8, "not valid"},
+    {T("\"shape\":[4294967296,4294967296],\"data_offsets\":[0,8]"), 8, "overflows"},
+    {T("\"shape\":[4611686018427387904],\"data_offsets\":[0,8]"), 8, "do not take"},
+    {T("\"shape\":2,\"data_offsets\":[0,8]"), 8, "shape"},
+    {T("\"shape\":[\"2\"],\"data_offsets\":[0,8]"), 8, "shape"},
+    {T("\"shape\":[1,1,1,1,1,1,1,1,2],\"data_offsets\":[0,8]"), 8, "at most 8"},
+    {T("\"shape\":[2]"), 8, "fields"},
+    {T(OK_SHAPE ",\"extra\":1"), 8, "fields"},
+    {T(OK_SHAPE ",\"shape\":[2]"), 8, "duplicate"},
+    {"{\"x\":{\"dtype\":\"F33\"," OK_SHAPE "}}", 8, "dtype 'F33'"},
+    {"{\"x\":{\"dtype\":3," OK_SHAPE "}}", 8, "dtype"},
+    {"{\"x\":[]}", 0, "fields"},
+    {"{\"a\\u0001b\":{\"dtype\":\"F32\"," OK_SHAPE "}}", 8, "control byte"},
+    {"{\"a\\u0000b\":{\"dtype\":\"F32\"," OK_SHAPE "}}", 8, "not valid"},
+    {"{\"a\xff\":{\"dtype\":\"F32\"," OK_SHAPE "}}", 8, "not valid"},
+    {"{\"x\":{\"dtype\":\"F32\"," OK_SHAPE "},\"x\":{\"dtype\":\"F32\"," OK_SHAPE "}}", 8,
+     "duplicate"},
+    {"{\"x\":{\"dtype\":\"F32\"," OK_SHAPE "},\"y\":{\"dtype\":\"F32\",\"shape\":[2],"
+     "\"data_offsets\":[4,12]}}",
+     12, "an overlap"},
+    {"{\"x\":{\"dtype\":\"F4\",\"shape\":[3],\"data_offsets\":[0,2]}}", 2, "do not take"},
+    {"{\"__metadata__\":{\"a\":1}}", 0, "not a string"},
+    {"{\"__metadata__\":[]}", 0, "not an object"},
+};
+
 static void refuses_bad_headers(void **state)
 {
     (void)state;
-    static const struct {
-        const char *header;
-        size_t body;
-        const char *word;
-    } bad[] = {
-        {"", 0, "not a safetensors file"},
-        {"[]", 0, "'{'"},
-        {" {}", 0, "'{'"},
-        {"{}\n", 0, "'}'"},
-        {"{}}", 0, "not valid"},
-        {"{} {}", 0, "not valid"},
-        {"{}", 1, "follow the last tensor"},
-        {T(OK_SHAPE), 7, "outside the file"},
-        {T(OK_SHAPE), 9, "follow the last tensor"},
-        {T("\"shape\":[3],\"data_offsets\":[0,8]"), 8, "do not take 8 bytes"},
-        {T("\"shape\":[2],\"data_offsets\":[8,0]"), 8, "outside"},
-        {T("\"shape\":[2],\"data_offsets\":[4,12]"), 12, "a gap"},
-        {T("\"shape\":[2],\"data_offsets\":[0]"), 8, "two numbers"},
-        {T("\"shape\":[2],\"data_offsets\":[0,8,9]"), 8, "two numbers"},
-        {T("\"shape\":[2.0],\"data_offsets\":[0,8]"), 8, "not allowed there"},
-        {T("\"shape\":[2e0],\"data_offsets\":[0,8]"), 8, "not allowed there"},
-        {T("\"shape\":[-2],\"data_offsets\":[0,8]"), 8, "not allowed there"},
-        {T("\"shape\":[18446744073709551618],\"data_offsets\":[0,8]"), 8, "not valid"},
-        {T("\"shape\":[4294967296,4294967296],\"data_offsets\":[0,8]"), 8, "overflows"},
-        {T("\"shape\":[4611686018427387904],\"data_offsets\":[0,8]"), 8, "do not take"},
-        {T("\"shape\":2,\"data_offsets\":[0,8]"), 8, "shape"},
-        {T("\"shape\":[\"2\"],\"data_offsets\":[0,8]"), 8, "shape"},
-        {T("\"shape\":[1,1,1,1,1,1,1,1,2],\"data_offsets\":[0,8]"), 8, "at most 8"},
-        {T("\"shape\":[2]"), 8, "fields"},
-        {T(OK_SHAPE ",\"extra\":1"), 8, "fields"},
-        {T(OK_SHAPE ",\"shape\":[2]"), 8, "duplicate"},
-        {"{\"x\":{\"dtype\":\"F33\"," OK_SHAPE "}}", 8, "dtype 'F33'"},
-        {"{\"x\":{\"dtype\":3," OK_SHAPE "}}", 8, "dtype"},
-        {"{\"x\":[]}", 0, "fields"},
-        {"{\"a\\u0001b\":{\"dtype\":\"F32\"," OK_SHAPE "}}", 8, "control byte"},
-        {"{\"a\\u0000b\":{\"dtype\":\"F32\"," OK_SHAPE "}}", 8, "not valid"},
-        {"{\"a\xff\":{\"dtype\":\"F32\"," OK_SHAPE "}}", 8, "not valid"},
-        {"{\"x\":{\"dtype\":\"F32\"," OK_SHAPE "},\"x\":{\"dtype\":\"F32\"," OK_SHAPE "}}", 8,
-         "duplicate"},
-        {"{\"x\":{\"dtype\":\"F32\"," OK_SHAPE "},\"y\":{\"dtype\":\"F32\",\"shape\":[2],"
-         "\"data_offsets\":[4,12]}}",
-         12, "an overlap"},
-        {"{\"x\":{\"dtype\":\"F4\",\"shape\":[3],\"data_offsets\":[0,2]}}", 2, "do not take"},
-        {"{\"__metadata__\":{\"a\":1}}", 0, "not a string"},
-        {"{\"__metadata__\":[]}", 0, "not an object"},
-    };
-    for (size_t i = 0; i < MD_COUNT(bad); i++)
-        refuse(bad[i].header, bad[i].body, MD_ERR_DATA, bad[i].word);
+    for (size_t i = 0; i < MD_COUNT(bad_headers); i++)
+        refuse(bad_headers[i].header, bad_headers[i].body, MD_ERR_DATA, bad_headers[i].word);
 
     md_safetensors *st;
     put_file(path, T(OK_SHAPE) "   ", strlen(T(OK_SHAPE) "   "),

@@ -1,0 +1,91 @@
+/* Position tables are resized as torch does. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <cmocka.h>
+
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "io/weights.h"
+
+static void resizes_positions_as_torch(void **state)
+{
+    (void)state;
+    static const struct {
+        int from, to;
+        const char *rule;
+    } cases[] = {{16, 14, "beit2"}, {16, 14, "exact"}, {5, 8, "beit2"}, {5, 8, "exact"},
+                 {7, 3, "beit2"},   {7, 3, "exact"},   {4, 9, "beit2"}, {4, 9, "exact"}};
+    md_safetensors *st;
+    assert_int_equal(md_safetensors_open("tests/golden/positions.safetensors", &st), MD_OK);
+    for (size_t i = 0; i < MD_COUNT(cases); i++) {
+        char name[32];
+        md_tensor src, ref;
+        static float got[257 * 3];
+        snprintf(name, sizeof name, "%d", cases[i].from);
+        assert_int_equal(md_safetensors_load(st, name, MD_F32, &src), MD_OK);
+        snprintf(name, sizeof name, "%d_%d_%s", cases[i].from, cases[i].to, cases[i].rule);
+        assert_int_equal(md_safetensors_load(st, name, MD_F32, &ref), MD_OK);
+        md_pos_resize(
+            &(md_pos_resize_args){.src = md_f32(&src),
+                                  .dst = got,
+                                  .g_src = cases[i].from,
+                                  .g_dst = cases[i].to,
+                                  .width = 3,
+                                  .rule = *cases[i].rule == 'b' ? MD_POS_BEIT2 : MD_POS_EXACT});
+        for (int64_t k = 0; k < md_tensor_count(&ref); k++) /* values are about 1 */
+            if (!(fabsf(got[k] - md_f32(&ref)[k]) <= 2e-6f))
+                fail_msg("%s element %lld: %.8g, torch %.8g", name, (long long)k, (double)got[k],
+                         (double)md_f32(&ref)[k]);
+        md_free(src.data);
+        md_free(ref.data);
+    }
+    md_safetensors_close(st);
+}
+
+/* Taps of the 16 -> 14 resize, by resizing one hot pixel of each row. */
+static void positions_have_the_known_taps(void **state)
+{
+    (void)state;
+    static const struct {
+        int dst, from;
+        float weight[4];
+    } taps[] = {{0, -1, {-.04395f, .99017f, .05696f, -.00318f}},
+                {1, 0, {-.09651f, .91840f, .20256f, -.02445f}},
+                {13, 13, {-.02009f, .17731f, .93380f, -.09101f}}};
+    static float src[257], dst[197];
+    for (size_t i = 0; i < MD_COUNT(taps); i++)
+        for (int x = 0; x < 16; x++) {
+            float expected = 0;
+            for (int k = 0; k < 4; k++)
+                if (MD_MIN(MD_MAX(taps[i].from + k, 0), 15) == x)
+                    expected += taps[i].weight[k];
+            src[0] = 7;
+            for (int p = 0; p < 256; p++)
+                src[p + 1] = p % 16 == x ? 1.0f : 0.0f;
+            md_pos_resize(&(md_pos_resize_args){.src = src,
+                                                .dst = dst,
+                                                .g_src = 16,
+                                                .g_dst = 14,
+                                                .width = 1,
+                                                .rule = MD_POS_BEIT2});
+            assert_true(dst[0] == 7);
+            assert_true(fabsf(dst[1 + 5 * 14 + taps[i].dst] - expected) < 2e-5f);
+        }
+    static float same[257];
+    md_pos_resize(&(md_pos_resize_args){
+        .src = src, .dst = same, .g_src = 16, .g_dst = 16, .width = 1, .rule = MD_POS_BEIT2});
+    assert_memory_equal(src, same, sizeof src);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(resizes_positions_as_torch),
+        cmocka_unit_test(positions_have_the_known_taps),
+    };
+    return cmocka_run_group_tests_name("weights_pos", tests, NULL, NULL);
+}
