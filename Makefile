@@ -49,7 +49,7 @@ SANFLAGS   := $(if $(SAN),-fsanitize=$(SAN) -fno-omit-frame-pointer -fno-sanitiz
 
 # ---- libraries: NAME_HOME, else pkg-config, else the compiler's own search path ----
 
-home_cflags = $(addprefix -I,$(wildcard $(1)/include))
+home_cflags = $(or $(addprefix -I,$(wildcard $(1)/include)),$(if $(1),$(error there is no folder $(1)/include)))
 home_libs   = $(foreach d,$(wildcard $(1)/lib $(1)/lib64),-L$(d) -Wl,-rpath,$(d)) $(2)
 # $(call dep_cflags,HOME,pkg-config names) and $(call dep_libs,HOME,pkg-config names,-lname): the
 # first pkg-config name that is installed counts.
@@ -68,8 +68,8 @@ BLAS_CFLAGS := -DMD_ONEDNN=0 $(call dep_cflags,$(OPENBLAS_HOME),openblas)
 BLAS_LIBS   := $(call dep_libs,$(OPENBLAS_HOME),openblas,-lopenblas)
 endif
 
-HDF5_PKG := $(call dep_pkg,hdf5-openmpi hdf5-mpich hdf5-mpi hdf5)
 MPI_SHOW := $(shell $(MPICC) -show 2>/dev/null)
+HDF5_PKG := $(call dep_pkg,$(if $(findstring mpich,$(MPI_SHOW)),hdf5-mpich) hdf5-openmpi hdf5-mpi hdf5)
 
 DEP_CFLAGS := $(filter -I% -D% -pthread,$(MPI_SHOW)) \
     $(call dep_cflags,$(HDF5_HOME),$(HDF5_PKG)) \
