@@ -30,6 +30,7 @@ typedef struct job {
     int64_t rejects;        /* of all ranks */
     convert_list reasons;   /* "NAME\tREASON\n" of this rank, then on rank 0 of all */
     convert_store store;
+    bool created; /* rank 0: there is a partial file of ours */
     char partial[PATH_SIZE], listing[PATH_SIZE];
 } job;
 
@@ -49,6 +50,7 @@ static md_status check_out(job *j)
     if (fd < 0)
         MD_FAIL(MD_ERR_CREATE, "%s: cannot create: %s", j->partial, strerror(errno));
     close(fd);
+    j->created = true;
     return MD_OK;
 }
 
@@ -420,7 +422,7 @@ md_status md_convert(const md_convert_args *a, md_comm *c, md_convert_summary *s
     void (*before)(int) = signal(SIGXFSZ, SIG_IGN);
     md_status st = run(&j, sum);
     signal(SIGXFSZ, before);
-    if (st != MD_OK && st != MD_ERR_CREATE && j.rank == 0)
+    if (st != MD_OK && j.created)
         unlink(j.partial);
     if (st == MD_OK && j.table.skipped > 0)
         md_log_warn("%lld files beside class folders, tars or IDX files were left out",

@@ -75,7 +75,7 @@ static md_status read_meta(const tar_walk *w, int64_t at, int64_t bytes, char **
         return MD_ERR_MEMORY;
     md_status st = convert_read(w->reader, w->path, at, text, (size_t)bytes, &got);
     if (st == MD_OK && (int64_t)got < bytes)
-        st = damaged(w, at, "file ends inside a name record");
+        st = damaged(w, at, "archive ends inside a name record");
     if (st == MD_OK)
         *out = text;
     else
@@ -166,22 +166,23 @@ static md_status read_header(tar_walk *w, uint8_t block[2 * BLOCK], bool *end)
         return MD_OK;
     if (!tar_is_header(block, got))
         return damaged(w, w->next,
-                       got < (size_t)BLOCK ? "file ends inside a header" : "bad header");
+                       got < (size_t)BLOCK ? "archive ends inside a header" : "bad header");
     w->head_bytes = got - (size_t)BLOCK;
     memcpy(w->head, block + BLOCK, w->head_bytes);
     return MD_OK;
 }
 
-/* The last byte of a member's contents is there; a walk over headers alone would not notice. */
-static md_status check_contents(const tar_walk *w)
+/* All blocks of a member are there; a walk over headers alone would not notice. */
+static md_status check_contents(const tar_walk *w, bool meta)
 {
     uint8_t last;
     size_t got = 1;
-    if (w->end >= 0 && w->bytes > w->end - w->at)
+    if (w->end >= 0 && w->next > w->end)
         return damaged(w, w->at, "archive ends inside a member");
-    if (w->end < 0 && w->bytes > (int64_t)w->head_bytes)
-        MD_TRY(convert_read(w->reader, w->path, w->at + w->bytes - 1, &last, 1, &got));
-    return got == 1 ? MD_OK : damaged(w, w->at, "file ends inside a member");
+    /* Records are read in full anyway, and a compressed file is best read forwards. */
+    if (w->end < 0 && !meta && w->bytes > (int64_t)w->head_bytes)
+        MD_TRY(convert_read(w->reader, w->path, w->next - 1, &last, 1, &got));
+    return got == 1 ? MD_OK : damaged(w, w->at, "archive ends inside a member");
 }
 
 md_status tar_next(tar_walk *w, bool *more)
@@ -205,9 +206,8 @@ md_status tar_next(tar_walk *w, bool *more)
             w->bytes = 0;
         if (w->bytes > INT64_MAX / 2 - w->at)
             return damaged(w, w->next, "impossible size");
-        if (!meta)
-            MD_TRY(check_contents(w));
         w->next = w->at + (w->bytes + BLOCK - 1) / BLOCK * BLOCK;
+        MD_TRY(check_contents(w, meta));
         if (meta) {
             if (type == 'x' || type == 'L')
                 MD_TRY(apply_meta(w, type, w->at, w->bytes, &o));

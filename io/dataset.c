@@ -14,13 +14,11 @@
 
 #include "io/h5.h"
 #include "mpi/agree.h"
-#include "src/rng.h"
 
-#define RETRIES        5
-#define RETRY_NS       10000000L /* first pause; each further one is twice as long */
-#define MAX_CLASSES    (1 << 24)
-#define PERMUTE_BITS   47
-#define FEISTEL_ROUNDS 10
+#define RETRIES     5
+#define RETRY_NS    10000000L /* first pause; each further one is twice as long */
+#define MAX_CLASSES (1 << 24)
+#define MAX_IMAGES  ((hsize_t)1 << 47) /* that md_permute takes */
 
 /* Head of the shared block; the arrays follow in the order of index_layout. */
 typedef struct shared_head {
@@ -116,7 +114,7 @@ static md_status check_sets(md_dataset *d, hid_t group)
     hsize_t offsets[2] = {MD_H5_ANY, 0}, data[2] = {MD_H5_ANY, 0}, names[2] = {MD_H5_ANY, 0};
     int64_t at;
     MD_TRY(locate(group, "offset", H5T_STD_U64LE, offsets, &at));
-    if (offsets[0] < 2 || offsets[0] > (hsize_t)1 << PERMUTE_BITS)
+    if (offsets[0] < 2 || offsets[0] > MAX_IMAGES)
         return md_h5_fail(MD_ERR_DATA, group, "split '%s' holds no images", d->split);
     hsize_t n = offsets[0] - 1, one[2] = {n, 0}, two[2] = {n, 2};
     d->count = (int64_t)n;
@@ -462,67 +460,4 @@ md_status md_dataset_read_hdf5(const md_dataset *d, int64_t i, void *buf, size_t
     hsize_t start = d->offset[i], count = n;
     MD_TRY(md_h5_read(&(md_h5_slab){d->data, H5T_NATIVE_UINT8, 1, &start, &count, NULL}, buf));
     return check_hash(d, i, buf, n);
-}
-
-/* --- order --------------------------------------------------------------------------------- */
-
-/* One pass of the network over `bits` bits, cut into a low half of bits / 2 and a high half of the
- * rest; the round function is Philox at (seed, epoch, other half, round). */
-static uint64_t feistel(md_rng_key key, int bits, uint64_t x)
-{
-    int low_bits = bits / 2;
-    uint64_t low_mask = ((uint64_t)1 << low_bits) - 1;
-    uint64_t high_mask = ((uint64_t)1 << (bits - low_bits)) - 1;
-    uint64_t low = x & low_mask, high = x >> low_bits;
-    for (uint32_t round = 0; round < FEISTEL_ROUNDS; round += 2) {
-        uint32_t word[4];
-        key.index = high;
-        md_rng_bits(key, round, word);
-        low ^= word[0] & low_mask;
-        key.index = low;
-        md_rng_bits(key, round + 1, word);
-        high ^= word[0] & high_mask;
-    }
-    return high << low_bits | low;
-}
-
-static int64_t permute(md_rng_key key, int64_t n, int64_t p)
-{
-    MD_ASSERT(n >= 1 && n <= (int64_t)1 << PERMUTE_BITS && p >= 0 && p < n, "p %lld, n %lld",
-              (long long)p, (long long)n);
-    int bits = 2;
-    while ((int64_t)1 << bits < n)
-        bits++;
-    uint64_t x = (uint64_t)p;
-    /* From a start inside, the cycle comes back inside: at worst to p itself. */
-    do
-        x = feistel(key, bits, x);
-    while (x >= (uint64_t)n);
-    return (int64_t)x;
-}
-
-int64_t md_permute(uint64_t seed, uint32_t epoch, int64_t n, int64_t p)
-{
-    return permute((md_rng_key){seed, MD_RNG_SHUFFLE, epoch, 0}, n, p);
-}
-
-int64_t md_store_order(uint64_t seed, int64_t n, int64_t p)
-{
-    return permute((md_rng_key){seed, MD_RNG_STORE_ORDER, 0, 0}, n, p);
-}
-
-int64_t md_epoch_steps(int64_t n, int64_t batch)
-{
-    MD_ASSERT(n >= 0 && batch >= 1, "n %lld, batch %lld", (long long)n, (long long)batch);
-    return n / batch;
-}
-
-md_position md_position_at(const md_order *o, int64_t step, int64_t b)
-{
-    int64_t steps = md_epoch_steps(o->n, o->batch);
-    MD_ASSERT(steps >= 1 && step >= 0 && b >= 0 && b < o->batch, "step %lld, image %lld",
-              (long long)step, (long long)b);
-    md_position at = {.epoch = (uint32_t)(step / steps), .place = step % steps * o->batch + b};
-    at.sample = md_permute(o->seed, at.epoch, o->n, at.place);
-    return at;
 }

@@ -106,8 +106,8 @@ md_status md_h5_create_as(const char *path, md_comm *c, const md_h5_layout *layo
     hid_t fapl = access_plist(c, true, layout->alignment), fcpl = H5Pcreate(H5P_FILE_CREATE);
     if (H5Pset_userblock(fcpl, layout->user_block) >= 0)
         *file = H5Fcreate(path, H5F_ACC_TRUNC, fcpl, fapl);
-    if (*file < 0)
-        st = fail_path(MD_ERR_CREATE, path, "cannot create");
+    if (*file < 0) /* the name is good, so it is the writing */
+        st = fail_path(MD_ERR_IO, path, "cannot write");
     md_h5_release(fcpl);
     md_h5_release(fapl);
     st = agree(c, st);

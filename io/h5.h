@@ -20,7 +20,8 @@
 
 /* Creates (truncating) or opens a file. c == NULL: Local, no MPI needed. Else Collective(c), with
  * the MPI-IO driver when the group has more than one rank; all ranks get the same status. Errors:
- * MD_ERR_CREATE, MD_ERR_NOINPUT (missing, not permitted), MD_ERR_DATA (not HDF5, truncated). */
+ * MD_ERR_CREATE, MD_ERR_IO (disk full), MD_ERR_NOINPUT (missing, not permitted), MD_ERR_DATA (not
+ * HDF5, truncated). */
 md_status md_h5_create(const char *path, md_comm *c, hid_t *file);
 /* The same with the border on which data sets of 64 KiB and more start, and with bytes left to the
  * caller in front of HDF5's: 0 or a power of two from 512 (HDF5's user block). */

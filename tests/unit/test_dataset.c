@@ -240,7 +240,7 @@ static void test_threads_read_together(void **state)
 #define SPOILS(X)                                                                  \
     X(format, s->format = "other", "not an image store")                           \
     X(version, s->version = 2, "version 2")                                        \
-    X(split, s->split = "val", "it holds: val")                           \
+    X(split, s->split = "val", "it holds: val")                                    \
     X(first_offset, s->offset[0] = 1, "offsets do not cover")                      \
     X(last_offset, s->offset[N]--, "length is not width")                          \
     X(order, s->offset[3] = s->offset[2], "image 2 of split 'train': its offsets") \
