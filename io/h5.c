@@ -17,6 +17,17 @@
 #define REASON_SIZE 256
 #define NAME_SIZE   512
 
+const char *md_h5_library(void)
+{
+    static char text[96];
+    unsigned major = 0, minor = 0, release = 0;
+    H5get_libversion(&major, &minor, &release);
+    int n = snprintf(text, sizeof text, "HDF5 %u.%u.%u", major, minor, release);
+    if (major != H5_VERS_MAJOR || minor != H5_VERS_MINOR || release != H5_VERS_RELEASE)
+        snprintf(text + n, sizeof text - (size_t)n, " (compiled with %s)", H5_VERS_INFO);
+    return text;
+}
+
 /* The walk runs from the function we called down to where it went wrong: the last entry is the
  * reason. */
 static herr_t keep_reason(unsigned n, const H5E_error2_t *e, void *reason)

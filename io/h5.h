@@ -18,6 +18,9 @@
 #define MD_H5_ANY      ((hsize_t)-1)
 #define MD_H5_MAX_RANK 4
 
+/* "HDF5 1.10.8": the version loaded, and the one compiled with when it is another. Local. */
+const char *md_h5_library(void);
+
 /* Creates (truncating) or opens a file. c == NULL: Local, no MPI needed. Else Collective(c), with
  * the MPI-IO driver when the group has more than one rank; all ranks get the same status. Errors:
  * MD_ERR_CREATE, MD_ERR_IO (disk full), MD_ERR_NOINPUT (missing, not permitted), MD_ERR_DATA (not

@@ -293,6 +293,9 @@ const char *md_op_out_name(md_op op, int i);
 md_status md_backend_create(const char *name, int threads, md_backend **out);
 void md_backend_destroy(md_backend *be);
 
+/* "oneDNN 2.6.3": what the cpu backend multiplies matrices with. */
+const char *md_backend_library(void);
+
 /* Comma separated names of the backends in this binary. */
 const char *md_backend_list(void);
 

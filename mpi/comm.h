@@ -20,6 +20,9 @@ typedef struct md_comm_request {
     void *impl[4];
 } md_comm_request;
 
+/* "Open MPI v4.1.4": the MPI library loaded. Local; also before MPI is started. */
+const char *md_comm_library(void);
+
 /* A group of one rank: every collective is the identity. Local. */
 md_status md_comm_self(md_comm **out);
 /* Frees a group made by md_comm_self or md_comm_split*, with its shared blocks; the world group

@@ -295,6 +295,15 @@ static md_status wrap(md_comm *parent, MPI_Comm handle, md_comm **out)
     return MD_OK;
 }
 
+const char *md_comm_library(void)
+{
+    static char text[MPI_MAX_LIBRARY_VERSION_STRING];
+    int n;
+    MPI_Get_library_version(text, &n);
+    text[strcspn(text, ",\n")] = 0; /* the build host and date that follow tell nothing here */
+    return text;
+}
+
 md_status md_mpi_start(int *argc, char ***argv, md_comm **world)
 {
     int provided, rank, size;

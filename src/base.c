@@ -2,7 +2,6 @@
 #include "src/base.h"
 
 #include <errno.h>
-#include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
@@ -10,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <threads.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -175,7 +175,7 @@ typedef struct fault {
 #define MAX_FAULTS 16
 static fault faults[MAX_FAULTS];
 static int fault_count;
-static pthread_once_t fault_once = PTHREAD_ONCE_INIT; /* loader threads pass sites too */
+static once_flag fault_once = ONCE_FLAG_INIT; /* loader threads pass sites too */
 
 static void fault_parse_one(const char *text)
 {
@@ -210,7 +210,7 @@ static void fault_parse(void)
 
 bool md_fault(const char *site)
 {
-    pthread_once(&fault_once, fault_parse);
+    call_once(&fault_once, fault_parse);
     for (int i = 0; i < fault_count; i++) {
         fault *f = &faults[i];
         if (strcmp(f->site, site) != 0 || (f->rank >= 0 && f->rank != base_rank))

@@ -58,8 +58,7 @@ md_status md_error_prefix(md_status st, const char *fmt, ...) __attribute__((for
     } while (0)
 
 /* Broken invariant: prints rank, file:line, expression and the printf-style values, then runs the
- * abort hook (MPI_Abort once MPI is up, else _exit(70)). Also in release builds. Does not return.
- */
+ * abort hook (MPI_Abort once MPI is up, else _exit(70)). Also in release builds; never returns. */
 #define MD_ASSERT(cond, ...)                                             \
     do {                                                                 \
         if (__builtin_expect(!(cond), 0))                                \

@@ -9,15 +9,29 @@
 
 #include "src/base.h"
 
+/* X(name), in the order of the overview */
+#define MD_VERBS(X) \
+    X(plan)         \
+    X(convert)      \
+    X(weights)      \
+    X(config)       \
+    X(bench)        \
+    X(help)         \
+    X(version)
+
 typedef struct md_verb {
     const char *name;
     md_status (*run)(int argc, char **argv);
     const char *help;  /* one line of the overview */
-    const char *usage; /* lines behind "usage: " */
+    const char *usage; /* lines behind "usage: "; after an empty line, what they mean */
 } md_verb;
 
+#define MD_VERB_DECLARE(name) extern const md_verb md_verb_##name;
+MD_VERBS(MD_VERB_DECLARE)
+#undef MD_VERB_DECLARE
+
 /* All verbs of this program. Local. */
-const md_verb *md_verbs(int *n);
+const md_verb *const *md_verbs(int *n);
 /* Verb of this name, or NULL. Local. */
 const md_verb *md_verb_find(const char *name);
 
@@ -26,12 +40,6 @@ const md_verb *md_verb_find(const char *name);
 md_status md_usage_error(const char *verb, const char *fmt, ...)
     __attribute__((format(printf, 2, 3)));
 
-md_status md_cmd_bench(int argc, char **argv);
-md_status md_cmd_config(int argc, char **argv);
-md_status md_cmd_convert(int argc, char **argv);
 md_status md_cmd_help(int argc, char **argv);
-md_status md_cmd_plan(int argc, char **argv);
-md_status md_cmd_version(int argc, char **argv);
-md_status md_cmd_weights(int argc, char **argv);
 
 #endif

@@ -190,7 +190,7 @@ static void tear_down(run *r)
     md_free(r->loss);
 }
 
-md_status md_cmd_bench(int argc, char **argv)
+static md_status cmd_bench(int argc, char **argv)
 {
     options o;
     run r = {0};
@@ -201,3 +201,9 @@ md_status md_cmd_bench(int argc, char **argv)
     tear_down(&r);
     return st;
 }
+
+const md_verb md_verb_bench = {
+    "bench", cmd_bench, "measure training steps on made-up pictures",
+    "md_hpc bench step [--case vit_b16|small] [--threads N] [--steps N] [--warmup N]\n"
+    "\n"
+    "Prints one JSON line with the milliseconds of each step and images per second."};

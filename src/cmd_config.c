@@ -25,7 +25,7 @@ static md_status check_or_show(bool show, bool diff, int argc, char **argv)
     return st;
 }
 
-md_status md_cmd_config(int argc, char **argv)
+static md_status cmd_config(int argc, char **argv)
 {
     const char *what = argc > 1 ? argv[1] : "";
     bool show = strcmp(what, "show") == 0, diff = false;
@@ -46,3 +46,14 @@ md_status md_cmd_config(int argc, char **argv)
         return md_usage_error("config", "config %s wants a file", what);
     return check_or_show(show, diff, n - 2, argv + 2);
 }
+
+const md_verb md_verb_config = {
+    "config", cmd_config, "look at and check configurations",
+    "md_hpc config reference\n"
+    "       md_hpc config check FILE [key=value ...]\n"
+    "       md_hpc config show FILE [key=value ...] [--diff]\n"
+    "\n"
+    "reference  writes every key with its default, range, unit and help as a config file\n"
+    "check      reports every error of FILE and the overrides; silent when there is none\n"
+    "show       writes the resolved config with the origin of each value;\n"
+    "           --diff: only what differs from the defaults"};

@@ -123,7 +123,7 @@ static md_status convert(options *o, md_comm *world)
     return MD_OK;
 }
 
-md_status md_cmd_convert(int argc, char **argv)
+static md_status cmd_convert(int argc, char **argv)
 {
     options o = {.split = "train"};
     md_comm *world;
@@ -139,3 +139,22 @@ md_status md_cmd_convert(int argc, char **argv)
     md_free(o.sources);
     return st;
 }
+
+const md_verb md_verb_convert = {
+    "convert", cmd_convert, "pack images into an image store (HDF5)",
+    "md_hpc convert --out FILE [options] SOURCE...\n"
+    "       md_hpc convert --verify FILE\n"
+    "\n"
+    "SOURCE          class folders (train/, val/, test/ above them are splits), a tar of class\n"
+    "                folders or of class tars, IDX images with their labels file (gzip or not),\n"
+    "                or a folder of such files; what it is is read from its content\n"
+    "--out FILE      the store; written as FILE.partial, named when every byte was read back;\n"
+    "                images that cannot be decoded are listed in FILE.rejects.txt\n"
+    "--split NAME    split of sources that do not name theirs (train)\n"
+    "--val SOURCE    a source for the split val\n"
+    "--seed N        seed of the stored order (0)\n"
+    "--order ORDER   shuffled (default) or source\n"
+    "--force         replace FILE when it exists\n"
+    "--verify FILE   read, hash and decode every image of a store\n"
+    "\n"
+    "Under mpirun all ranks share the work; the file is the same for any number of them."};

@@ -176,7 +176,7 @@ static void report(const plan *p, const options *o)
                step_flops / (1e12 * o->tflops) * (double)p->steps / 86400.0, o->tflops);
 }
 
-md_status md_cmd_plan(int argc, char **argv)
+static md_status cmd_plan(int argc, char **argv)
 {
     options o;
     plan p = {0};
@@ -189,3 +189,13 @@ md_status md_cmd_plan(int argc, char **argv)
     md_config_free(&p.config);
     return st;
 }
+
+const md_verb md_verb_plan = {
+    "plan", cmd_plan, "what a run will need: memory, FLOPs, steps, bytes",
+    "md_hpc plan FILE.cfg [--ranks N] [--images N] [--tflops X] [--memory GIB] [key=value ...]\n"
+    "\n"
+    "Needs no MPI, no GPU, no data and no weights (method.teacher.arch names the teacher).\n"
+    "--ranks   data-parallel ranks (default 1)\n"
+    "--images  images of an epoch where data.train is not there (default ImageNet-1k's)\n"
+    "--tflops  sustained TFLOP/s of a rank, as `md_hpc bench step` reports: adds the time\n"
+    "--memory  GiB a rank may use: adds whether it fits"};

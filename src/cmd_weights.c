@@ -241,7 +241,7 @@ static md_status import(int argc, char **argv)
     return MD_OK;
 }
 
-md_status md_cmd_weights(int argc, char **argv)
+static md_status cmd_weights(int argc, char **argv)
 {
     const char *what = argc > 1 ? argv[1] : "";
     if (strcmp(what, "import") == 0)
@@ -250,3 +250,17 @@ md_status md_cmd_weights(int argc, char **argv)
         return md_usage_error("weights", "weights wants import or inspect FILE");
     return is_hdf5(argv[2]) ? inspect_ours(argv[2]) : inspect_safetensors(argv[2]);
 }
+
+const md_verb md_verb_weights = {
+    "weights", cmd_weights, "look at pretrained weights and import them",
+    "md_hpc weights import --out OUT.h5 [options] FILE.safetensors|FOLDER\n"
+    "       md_hpc weights inspect FILE\n"
+    "\n"
+    "import   makes the file that method.teacher.weights wants from a model in safetensors form\n"
+    "         with the names of CLIP (OpenAI, OpenCLIP, Hugging Face), timm or Hugging Face ViT\n"
+    "  --act gelu|quick_gelu  activation of the MLP, where no config.json beside it says so\n"
+    "  --heads N              attention heads, likewise\n"
+    "  --mean R,G,B --std R,G,B  channel statistics of its input, likewise\n"
+    "  --prefix P             what stands before the names, when there is more than one model\n"
+    "inspect  lists the tensors of a safetensors file or of a file import made, checks its\n"
+    "         hashes, and says which model it is"};

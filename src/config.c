@@ -88,7 +88,7 @@ static void walk(loader *l, config_setting_t *group, const char *path, const cha
                           md_key_describe(k, text, sizeof text));
         else if (!md_key_is_group(name))
             md_errors_add(&l->e, origin, "unknown %s \"%s\"%s", scalar ? "key" : "group", name,
-                          md_key_suggest(name, text, sizeof text));
+                          md_config_suggest(name, text, sizeof text));
         else if (scalar)
             md_errors_add(&l->e, origin, "%s is a group of keys: %s = { key = value; };", name,
                           config_setting_name(s));
@@ -218,7 +218,7 @@ static void read_override(loader *l, const char *text)
         md_value_store_text(l->c, k, value + quoted, origin, &l->e);
     else
         md_errors_add(&l->e, origin, "unknown key \"%s\"%s", key,
-                      md_key_suggest(key, advice, sizeof advice));
+                      md_config_suggest(key, advice, sizeof advice));
 }
 
 /* ---- public ---- */

@@ -75,6 +75,10 @@ md_status md_config_diff(const md_config *c, FILE *f);
 /* The nearest of n names to a mistyped word, or NULL when none is near. Local. */
 const char *md_text_nearest(const char *word, const char *const *names, int n);
 
+/* '; did you mean "optim.lr"?' for a mistyped key or group into buf, or "" when none is near;
+ * returns buf. Local. */
+const char *md_config_suggest(const char *name, char *buf, size_t size);
+
 /* "libconfig 1.5.0": the parser this was compiled with. */
 const char *md_config_library(void);
 

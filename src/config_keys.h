@@ -84,7 +84,7 @@ X(optim_clip, "optim.clip", REAL, "3.0", 0, 1e9, "", "Global gradient norm to cl
 X(optim_max_skipped, "optim.max_skipped", INT, "10", 1, 1000000, "steps", "Stop after this many steps in a row with a non-finite loss or gradient.")
 
 /* training length and batch */
-X(train_epochs, "train.epochs", REAL, "300", 0, 1000000, "epochs", "Length of the run, and of the cosine.")
+X(train_epochs, "train.epochs", REAL, "300", 1e-6, 1000000, "epochs", "Length of the run, and of the cosine.")
 X(train_max_steps, "train.max_steps", INT, "0", 0, 1000000000000, "steps", "Stop (finished) after this step; 0 = at the end of the epochs. The schedule is not changed.")
 X(train_batch, "train.batch", INT, "2048", 1, 16777216, "images", "Global batch of one optimizer step.")
 X(train_micro_batch, "train.micro_batch", INT, "0", 0, 65536, "images", "Images of one forward and backward pass on a data-parallel rank; 0 = batch / data-parallel ranks.")

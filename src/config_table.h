@@ -71,8 +71,6 @@ md_number md_number_parse(const char *text, size_t n, md_value *v);
 const md_key *md_key_find(const char *name);
 /* True when `name` is the front of keys: "optim", "method.mask". */
 bool md_key_is_group(const char *name);
-/* "; did you mean ...?" with the nearest key or group in buf, or "" when none is near. */
-const char *md_key_suggest(const char *name, char *buf, size_t size);
 
 /* Checks v against its key and stores it with its origin; errors are added to e. */
 void md_value_store(md_config *c, const md_key *k, const md_value *v, const char *origin,

@@ -118,7 +118,7 @@ static const char *last_part(const char *name)
     return dot ? dot + 1 : name;
 }
 
-const char *md_key_suggest(const char *name, char *buf, size_t size)
+const char *md_config_suggest(const char *name, char *buf, size_t size)
 {
     char best[WORD + 1] = "";
     int least = near_limit(name) + 1;

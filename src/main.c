@@ -9,63 +9,13 @@
 #include <stdio.h>
 #include <string.h>
 
-static const md_verb verbs[] = {
-    {"bench", md_cmd_bench, "measure training steps on made-up pictures",
-     "md_hpc bench step [--case vit_b16|small] [--threads N] [--steps N] [--warmup N]\n"
-     "\n"
-     "Prints one JSON line with the milliseconds of each step and images per second."},
-    {"config", md_cmd_config, "look at and check configurations",
-     "md_hpc config reference\n"
-     "       md_hpc config check FILE [key=value ...]\n"
-     "       md_hpc config show FILE [key=value ...] [--diff]\n"
-     "\n"
-     "reference  writes every key with its default, range, unit and help as a config file\n"
-     "check      reports every error of FILE and the overrides; silent when there is none\n"
-     "show       writes the resolved config with the origin of each value;\n"
-     "           --diff: only what differs from the defaults"},
-    {"convert", md_cmd_convert, "pack images into an image store (HDF5)",
-     "md_hpc convert --out FILE [options] SOURCE...\n"
-     "       md_hpc convert --verify FILE\n"
-     "\n"
-     "SOURCE          class folders (train/, val/, test/ above them are splits), a tar of class\n"
-     "                folders or of class tars, IDX images with their labels file (gzip or not),\n"
-     "                or a folder of such files; what it is is read from its content\n"
-     "--out FILE      the store; written as FILE.partial, named when every byte was read back;\n"
-     "                images that cannot be decoded are listed in FILE.rejects.txt\n"
-     "--split NAME    split of sources that do not name theirs (train)\n"
-     "--val SOURCE    a source for the split val\n"
-     "--seed N        seed of the stored order (0)\n"
-     "--order ORDER   shuffled (default) or source\n"
-     "--force         replace FILE when it exists\n"
-     "--verify FILE   read, hash and decode every image of a store\n"
-     "\n"
-     "Under mpirun all ranks share the work; the file is the same for any number of them."},
-    {"help", md_cmd_help, "explain a verb, a key or a topic",
-     "md_hpc help [VERB | KEY | exit-codes | keys]"},
-    {"plan", md_cmd_plan, "what a run will need: memory, FLOPs, steps, bytes",
-     "md_hpc plan FILE.cfg [--ranks N] [--images N] [--tflops X] [--memory GIB] [key=value ...]\n"
-     "\n"
-     "Needs no MPI, no GPU, no data and no weights (method.teacher.arch names the teacher).\n"
-     "--ranks   data-parallel ranks (default 1)\n"
-     "--images  images of an epoch where data.train is not there (default ImageNet-1k's)\n"
-     "--tflops  sustained TFLOP/s of a rank, as `md_hpc bench step` reports: adds the time\n"
-     "--memory  GiB a rank may use: adds whether it fits"},
-    {"version", md_cmd_version, "versions of the program and its libraries", "md_hpc version"},
-    {"weights", md_cmd_weights, "look at pretrained weights and import them",
-     "md_hpc weights import --out OUT.h5 [options] FILE.safetensors|FOLDER\n"
-     "       md_hpc weights inspect FILE\n"
-     "\n"
-     "import   makes the file that method.teacher.weights wants from a model in safetensors form\n"
-     "         with the names of CLIP (OpenAI, OpenCLIP, Hugging Face), timm or Hugging Face ViT\n"
-     "  --act gelu|quick_gelu  activation of the MLP, where no config.json beside it says so\n"
-     "  --heads N              attention heads, likewise\n"
-     "  --mean R,G,B --std R,G,B  channel statistics of its input, likewise\n"
-     "  --prefix P             what stands before the names, when there is more than one model\n"
-     "inspect  lists the tensors of a safetensors file or of a file import made, checks its\n"
-     "         hashes, and says which model it is"},
+static const md_verb *const verbs[] = {
+#define VERB_ROW(name) &md_verb_##name,
+    MD_VERBS(VERB_ROW)
+#undef VERB_ROW
 };
 
-const md_verb *md_verbs(int *n)
+const md_verb *const *md_verbs(int *n)
 {
     *n = (int)MD_COUNT(verbs);
     return verbs;
@@ -74,8 +24,8 @@ const md_verb *md_verbs(int *n)
 const md_verb *md_verb_find(const char *name)
 {
     for (size_t i = 0; i < MD_COUNT(verbs); i++)
-        if (strcmp(verbs[i].name, name) == 0)
-            return &verbs[i];
+        if (strcmp(verbs[i]->name, name) == 0)
+            return verbs[i];
     return NULL;
 }
 
@@ -106,7 +56,7 @@ static md_status unknown_verb(const char *word)
 {
     const char *names[MD_COUNT(verbs)];
     for (size_t i = 0; i < MD_COUNT(verbs); i++)
-        names[i] = verbs[i].name;
+        names[i] = verbs[i]->name;
     const char *near = md_text_nearest(word, names, (int)MD_COUNT(verbs));
     MD_FAIL(MD_ERR_USAGE, "\"%s\" is neither a verb nor a .cfg file%s%s%s; see md_hpc help", word,
             near ? "; did you mean \"" : "", near ? near : "", near ? "\"?" : "");
@@ -142,6 +92,8 @@ static void print_error(void)
 int main(int argc, char **argv)
 {
     md_status st = run(argc, argv);
+    if (st == MD_OK && (fflush(stdout) != 0 || ferror(stdout)))
+        st = md_error_set(MD_ERR_IO, "writing to standard output failed");
     if (st != MD_OK && *md_error_text())
         print_error();
     return st;

@@ -37,8 +37,7 @@ const char *md_place_name(md_place p);
 /* Elements and bytes; a rank-0 tensor has one element. Local. */
 int64_t md_tensor_count(const md_tensor *t);
 size_t md_tensor_bytes(const md_tensor *t);
-/* Elements in the last dimension, and the product of all the others: the matrix view [rows, cols].
- */
+/* Last dimension, and the product of all the others: the matrix view [rows, cols]. */
 int64_t md_tensor_cols(const md_tensor *t);
 int64_t md_tensor_rows(const md_tensor *t);
 bool md_tensor_same_shape(const md_tensor *a, const md_tensor *b);

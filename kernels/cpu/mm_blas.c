@@ -17,6 +17,11 @@ struct mm_prim {
     int threads;
 };
 
+const char *md_backend_library(void)
+{
+    return "CBLAS";
+}
+
 md_status mm_provider_create(int threads, mm_provider **out)
 {
     MD_NEW(*out, 1, "cpu matmul plans");

@@ -9,6 +9,7 @@
 
 #include <dnnl.h>
 #include <omp.h>
+#include <stdio.h>
 
 #define MM_ARGS 5
 
@@ -32,6 +33,14 @@ struct mm_prim {
             MD_FAIL(dnnl_try_ == dnnl_out_of_memory ? MD_ERR_MEMORY : MD_ERR_BUG, \
                     "oneDNN status %d from %s", (int)dnnl_try_, #call);           \
     } while (0)
+
+const char *md_backend_library(void)
+{
+    static char text[64];
+    const dnnl_version_t *v = dnnl_version();
+    snprintf(text, sizeof text, "oneDNN %d.%d.%d", v->major, v->minor, v->patch);
+    return text;
+}
 
 md_status mm_provider_create(int threads, mm_provider **out)
 {
