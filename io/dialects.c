@@ -174,7 +174,7 @@ static const dialect dialects[] = {
      "norm_pre.weight",
      NULL,
      {"", "visual.", "visual.trunk."},
-     {"head.", "fc_norm."},
+     {"head."},
      {MD_ACT_NONE, 1e-5, true},
      RULES(timm_clip_rules)},
     {"timm",
@@ -193,16 +193,24 @@ static const dialect dialects[] = {
      RULES(hf_vit_rules)},
 };
 
+/* wrapper + root + from, the layer filled in. */
+static void full_name(const char *wrapper, const char *root, const char *from, int layer, char *buf,
+                      size_t size)
+{
+    const char *mark = strstr(from, "%d"), *base = *from == '/' ? "" : root;
+    from += *from == '/';
+    if (mark)
+        snprintf(buf, size, "%s%s%.*s%d%s", wrapper, base, (int)(mark - from), from, layer,
+                 mark + 2);
+    else
+        snprintf(buf, size, "%s%s%s", wrapper, base, from);
+}
+
 /* ---- our own names ---- */
 
 const char *md_weight_name(md_weight_id id, int layer, char buf[MD_WEIGHT_NAME])
 {
-    const char *mark = strstr(weights[id].name, "%d");
-    if (mark)
-        snprintf(buf, MD_WEIGHT_NAME, "%.*s%d%s", (int)(mark - weights[id].name), weights[id].name,
-                 layer, mark + 2);
-    else
-        snprintf(buf, MD_WEIGHT_NAME, "%s", weights[id].name);
+    full_name("", "", weights[id].name, layer, buf, MD_WEIGHT_NAME);
     return buf;
 }
 
@@ -275,19 +283,6 @@ static void note(matcher *m, int what, const char *fmt, ...)
         snprintf(text + used, room, "%s%s", used ? ", " : "", item);
     else if (used && text[used - 1] != '.')
         snprintf(text + used, room, ", ...");
-}
-
-/* wrapper + root + from, the layer filled in. */
-static void full_name(const char *wrapper, const char *root, const char *from, int layer, char *buf,
-                      size_t size)
-{
-    const char *mark = strstr(from, "%d"), *base = *from == '/' ? "" : root;
-    from += *from == '/';
-    if (mark)
-        snprintf(buf, size, "%s%s%.*s%d%s", wrapper, base, (int)(mark - from), from, layer,
-                 mark + 2);
-    else
-        snprintf(buf, size, "%s%s%s", wrapper, base, from);
 }
 
 static int find(const matcher *m, const char *from, int layer)

@@ -48,6 +48,7 @@ size=$(stat -c %s "$clip")
 head -c $((size / 2)) "$clip" >"$scratch/cut.h5"
 fails 65 "cut.h5" "$MD_HPC" weights inspect "$scratch/cut.h5"
 fails 74 "injected" env MD_FAULT=weights.read "$MD_HPC" weights inspect tests/golden/clip_hf
+fails 74 "injected" env MD_FAULT=weights.load "$MD_HPC" weights inspect "$clip"
 fails 74 "write failed" env MD_FAULT=publish.sync "$MD_HPC" weights import --out "$scratch/x.h5" \
     tests/golden/clip_hf
 [ ! -e "$scratch/x.h5" ] && [ ! -e "$scratch/x.h5.partial" ]

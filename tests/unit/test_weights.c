@@ -407,6 +407,27 @@ static void takes_values_in_order(void **state)
     assert_int_equal(md_weights_default_heads(1280), 16);
 }
 
+/* OpenCLIP writes quick_gelu only where it is true, and heads as their width. */
+static void reads_open_clip_configs(void **state)
+{
+    (void)state;
+    md_weights_import_report r;
+    set s = {0};
+    add_timm(&s, "", true);
+    put_text("open_clip_config.json",
+             "{\"model_cfg\": {\"vision_cfg\": {\"head_width\": 2}},"
+             " \"preprocess_cfg\": {\"mean\": [0, 0, 0.5], \"std\": [1, 1, 1]}}");
+    want(import_set(&s, (md_weights_import_args){0}, &r), MD_OK, "");
+    assert_true(r.info.act == MD_ACT_GELU && r.info.heads == 4 && r.info.mean[2] == 0.5);
+    put_text("open_clip_config.json", "{\"model_cfg\": {\"quick_gelu\": true}}");
+    want(import_set(&s, (md_weights_import_args){0}, &r), MD_OK, "");
+    assert_true(r.info.act == MD_ACT_QUICK_GELU && r.info.heads == 1);
+    put_text("open_clip_config.json", "{\"preprocess_cfg\": {\"mean\": [0], \"std\": [1]}}");
+    want(import_set(&s, (md_weights_import_args){.act = MD_ACT_GELU}, &r), MD_ERR_DATA,
+         "three numbers");
+    put_text("open_clip_config.json", NULL);
+}
+
 /* ---- our file ---- */
 
 static void want_load(const char *name, md_tensor t, md_status status, const char *word)
@@ -499,11 +520,17 @@ static void finds_damage(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(clip_names_agree),     cmocka_unit_test(imports_clip),
-        cmocka_unit_test(imports_timm),         cmocka_unit_test(imports_hf_vit),
-        cmocka_unit_test(strips_prefixes),      cmocka_unit_test(refuses_two_models),
-        cmocka_unit_test(names_what_is_wrong),  cmocka_unit_test(takes_values_in_order),
-        cmocka_unit_test(checks_what_is_asked), cmocka_unit_test(finds_damage),
+        cmocka_unit_test(clip_names_agree),
+        cmocka_unit_test(imports_clip),
+        cmocka_unit_test(imports_timm),
+        cmocka_unit_test(imports_hf_vit),
+        cmocka_unit_test(strips_prefixes),
+        cmocka_unit_test(refuses_two_models),
+        cmocka_unit_test(names_what_is_wrong),
+        cmocka_unit_test(takes_values_in_order),
+        cmocka_unit_test(reads_open_clip_configs),
+        cmocka_unit_test(checks_what_is_asked),
+        cmocka_unit_test(finds_damage),
     };
     return cmocka_run_group_tests_name("weights", tests, make_folder, drop_folder);
 }
