@@ -1,4 +1,4 @@
-/* losses: the axis method.loss.kind; the formulas are those of the op `loss` (kernels/backend.h). */
+/* losses: the axis method.loss.kind; the formulas are those of the op (kernels/backend.h). */
 #include "src/method.h"
 
 #include <string.h>
