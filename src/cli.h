@@ -11,6 +11,7 @@
 
 /* X(name), in the order of the overview */
 #define MD_VERBS(X) \
+    X(train)        \
     X(plan)         \
     X(convert)      \
     X(weights)      \

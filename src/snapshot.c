@@ -1,0 +1,236 @@
+/* snapshot: see snapshot.h. Counters travel as facts (text attributes), so that a file tells what
+ * it is without this program. */
+#include "src/snapshot.h"
+#include "mpi/agree.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+/* X(field of md_train_state): the counters kept. */
+#define COUNTERS(X) X(updates) X(skipped) X(skipped_in_row) X(bad_images)
+
+/* The three arrays of every parameter. */
+enum { PARTS = 3 };
+static const char *const part_names[PARTS] = {"param", "adam_m", "adam_v"};
+
+typedef struct item_list {
+    md_state_item *item;
+    char (*name)[MD_STATE_NAME];
+    int count;
+} item_list;
+
+static void items_free(item_list *l)
+{
+    md_free(l->item);
+    md_free(l->name);
+}
+
+/* Every array of the state as items; with parts > 1, each narrowed to this rank's share. */
+static md_status items_make(const md_snapshot *s, int part, int parts, item_list *l)
+{
+    md_params *p = s->params;
+    float *const block[PARTS] = {p->value, p->m, p->v};
+    *l = (item_list){0};
+    MD_NEW(l->item, PARTS * p->count, "checkpoint items");
+    l->name = md_alloc((size_t)(PARTS * p->count) * sizeof *l->name, "checkpoint items");
+    if (!l->name)
+        return MD_ERR_MEMORY;
+    for (int k = 0; k < PARTS; k++)
+        for (int i = 0; i < p->count; i++) {
+            const md_param *row = &p->row[i];
+            md_tensor t = md_tensor_make(block[k] + row->offset, MD_F32, row->rank, row->global);
+            char *name = l->name[l->count];
+            snprintf(name, MD_STATE_NAME, "%s/%s", part_names[k], row->name);
+            md_state_item *item = &l->item[l->count++];
+            *item = md_state_item_make(name, &t);
+            if (parts > 1)
+                md_state_item_cut(item, part, parts);
+        }
+    return MD_OK;
+}
+
+static md_status checkpoint_dir(const md_snapshot *s, char *dir, size_t size, bool make)
+{
+    if ((size_t)snprintf(dir, size, "%s/checkpoints", s->dir) >= size)
+        MD_FAIL(MD_ERR_CREATE, "the path of the run directory is too long: %s", s->dir);
+    if (make && md_comm_rank(s->comm) == 0 && mkdir(dir, 0777) != 0 && errno != EEXIST)
+        MD_FAIL(MD_ERR_CREATE, "cannot make %s: %s", dir, strerror(errno));
+    return MD_OK;
+}
+
+/* ---- facts ---- */
+
+enum { FACTS = 24, FACT_SIZE = 32 };
+typedef struct fact_list {
+    md_fact fact[FACTS];
+    char text[FACTS][FACT_SIZE];
+    int count;
+} fact_list;
+
+static void add_fact(fact_list *l, const char *name, const char *fmt, long long value)
+{
+    MD_ASSERT(l->count < FACTS);
+    char *text = l->text[l->count];
+    snprintf(text, FACT_SIZE, fmt, value);
+    l->fact[l->count++] = (md_fact){name, text};
+}
+
+static void facts_make(const md_snapshot *s, fact_list *l)
+{
+    const md_train_state *state = s->state;
+    l->count = 0;
+    add_fact(l, "model", "%016llx", (long long)md_params_hash(s->params));
+    add_fact(l, "parameters", "%lld", (long long)md_params_total(s->params));
+    add_fact(l, "data", "%016llx", (long long)s->data_hash);
+    add_fact(l, "seed", "%lld", (long long)s->config->run_seed);
+    add_fact(l, "batch", "%lld", (long long)s->config->train_batch);
+#define COUNTER_FACT(field) add_fact(l, #field, "%lld", (long long)state->field);
+    COUNTERS(COUNTER_FACT)
+#undef COUNTER_FACT
+    l->fact[l->count++] = (md_fact){"teacher", s->teacher_hash};
+    l->fact[l->count++] = (md_fact){"program", "md_hpc " MD_VERSION};
+}
+
+/* Differences between a checkpoint and this run that would silently make another experiment. */
+static md_status compare_facts(const md_snapshot *s, const md_checkpoint *ck)
+{
+    static const struct {
+        const char *name, *what;
+    } must[] = {{"model", "another model (parameters of other names or shapes)"},
+                {"data", "another image store than data.train"},
+                {"teacher", "another teacher than method.teacher.weights"}};
+    fact_list now;
+    facts_make(s, &now);
+    for (size_t i = 0; i < MD_COUNT(must); i++)
+        for (int k = 0; k < now.count; k++) {
+            const char *then = md_checkpoint_fact(ck, must[i].name);
+            if (strcmp(now.fact[k].name, must[i].name) != 0 ||
+                (then && strcmp(then, now.fact[k].value) == 0))
+                continue;
+            MD_FAIL(MD_ERR_CONFIG,
+                    "%s was trained with %s: choose another run.dir, or "
+                    "checkpoint.resume=none to start anew",
+                    md_checkpoint_path(ck), must[i].what);
+        }
+    return MD_OK;
+}
+
+static void warn_differences(const md_snapshot *s, const md_checkpoint *ck)
+{
+    const struct {
+        const char *fact, *key;
+        long long now;
+    } loose[] = {{"seed", "run.seed", (long long)s->config->run_seed},
+                 {"batch", "train.batch", (long long)s->config->train_batch}};
+    for (size_t i = 0; i < MD_COUNT(loose); i++) {
+        const char *then = md_checkpoint_fact(ck, loose[i].fact);
+        if (then && atoll(then) != loose[i].now)
+            md_log_warn("%s was %s and is now %lld: the run goes on with other images a step",
+                        loose[i].key, then, loose[i].now);
+    }
+}
+
+static md_status read_counters(md_train_state *state, const md_checkpoint *ck)
+{
+    const char *text;
+#define COUNTER_READ(field)                                                             \
+    if (!(text = md_checkpoint_fact(ck, #field)))                                       \
+        MD_FAIL(MD_ERR_DATA, "%s has no attribute %s", md_checkpoint_path(ck), #field); \
+    state->field = atoll(text);
+    COUNTERS(COUNTER_READ)
+#undef COUNTER_READ
+    state->step = md_checkpoint_step(ck);
+    return MD_OK;
+}
+
+/* ---- public ---- */
+
+/* The resolved config as text, freed with free(). */
+static md_status config_text(const md_config *c, char **text)
+{
+    size_t size;
+    FILE *f = open_memstream(text, &size);
+    if (!f)
+        MD_FAIL(MD_ERR_MEMORY, "out of memory for the config's text");
+    md_status st = md_config_write(c, f, false);
+    if (fclose(f) != 0 && st == MD_OK)
+        st = md_error_set(MD_ERR_MEMORY, "out of memory for the config's text");
+    return st;
+}
+
+md_status md_snapshot_write(const md_snapshot *s, char *path, size_t size)
+{
+    char dir[1024], *text = NULL;
+    item_list items = {0};
+    fact_list facts;
+    md_status st = checkpoint_dir(s, dir, sizeof dir, true);
+    if (st == MD_OK)
+        st = items_make(s, md_comm_rank(s->comm), md_comm_size(s->comm), &items);
+    if (st == MD_OK)
+        st = config_text(s->config, &text);
+    st = md_agree(s->comm, st);
+    if (st == MD_OK) {
+        facts_make(s, &facts);
+        st = md_checkpoint_write(
+            &(md_checkpoint_args){.comm = s->comm,
+                                  .dir = dir,
+                                  .step = s->state->step,
+                                  .item = items.item,
+                                  .items = items.count,
+                                  .config = text,
+                                  .fact = facts.fact,
+                                  .facts = facts.count,
+                                  .keep = (int)s->config->checkpoint_keep,
+                                  .keep_every = s->config->checkpoint_keep_every});
+    }
+    if (st == MD_OK)
+        md_checkpoint_name(path, size, dir, s->state->step);
+    items_free(&items);
+    free(text);
+    return st;
+}
+
+static void warn_skipped(void *arg, const char *path, const char *reason)
+{
+    (void)arg;
+    md_log_warn("checkpoint %s is skipped: %s", path, reason);
+}
+
+static md_status read_state(const md_snapshot *s, md_checkpoint *ck)
+{
+    item_list items = {0};
+    md_status st = compare_facts(s, ck);
+    if (st == MD_OK)
+        st = items_make(s, 0, 1, &items);
+    st = md_agree(s->comm, st);
+    if (st == MD_OK)
+        st = md_checkpoint_read(ck, items.item, items.count);
+    items_free(&items);
+    MD_TRY(st);
+    warn_differences(s, ck);
+    return read_counters(s->state, ck);
+}
+
+md_status md_snapshot_resume(const md_snapshot *s, char *path, size_t size)
+{
+    const char *where = s->config->checkpoint_resume;
+    char dir[1024];
+    md_checkpoint *ck;
+    path[0] = 0;
+    if (strcmp(where, "none") == 0)
+        return MD_OK;
+    bool automatic = strcmp(where, "auto") == 0;
+    MD_TRY(md_agree(s->comm, checkpoint_dir(s, dir, sizeof dir, false)));
+    md_status st = md_checkpoint_find(s->comm, automatic ? dir : where, warn_skipped, NULL, &ck);
+    if (st == MD_ERR_NOINPUT && automatic)
+        return MD_OK;
+    MD_TRY(st);
+    st = read_state(s, ck);
+    if (st == MD_OK)
+        snprintf(path, size, "%s", md_checkpoint_path(ck));
+    md_checkpoint_close(ck);
+    return st;
+}

@@ -1,0 +1,449 @@
+/* train: a whole run: set up, resume, loop, stop, report. Everything it holds is in one struct,
+ * zero at first, so that tear_down can end it from any point of set_up. */
+#include "io/h5.h"
+#include "io/run_dir.h"
+#include "io/weights.h"
+#include "mpi/agree.h"
+#include "mpi/comm_mpi.h"
+#include "src/cli.h"
+#include "src/progress.h"
+#include "src/setup.h"
+#include "src/snapshot.h"
+
+#include <errno.h>
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#define XXH_INLINE_ALL /* no library to link, compiled for this machine */
+#include <xxhash.h>
+
+typedef struct run {
+    md_config config;
+    char dir[MD_CONFIG_STR];
+    md_comm *world;
+    md_batch_layout layout;
+    md_method method;
+    char teacher_hash[17];
+    md_backend *be;
+    md_dataset *data;
+    md_loader *loader;
+    md_stepper *stepper;
+    md_run_lock *lock;
+    md_runlog *log;
+    md_train_state state;
+    md_progress progress;
+    int64_t steps_per_epoch, total_steps, saved_step;
+    char checkpoint[1024]; /* path of the last one written or read */
+} run;
+
+/* ---- signals: a flag that travels in the step's reduction ---- */
+
+static volatile sig_atomic_t stop_signal;
+
+static void on_signal(int number)
+{
+    stop_signal = number;
+    if (number == SIGINT)
+        signal(SIGINT, SIG_DFL); /* a second Ctrl-C ends the program at once */
+}
+
+static void catch_signals(void)
+{
+    struct sigaction a = {.sa_handler = on_signal, .sa_flags = SA_RESTART};
+    sigaction(SIGUSR1, &a, NULL);
+    sigaction(SIGTERM, &a, NULL);
+    sigaction(SIGINT, &a, NULL);
+}
+
+/* ---- set up ---- */
+
+/* runs/<name of the config file without .cfg>, unless run.dir is set. */
+static void choose_dir(run *r)
+{
+    const md_config *c = &r->config;
+    if (*c->run_dir) {
+        snprintf(r->dir, sizeof r->dir, "%s", c->run_dir);
+        return;
+    }
+    const char *name = strrchr(c->source, '/');
+    name = name ? name + 1 : c->source;
+    snprintf(r->dir, sizeof r->dir, "runs/%.*s", (int)(strlen(name) - 4), name);
+}
+
+static md_status load_config(run *r, int argc, char **argv)
+{
+    char path[MD_CONFIG_STR];
+    MD_TRY(md_config_init(&r->config));
+    if (argc < 2)
+        return md_usage_error("train", "which config file?");
+    MD_TRY(md_config_find(argv[1], path, sizeof path));
+    MD_TRY(md_config_load(&r->config, path, argc - 2, argv + 2));
+    md_log_set((md_log_level)md_choice_index(MD_LOG_LEVELS, r->config.log_level));
+    choose_dir(r);
+    if (!*r->config.data_train)
+        MD_FAIL(MD_ERR_CONFIG, "data.train is not set: give the image store to train on, made by "
+                               "`md_hpc convert` (data.train=FILE.h5)");
+    return md_batch_layout_make(&r->config, md_comm_size(r->world), &r->layout);
+}
+
+static md_status resolve_method(run *r)
+{
+    md_teacher_info info;
+    const md_config *c = &r->config;
+    MD_TRY(md_teacher_info_get(c, false, &info, r->teacher_hash));
+    MD_TRY(md_method_resolve(&r->method, c, md_method_needs_weights(c) ? &info : NULL));
+    MD_TRY(md_backend_create(c->backend, (int)c->threads, &r->be));
+    MD_TRY(md_method_build(&r->method, r->layout.micro, r->layout.batch));
+    MD_TRY(md_params_allocate(&r->method.params, true, true));
+    MD_TRY(md_params_allocate(&r->method.teacher_params, false, false));
+    md_params_initialise(&r->method.params, (uint64_t)c->run_seed);
+    return MD_OK;
+}
+
+/* Collective(world). Fills the teacher's registry; positions are resized to the student's grid. */
+static md_status load_teacher(run *r)
+{
+    md_params *p = &r->method.teacher_params;
+    const md_teacher_info *info = &r->method.info;
+    const md_vit_spec *s = &info->spec;
+    md_weights *w;
+    if (!r->method.teacher->trained_weights)
+        return MD_OK;
+    MD_TRY(md_weights_open(r->world, r->config.teacher_weights, &w));
+    md_status st = MD_OK;
+    for (int i = 0; i < p->count && st == MD_OK; i++) {
+        md_tensor dst = md_param_value(p, i);
+        if (i != r->method.teacher_vit.pos || info->grid == md_vit_side(s)) {
+            st = md_weights_load(w, p->row[i].name, &dst);
+            continue;
+        }
+        int64_t rows = (int64_t)info->grid * info->grid + 1;
+        float *stored = md_alloc((size_t)(rows * s->width) * sizeof *stored, "stored positions");
+        md_tensor src = MD_TENSOR(stored, MD_F32, rows, s->width);
+        st = md_agree(r->world, stored ? MD_OK : MD_ERR_MEMORY);
+        if (st == MD_OK)
+            st = md_weights_load(w, p->row[i].name, &src);
+        if (st == MD_OK)
+            md_pos_resize(&(md_pos_resize_args){
+                .src = stored,
+                .dst = dst.data,
+                .g_src = info->grid,
+                .g_dst = md_vit_side(s),
+                .width = s->width,
+                .rule = (md_pos_rule)md_choice_index("beit2,exact", r->config.teacher_pos)});
+        md_free(stored);
+    }
+    md_weights_close(w);
+    return st;
+}
+
+static md_status open_data(run *r)
+{
+    const md_config *c = &r->config;
+    MD_TRY(md_dataset_open(c->data_train, c->data_split, r->world, &r->data));
+    int64_t n = md_dataset_count(r->data);
+    if (n < c->train_batch)
+        MD_FAIL(MD_ERR_CONFIG, "train.batch = %lld, but %s has only %lld images in split \"%s\"",
+                (long long)c->train_batch, c->data_train, (long long)n, c->data_split);
+    r->steps_per_epoch = md_epoch_steps(n, c->train_batch);
+    r->total_steps = md_total_steps(c, r->steps_per_epoch);
+    return MD_OK;
+}
+
+/* mkdir -p. */
+static md_status make_dirs(const char *dir)
+{
+    char path[MD_CONFIG_STR];
+    snprintf(path, sizeof path, "%s", dir);
+    for (char *p = path + 1;; p++) {
+        if (*p && *p != '/')
+            continue;
+        char end = *p;
+        *p = 0;
+        if (mkdir(path, 0777) != 0 && errno != EEXIST)
+            MD_FAIL(MD_ERR_CREATE, "cannot make the run directory %s: %s", path, strerror(errno));
+        if (!end)
+            return MD_OK;
+        *p = end;
+    }
+}
+
+/* Collective(world). Rank 0 makes and locks the run directory. */
+static md_status take_dir(run *r)
+{
+    md_status st = MD_OK;
+    if (md_comm_rank(r->world) == 0) {
+        st = make_dirs(r->dir);
+        if (st == MD_OK)
+            st = md_run_lock_take(r->dir, &r->lock);
+    }
+    return md_agree(r->world, st);
+}
+
+static md_snapshot snapshot_of(run *r)
+{
+    return (md_snapshot){.comm = r->world,
+                         .dir = r->dir,
+                         .config = &r->config,
+                         .params = &r->method.params,
+                         .state = &r->state,
+                         .data_hash = md_dataset_hash(r->data),
+                         .teacher_hash = r->teacher_hash};
+}
+
+static md_status take_batch(void *context, int64_t step, int micro, const md_batch **batch,
+                            double *wait)
+{
+    run *r = context;
+    double seconds = 0;
+    md_status st = md_loader_take(r->loader, step, micro, batch, &seconds);
+    *wait += seconds;
+    return st;
+}
+
+static void release_batch(void *context, const md_batch *batch)
+{
+    md_loader_release(((run *)context)->loader, batch);
+}
+
+static md_status make_stepper(run *r)
+{
+    const md_config *c = &r->config;
+    md_loader_args loader = {.source =
+                                 md_dataset_source(r->data, strcmp(c->data_reader, "hdf5") == 0),
+                             .dp_rank = md_comm_rank(r->world),
+                             .dp_size = r->layout.ranks,
+                             .micro_batch = r->layout.micro,
+                             .start_step = r->state.step};
+    md_loader_configure(&loader, c, r->method.teacher_image);
+    MD_TRY(md_loader_create(&r->loader, &loader));
+    return md_stepper_create(&(md_stepper_args){.config = c,
+                                                .method = &r->method,
+                                                .backend = r->be,
+                                                .dp = r->world,
+                                                .source = {r, take_batch, release_batch},
+                                                .steps_per_epoch = r->steps_per_epoch,
+                                                .accumulation = r->layout.accumulation},
+                             &r->stepper);
+}
+
+static void write_run_json(run *r)
+{
+    char data[32];
+    snprintf(data, sizeof data, "%016llx", (unsigned long long)md_dataset_hash(r->data));
+    const md_fact facts[] = {{"mpi", md_comm_library()},         {"hdf5", md_h5_library()},
+                             {"libconfig", md_config_library()}, {"backend", r->be->name},
+                             {"dataset", r->config.data_train},  {"dataset_hash", data},
+                             {"teacher_hash", r->teacher_hash}};
+    enum { HOST = 64 };
+    int n = md_comm_size(r->world);
+    char mine[HOST] = "", *all = md_alloc((size_t)n * HOST, "host names");
+    const char **hosts = md_alloc((size_t)n * sizeof *hosts, "host names");
+    md_status st = md_agree(r->world, all && hosts ? MD_OK : MD_ERR_MEMORY);
+    gethostname(mine, sizeof mine - 1);
+    if (st == MD_OK) {
+        md_comm_allgather(r->world, mine, all, HOST);
+        for (int i = 0; i < n; i++)
+            hosts[i] = all + (size_t)i * HOST;
+        md_runlog_run(r->log, facts, (int)MD_COUNT(facts), hosts, n);
+    }
+    md_free(all);
+    md_free((void *)hosts);
+}
+
+/* Writes the resolved config and opens the logs (rank 0). */
+static md_status open_logs(run *r)
+{
+    if (md_comm_rank(r->world) != 0)
+        return MD_OK;
+    char path[MD_CONFIG_STR + 16];
+    snprintf(path, sizeof path, "%s/config.cfg", r->dir);
+    FILE *f = fopen(path, "w");
+    if (!f)
+        MD_FAIL(MD_ERR_CREATE, "cannot write %s", path);
+    md_status st = md_config_write(&r->config, f, true);
+    fclose(f);
+    MD_TRY(st);
+    return md_runlog_open(r->dir, r->state.step, &r->log);
+}
+
+static void announce(const run *r)
+{
+    const md_method *m = &r->method;
+    md_log_info("md_hpc %s: %d rank%s, %lld images (%lld a rank and pass, %d pass%s a step), %lld "
+                "steps of %lld an epoch",
+                MD_VERSION, r->layout.ranks, r->layout.ranks > 1 ? "s" : "",
+                (long long)r->layout.batch, (long long)r->layout.micro, r->layout.accumulation,
+                r->layout.accumulation > 1 ? "es" : "", (long long)r->total_steps,
+                (long long)r->steps_per_epoch);
+    md_log_info("student %lld parameters; teacher %s, %lld parameters; %d of %d patches predicted, "
+                "%d values each",
+                (long long)md_params_total(&m->params), m->teacher->name,
+                (long long)md_params_total(&m->teacher_params), m->chosen,
+                md_vit_patches(&m->student_vit.spec), m->target_width);
+    md_log_info("run directory %s, step %lld%s%s", r->dir, (long long)r->state.step,
+                *r->checkpoint ? ", resumed from " : "", r->checkpoint);
+}
+
+/* Collective(world). Every step is either local and agreed upon, or collective by itself. */
+static md_status set_up(run *r, int argc, char **argv)
+{
+    md_comm *w = r->world;
+    MD_TRY(md_agree(w, load_config(r, argc, argv)));
+    MD_TRY(md_agree(w, resolve_method(r)));
+    MD_TRY(md_agree(w, open_data(r)));
+    MD_TRY(take_dir(r));
+    MD_TRY(load_teacher(r));
+    md_snapshot s = snapshot_of(r);
+    MD_TRY(md_snapshot_resume(&s, r->checkpoint, sizeof r->checkpoint));
+    r->saved_step = *r->checkpoint ? r->state.step : -1;
+    MD_TRY(md_agree(w, make_stepper(r)));
+    MD_TRY(md_agree(w, open_logs(r)));
+    write_run_json(r);
+    announce(r);
+    return MD_OK;
+}
+
+/* ---- loop ---- */
+
+static bool checkpoint_due(const run *r)
+{
+    int64_t every = r->config.checkpoint_every ? r->config.checkpoint_every : r->steps_per_epoch;
+    return r->state.step % every == 0;
+}
+
+/* Collective(world). A checkpoint that cannot be written is a warning: training goes on with the
+ * old one. */
+static md_status save(run *r)
+{
+    if (r->saved_step == r->state.step)
+        return MD_OK;
+    double start = md_now();
+    md_snapshot s = snapshot_of(r);
+    md_status st = md_snapshot_write(&s, r->checkpoint, sizeof r->checkpoint);
+    r->progress.checkpoint_seconds += md_now() - start;
+    if (st == MD_OK) {
+        r->saved_step = r->state.step;
+        r->progress.checkpoints++;
+        md_runlog_event(r->log, r->state.step, "checkpoint", "%s", r->checkpoint);
+    } else {
+        md_log_warn("no checkpoint at step %lld, the older ones stay: %s", (long long)r->state.step,
+                    md_error_text());
+        md_runlog_event(r->log, r->state.step, "checkpoint_failed", "%s", md_error_text());
+    }
+    return st;
+}
+
+static void report_bad_images(run *r)
+{
+    md_bad_image bad;
+    while (md_loader_next_bad(r->loader, &bad)) {
+        char name[256];
+        md_dataset_name(r->data, bad.sample, name, sizeof name);
+        md_log_rank(MD_LOG_WARN, "image %lld (%s) replaced: %s", (long long)bad.sample, name,
+                    bad.reason);
+        md_runlog_event(r->log, r->state.step, "bad_image", "image %lld (%s): %s",
+                        (long long)bad.sample, name, bad.reason);
+    }
+}
+
+/* Collective(world). All replicas must hold the same bits. */
+static md_status check_replicas(run *r)
+{
+    const md_params *p = &r->method.params;
+    int64_t h = (int64_t)(XXH3_64bits(p->value, md_params_block_bytes(p)) >> 1);
+    int64_t range[2] = {h, -h};
+    md_comm_allreduce(r->world, range, 2, MD_I64, MD_MAX_OP);
+    if (range[0] != -range[1])
+        MD_FAIL(MD_ERR_DEVICE, "the replicas' parameters differ at step %lld (check.every)",
+                (long long)r->state.step);
+    return MD_OK;
+}
+
+static md_status one_step(run *r, bool *stop)
+{
+    const md_config *c = &r->config;
+    md_step_result result;
+    md_metrics metrics;
+    double start = md_now();
+    md_status st = md_step_run(r->stepper, &r->state, stop_signal != 0, &result);
+    report_bad_images(r);
+    MD_TRY(st);
+    md_progress_step(&r->progress, &r->state, &result, md_now() - start, &metrics);
+    md_runlog_metrics(r->log, &metrics);
+    if (r->lock)
+        md_run_lock_touch(r->lock);
+    if (result.skipped)
+        md_runlog_event(r->log, r->state.step, "skipped", "loss %g, gradient norm %g", result.loss,
+                        result.grad_norm);
+    if (r->state.step % c->log_every == 0 || r->state.step == r->total_steps)
+        md_progress_line(&r->progress, &metrics);
+    if (c->check_every && r->state.step % c->check_every == 0)
+        MD_TRY(check_replicas(r));
+    if (checkpoint_due(r))
+        save(r);
+    *stop = result.stop;
+    return MD_OK;
+}
+
+/* Collective(world). Ends at the last step, or at the step at which some rank had a signal. */
+static md_status loop(run *r)
+{
+    bool stop = false;
+    md_progress_start(&r->progress, r->state.step, r->total_steps, r->steps_per_epoch,
+                      r->layout.batch);
+    md_runlog_status(r->log, "running", r->state.step, 0, "");
+    while (r->state.step < r->total_steps && !stop)
+        MD_TRY(one_step(r, &stop));
+    MD_TRY(save(r));
+    md_progress_summary(&r->progress, r->world, r->checkpoint);
+    if (r->state.step == r->total_steps)
+        return MD_OK;
+    MD_FAIL(MD_STOPPED,
+            "stopped at step %lld of %lld with a checkpoint: the same command goes on "
+            "from there",
+            (long long)r->state.step, (long long)r->total_steps);
+}
+
+static void close_logs(run *r, md_status st)
+{
+    const char *state = st == MD_OK ? "finished" : st == MD_STOPPED ? "requeue" : "failed";
+    md_runlog_status(r->log, state, r->state.step, st, st == MD_OK ? "" : md_error_text());
+    md_runlog_close(r->log);
+}
+
+static void tear_down(run *r, md_status st)
+{
+    close_logs(r, st);
+    md_stepper_free(r->stepper);
+    md_loader_destroy(r->loader);
+    md_dataset_close(r->data);
+    md_method_free(&r->method);
+    md_backend_destroy(r->be);
+    md_run_lock_release(r->lock);
+    md_config_free(&r->config);
+}
+
+static md_status cmd_train(int argc, char **argv)
+{
+    run r = {0};
+    MD_TRY(md_mpi_start(&argc, &argv, &r.world));
+    catch_signals();
+    md_status st = set_up(&r, argc, argv);
+    if (st == MD_OK)
+        st = loop(&r);
+    tear_down(&r, st);
+    md_mpi_stop(r.world);
+    return st;
+}
+
+const md_verb md_verb_train = {
+    "train", cmd_train, "train what a config file describes (the verb may be left out)",
+    "mpirun -np N md_hpc [train] FILE.cfg [key=value ...]\n"
+    "\n"
+    "Writes checkpoints, metrics.jsonl, events.jsonl, status.json, run.json and the resolved\n"
+    "config.cfg into the run directory (run.dir), and goes on from its newest checkpoint.\n"
+    "USR1, TERM and INT stop it after the current step with a checkpoint and exit code 75."};
