@@ -382,10 +382,10 @@ static md_status plan_files(convert_table *t, const char *path, const listing *l
         snprintf(full, sizeof full, "%s/%s", path, entry_name(l, i));
         snprintf(class, sizeof class, "%s", entry_name(l, i));
         cut_tar_suffix(class);
-        /* What cannot be read here is met again as an image, and listed. */
+        /* What cannot be opened is met again as an image, and listed. */
         md_status st = sniff(full, &kind);
-        if (st == MD_ERR_MEMORY)
-            return st;
+        if (st != MD_ERR_NOINPUT)
+            MD_TRY(st);
         if (kind == FILE_TAR)
             MD_TRY(add_tar(t, split, full, class));
         else if (kind == FILE_IDX_IMAGES && !unpacked_beside(full))
