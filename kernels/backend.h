@@ -202,7 +202,7 @@ typedef struct md_sumsq_args {
 typedef struct md_adamw_args {
     MD_IN(*grad);
     MD_OUT(*param, *m, *v);
-    float lr, beta1, beta2, eps, weight_decay, grad_scale;
+    double lr, beta1, beta2, eps, weight_decay, grad_scale;
     int64_t step;
 } md_adamw_args;
 

@@ -133,18 +133,19 @@ MD_HD float md_smooth_l1_grad(float d, float beta)
 
 /* What a step of AdamW needs beyond the element, computed once per call in double. */
 typedef struct md_adamw_coef {
-    float decay; /* 1 - lr * weight_decay */
-    float beta1, beta2;
-    float step_size; /* lr / (1 - beta1^t) */
-    float root;      /* 1 / sqrt(1 - beta2^t) */
+    float decay;        /* 1 - lr * weight_decay */
+    float rest1;        /* 1 - beta1 */
+    float beta2, rest2; /* rest2 = 1 - beta2, of the unrounded beta2 */
+    float step_size;    /* lr / (1 - beta1^t) */
+    float root;         /* 1 / sqrt(1 - beta2^t) */
     float eps, grad_scale;
 } md_adamw_coef;
 
 MD_HD void md_adamw_one(const md_adamw_coef *k, float grad, float *p, float *m, float *v)
 {
     float g = grad * k->grad_scale;
-    float m1 = *m + (1.0f - k->beta1) * (g - *m);
-    float v1 = k->beta2 * *v + (1.0f - k->beta2) * g * g;
+    float m1 = *m + k->rest1 * (g - *m);
+    float v1 = k->beta2 * *v + k->rest2 * g * g;
     *m = m1;
     *v = v1;
     *p = *p * k->decay - k->step_size * m1 / (sqrtf(v1) * k->root + k->eps);

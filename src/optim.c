@@ -39,9 +39,8 @@ md_status md_optim_update(md_backend *be, md_params *p, const md_config *c, doub
         md_tensor grad = range(p->grad, first, end), value = range(p->value, first, end);
         md_tensor m = range(p->m, first, end), v = range(p->v, first, end);
         MD_TRY(MD_OP(be, adamw, .grad = &grad, .param = &value, .m = &m, .v = &v, .accumulate = 7u,
-                     .lr = (float)lr, .beta1 = (float)c->optim_beta1,
-                     .beta2 = (float)c->optim_beta2, .eps = (float)c->optim_eps,
-                     .weight_decay = (float)groups[i].decay, .grad_scale = (float)clip,
+                     .lr = lr, .beta1 = c->optim_beta1, .beta2 = c->optim_beta2,
+                     .eps = c->optim_eps, .weight_decay = groups[i].decay, .grad_scale = clip,
                      .step = update));
     }
     return MD_OK;

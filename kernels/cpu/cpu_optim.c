@@ -9,14 +9,15 @@ md_status cpu_adamw(md_backend *be, const md_adamw_args *a)
     CPU_CHECK(adamw, a);
     if (a->step < 1)
         MD_FAIL(MD_ERR_BUG, "adamw: step %lld, the first one is 1", (long long)a->step);
-    double t = (double)a->step, lr = (double)a->lr;
-    md_adamw_coef k = {.decay = (float)(1.0 - lr * (double)a->weight_decay),
-                       .beta1 = a->beta1,
-                       .beta2 = a->beta2,
-                       .step_size = (float)(lr / (1.0 - pow((double)a->beta1, t))),
-                       .root = (float)(1.0 / sqrt(1.0 - pow((double)a->beta2, t))),
-                       .eps = a->eps,
-                       .grad_scale = a->grad_scale};
+    double t = (double)a->step;
+    md_adamw_coef k = {.decay = (float)(1.0 - a->lr * a->weight_decay),
+                       .rest1 = (float)(1.0 - a->beta1),
+                       .beta2 = (float)a->beta2,
+                       .rest2 = (float)(1.0 - a->beta2),
+                       .step_size = (float)(a->lr / (1.0 - pow(a->beta1, t))),
+                       .root = (float)(1.0 / sqrt(1.0 - pow(a->beta2, t))),
+                       .eps = (float)a->eps,
+                       .grad_scale = (float)a->grad_scale};
     const float *grad = md_f32(a->grad);
     float *p = md_f32(a->param), *m = md_f32(a->m), *v = md_f32(a->v);
     int64_t n = md_tensor_count(a->grad);

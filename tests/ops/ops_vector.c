@@ -96,8 +96,8 @@ static void build_adamw(op_case *c)
     a->m = F32(c, n);
     a->v = TENSOR(c, MD_F32, FILL_POSITIVE, n);
     a->accumulate = 7;
-    a->lr = 1e-2f, a->beta1 = 0.9f, a->beta2 = 0.98f, a->eps = 1e-6f;
-    a->weight_decay = 0.05f, a->grad_scale = 0.5f;
+    a->lr = 1e-2, a->beta1 = 0.9, a->beta2 = 0.98, a->eps = 1e-6;
+    a->weight_decay = 0.05, a->grad_scale = 0.5;
     a->step = c->row->n[1];
     c->factor = 8.0;
 }
@@ -105,15 +105,15 @@ static void build_adamw(op_case *c)
 static void ref_adamw(op_case *c, bool mutant)
 {
     const md_adamw_args *a = &c->args.adamw;
-    double b1 = (double)a->beta1, b2 = (double)a->beta2, lr = (double)a->lr;
+    double b1 = a->beta1, b2 = a->beta2, lr = a->lr;
     double c1 = 1.0 - pow(b1, (double)a->step), c2 = 1.0 - pow(b2, (double)a->step);
     for (int64_t i = 0; i < c->row->n[0]; i++) {
         double *p = REF(c, adamw, param), *m = REF(c, adamw, m), *v = REF(c, adamw, v);
-        double g = X(c, adamw, grad)[i] * (double)a->grad_scale;
+        double g = X(c, adamw, grad)[i] * a->grad_scale;
         m[i] = b1 * m[i] + (1.0 - b1) * g;
         v[i] = b2 * v[i] + (1.0 - b2) * g * g;
-        p[i] -= mutant ? 0.0 : lr * (double)a->weight_decay * p[i];
-        p[i] -= lr * (m[i] / c1) / (sqrt(v[i] / c2) + (double)a->eps);
+        p[i] -= mutant ? 0.0 : lr * a->weight_decay * p[i];
+        p[i] -= lr * (m[i] / c1) / (sqrt(v[i] / c2) + a->eps);
     }
 }
 
