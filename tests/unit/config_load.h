@@ -1,6 +1,6 @@
 /* What the tests of the configuration share: a scratch directory, one-line loads and verdicts. */
-#ifndef MD_TEST_CONFIG_LOAD_H
-#define MD_TEST_CONFIG_LOAD_H
+#ifndef MD_CONFIG_LOAD_H
+#define MD_CONFIG_LOAD_H
 
 #include <setjmp.h>
 #include <stdarg.h>
