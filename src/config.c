@@ -238,20 +238,25 @@ md_status md_config_load(md_config *c, const char *path, int n_overrides, char *
 
 md_status md_config_find(const char *name, char *path, size_t size)
 {
-    static const char *const places[] = {"config", "../config", "../share/md_hpc/config"};
+    static const struct {
+        bool above; /* from the folder above the program's */
+        const char *folder;
+    } places[] = {{false, "config"}, {true, "config"}, {true, "share/md_hpc/config"}};
     char exe[MD_CONFIG_STR], tried[3 * MD_CONFIG_STR] = "";
     if ((size_t)snprintf(path, size, "%s", name) < size && is_file(path))
         return MD_OK;
     ssize_t n = readlink("/proc/self/exe", exe, sizeof exe - 1);
     exe[MD_MAX(n, 0)] = 0;
-    char *slash = strrchr(exe, '/');
-    if (slash)
-        *slash = 0;
-    for (size_t i = 0; slash && *name != '/' && i < MD_COUNT(places); i++) {
-        if ((size_t)snprintf(path, size, "%s/%s/%s", exe, places[i], name) < size && is_file(path))
+    for (size_t i = 0; *exe == '/' && *name != '/' && i < MD_COUNT(places); i++) {
+        const char *end = strrchr(exe, '/');
+        if (places[i].above)
+            end = end > exe ? memrchr(exe, '/', (size_t)(end - exe)) : exe;
+        int base = (int)(end - exe);
+        if ((size_t)snprintf(path, size, "%.*s/%s/%s", base, exe, places[i].folder, name) < size &&
+            is_file(path))
             return MD_OK;
         size_t used = strlen(tried);
-        snprintf(tried + used, sizeof tried - used, ", %s/%s", exe, places[i]);
+        snprintf(tried + used, sizeof tried - used, ", %.*s/%s", base, exe, places[i].folder);
     }
     MD_FAIL(MD_ERR_NOINPUT, "no config file %s (looked in the working directory%s)", name, tried);
 }

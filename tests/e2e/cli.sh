@@ -38,8 +38,8 @@ expect 64 '' 'see md_hpc help' qqqqqqq
 verbs=$("$MD_HPC" help | sed -n 's/^  \([a-z]*\)  .*/\1/p')
 [ "$(wc -w <<<"$verbs")" -ge 3 ] || fail "the overview lists too few verbs: $verbs"
 for verb in $verbs; do
-    expect 0 "^usage: md_hpc" '' help "$verb"
-    expect 0 "^usage: md_hpc" '' "$verb" --help
+    expect 0 "^usage: .*md_hpc" '' help "$verb"
+    expect 0 "^usage: .*md_hpc" '' "$verb" --help
 done
 expect 0 '^ 75  stopped with a checkpoint' '' help exit-codes
 expect 0 'a number from 0 to 100; default 1.5e-3' '' help optim.lr
