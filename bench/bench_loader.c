@@ -238,15 +238,14 @@ static md_status whole(const md_source *s, const options *o)
     const md_batch *b;
     MD_TRY(md_loader_create(&l, &a));
     int64_t steps = MD_MAX(o->images / o->micro, 4), bad = 0;
-    double waited = 0, wait, begin = 0, cpu = 0, busy = 0;
+    double waited = 0, begin = 0, cpu = 0, busy = 0;
     for (int64_t k = 0; k < steps + 2; k++) {
         if (k == 2) { /* the ring is full for the first time */
             begin = md_now();
             cpu = cpu_seconds(CLOCK_PROCESS_CPUTIME_ID);
             waited = busy = 0;
         }
-        MD_TRY(md_loader_take(l, k, 0, &b, &wait));
-        waited += wait;
+        MD_TRY(md_loader_take(l, k, 0, &b, &waited));
         bad += b->bad;
         md_loader_release(l, b);
         if (o->compute > 0)

@@ -222,8 +222,7 @@ static plan make_plan(const md_loader_args *a)
     size_t m = (size_t)a->micro_batch, s = (size_t)a->rule.size, s2 = (size_t)a->rule.size2;
     plan p = {.slots = a->depth + 1, .benches = MD_MAX(worker_count(a), 1)};
     p.crop = (m * s * s * 3 + 63) / 64 * 64;
-    p.crop2 = (m * s2 * s2 * 3 + 63) / 64 * 64;
-    p.slot_pixels = p.crop + p.crop2;
+    p.slot_pixels = p.crop + (m * s2 * s2 * 3 + 63) / 64 * 64;
     p.ids = m * (sizeof(int64_t) + sizeof(int32_t));
     p.max_pixels = MD_MIN(a->source.max_pixels, MD_LOADER_PIXELS);
     for (p.max_side = 64; (int64_t)p.max_side * p.max_side < 2 * p.max_pixels;)
@@ -418,7 +417,7 @@ md_status md_loader_take(md_loader *l, int64_t step, int64_t micro, const md_bat
     s->state = SLOT_TAKEN;
     pthread_mutex_unlock(&l->lock);
     if (wait)
-        *wait = md_now() - start;
+        *wait += md_now() - start;
     keep_notes(l, s);
     if (s->status != MD_OK)
         MD_FAIL(s->status, "%s", s->reason);

@@ -85,9 +85,9 @@ void md_loader_destroy(md_loader *l);
 size_t md_loader_bytes(const md_loader_args *a);
 
 /* Waits for micro-batch `micro` of step `step`; they come in this order from start_step on,
- * anything else is a bug. *wait (NULL is fine) = seconds waited. At most `depth` batches may be
- * held at a time; give each back with md_loader_release. MD_ERR_DATA: more than max_bad of this
- * epoch's images (and more than 10) were bad on this rank, or no replacement was found;
+ * anything else is a bug. Adds the seconds waited to *wait (NULL is fine). At most `depth` batches
+ * may be held at a time; give each back with md_loader_release. MD_ERR_DATA: more than max_bad of
+ * this epoch's images (and more than 10) were bad on this rank, or no replacement was found;
  * MD_ERR_MEMORY. Local; the calling thread is always the same. */
 md_status md_loader_take(md_loader *l, int64_t step, int64_t micro, const md_batch **out,
                          double *wait);

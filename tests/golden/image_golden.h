@@ -629,4 +629,20 @@ static const struct golden_chain {
     {11u, 4, 78u, 640, 480, 224, 0, 0.0, 0.2, 1.0, 0xe96d705072b37ffbu, 0x0000000000000000u},
 };
 
+/* file below imagenet-samples; hashes of its crops of 224 and 196 pixels by seed 1,
+ * epoch 2, sample = row */
+static const struct golden_photo {
+    const char *file;
+    uint64_t crop, crop2;
+} golden_photo[] = {
+    {"n02096051/n02096051_Airedale.JPEG", 0x955243eeca7b8eebu, 0xcf36f6fff078b997u},
+    {"n03884397/n03884397_panpipe.JPEG", 0xe631cdfb030a76cbu, 0xf5c14ae11ff0c623u},
+    {"n04336792/n04336792_stretcher.JPEG", 0xc3e717a2ea9b37b2u, 0xcdbd6f1ea0a754b3u},
+    {"n03838899/n03838899_oboe.JPEG", 0xf7bd7e6dc0540b8eu, 0xeab44d884086563bu},
+    {"n01943899/n01943899_conch.JPEG", 0x69aa2986e34779c1u, 0x2052adf4078c3da6u},
+    {"n03692522/n03692522_loupe.JPEG", 0xaff12bb9ab58b20eu, 0x0674d03d2cc77999u},
+    {"n02102480/n02102480_Sussex_spaniel.JPEG", 0x6e2829ac1f64eed9u, 0x034e8ef9afba4c29u},
+    {"n03417042/n03417042_garbage_truck.JPEG", 0xe0154ddf0e579d56u, 0xed2cf2db0ee96704u},
+};
+
 #endif

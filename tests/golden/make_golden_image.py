@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """Writes tests/golden/image_golden.h: small coded pictures and the hashes of what Pillow makes of
-them. Needs Pillow and NumPy; the tests need neither. Run: python3 tests/golden/make_golden_image.py
+them. Needs Pillow and NumPy; the tests need neither. Run:
+python3 tests/golden/make_golden_image.py FOLDER, which holds imagenet-samples/<class>/<photo>.JPEG of
+the public collection EliSchwartz/imagenet-sample-images.
 
 Hashes are FNV-1a (64 bit) over packed RGB bytes. Synthetic pictures are drawn by `picture` here and
 by the same formula in the tests."""
@@ -9,6 +11,7 @@ import io
 import math
 import os
 import struct
+import sys
 import zlib
 
 import numpy as np
@@ -213,10 +216,24 @@ JITTERS = [  # order, factors of brightness, contrast, saturation
 CHAINS = [  # seed, epoch, sample, picture, size, size2, strength, scale
     (1, 0, 0, (500, 375), 224, 196, 0.4, (0.2, 1.0)), (1, 0, 1, (375, 500), 224, 196, 0.4, (0.2, 1.0)),
     (1, 1, 1, (375, 500), 224, 196, 0.4, (0.2, 1.0)), (7, 299, 1281166, (99, 101), 64, 32, 0.4, (0.08, 1.0)),
-    (2**40 + 5, 3, 2**33 + 1, (32, 32), 32, 48, 0.8, (0.2, 1.0)), (3, 0, 5, (600, 20), 32, 0, 0.4, (0.9, 1.0)),
+    (2**40 + 5, 3, 2**33 + 1, (32, 32), 32, 48, 0.8, (0.2, 1.0)),
+    (3, 0, 5, (600, 20), 32, 0, 0.4, (0.9, 1.0)),
     (3, 0, 6, (20, 600), 32, 0, 0.4, (0.9, 1.0)), (9, 2, 77, (1, 1), 16, 8, 0.4, (0.2, 1.0)),
     (11, 4, 78, (640, 480), 224, 0, 0.0, (0.2, 1.0)),
 ]
+
+
+def chain(im, seed, epoch, sample, sizes, strength, scale):
+    """All of io/augment.h's steps; the hash of each crop, 0 for size 0."""
+    w, h = im.size
+    if strength > 0:
+        order, factor = draw_jitter(seed, epoch, sample, strength)
+        for op in order:
+            im = ENHANCERS[op](im).enhance(factor[op])
+    if Rng(seed, FLIP, epoch, sample).double() < 0.5:
+        im = im.transpose(Image.FLIP_LEFT_RIGHT)
+    box = draw_box(seed, epoch, sample, w, h, scale, (0.75, 4 / 3))
+    return [hash_rgb(cut(im, box, s)) if s else 0 for s in sizes]
 
 
 def write_augment(out):
@@ -243,17 +260,28 @@ def write_augment(out):
               "    uint64_t sample;\n    int w, h, size, size2;\n    double jitter, crop_min, crop_max;\n"
               "    uint64_t hash, hash2;\n} golden_chain[] = {\n")
     for seed, epoch, sample, (w, h), size, size2, strength, scale in CHAINS:
-        im = picture(w, h)
-        if strength > 0:
-            order, factor = draw_jitter(seed, epoch, sample, strength)
-            for op in order:
-                im = ENHANCERS[op](im).enhance(factor[op])
-        if Rng(seed, FLIP, epoch, sample).double() < 0.5:
-            im = im.transpose(Image.FLIP_LEFT_RIGHT)
-        box = draw_box(seed, epoch, sample, w, h, scale, (0.75, 4 / 3))
-        hashes = [hash_rgb(cut(im, box, s)) if s else 0 for s in (size, size2)]
+        hashes = chain(picture(w, h), seed, epoch, sample, (size, size2), strength, scale)
         out.write("    {%du, %d, %du, %d, %d, %d, %d, %r, %r, %r, 0x%016xu, 0x%016xu},\n"
                   % (seed, epoch, sample, w, h, size, size2, strength, *scale, *hashes))
+    out.write("};\n")
+
+
+# ---- photos: hashes only; the test runs where the pictures are ----
+
+PHOTOS = ["n02096051/n02096051_Airedale", "n03884397/n03884397_panpipe", "n04336792/n04336792_stretcher",
+          "n03838899/n03838899_oboe", "n01943899/n01943899_conch", "n03692522/n03692522_loupe",
+          "n02102480/n02102480_Sussex_spaniel", "n03417042/n03417042_garbage_truck"]
+
+
+def write_photos(out, folder):
+    out.write("\n/* file below imagenet-samples; hashes of its crops of 224 and 196 pixels by seed 1,\n"
+              " * epoch 2, sample = row */\n"
+              "static const struct golden_photo {\n    const char *file;\n"
+              "    uint64_t crop, crop2;\n} golden_photo[] = {\n")
+    for i, name in enumerate(PHOTOS):
+        im = Image.open(os.path.join(folder, "imagenet-samples", name + ".JPEG")).convert("RGB")
+        crops = chain(im, 1, 2, i, (224, 196), 0.4, (0.2, 1.0))
+        out.write('    {"%s.JPEG", 0x%016xu, 0x%016xu},\n' % (name, *crops))
     out.write("};\n")
 
 
@@ -261,9 +289,11 @@ def main():
     with open(os.path.join(HERE, "image_golden.h"), "w") as out:
         out.write("/* Written by make_golden_image.py with Pillow %s (libjpeg-turbo %s, zlib %s). */\n"
                   % (PIL.__version__, features.version("libjpeg_turbo"), features.version("zlib")))
-        out.write("/* clang-format off */\n#ifndef IMAGE_GOLDEN_H\n#define IMAGE_GOLDEN_H\n\n#include <stddef.h>\n#include <stdint.h>\n\n")
+        out.write("/* clang-format off */\n#ifndef IMAGE_GOLDEN_H\n#define IMAGE_GOLDEN_H\n\n"
+                  "#include <stddef.h>\n#include <stdint.h>\n\n")
         write_coded(out)
         write_augment(out)
+        write_photos(out, sys.argv[1])
         out.write("\n#endif\n")
 
 

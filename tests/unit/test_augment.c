@@ -5,6 +5,7 @@
 #include <setjmp.h>
 #include <cmocka.h>
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -164,6 +165,44 @@ static void draws(void **state)
         assert_true(fabs(orders[order[i]] / (double)n - 1.0 / 6) < 0.02);
 }
 
+/* From a real file to two crops, where the photos are. */
+static void photos(void **state)
+{
+    (void)state;
+    const char *data = getenv("MD_TEST_DATA");
+    static uint8_t bytes[1 << 20], out[224 * 224 * 3], out2[196 * 196 * 3];
+    struct golden_chain g = {.seed = 1, .size = 224, .size2 = 196, .jitter = 0.4};
+    g.crop_min = 0.2, g.crop_max = 1;
+    md_augment_rule rule = rule_of(&g);
+    md_decoder *d;
+    md_resizer *r;
+    size_t found = 0;
+    assert_int_equal(md_decoder_create(&d, 0), MD_OK);
+    assert_int_equal(md_resizer_create(&r, 500, 224), MD_OK);
+    for (size_t i = 0; i < MD_COUNT(golden_photo); i++) {
+        char path[512];
+        md_image im;
+        snprintf(path, sizeof path, "%s/imagenet-samples/%s", data ? data : "../shared/data",
+                 golden_photo[i].file);
+        FILE *f = fopen(path, "rb");
+        if (!f)
+            continue;
+        size_t n = fread(bytes, 1, sizeof bytes, f);
+        fclose(f);
+        found++;
+        assert_int_equal(md_decode_image(d, &(md_coded){.bytes = bytes, .n = n}, &im), MD_OK);
+        md_augment_draw draw = md_augment_choose(&rule, 2, i, im.w, im.h);
+        assert_int_equal(md_augment_image(&rule, &draw, r, &im, out, out2), MD_OK);
+        if (hash_bytes(out, sizeof out) != golden_photo[i].crop ||
+            hash_bytes(out2, sizeof out2) != golden_photo[i].crop2)
+            fail_msg("%s differs from Pillow", path);
+    }
+    md_decoder_free(d);
+    md_resizer_free(r);
+    if (found == 0)
+        skip();
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -171,6 +210,7 @@ int main(void)
         cmocka_unit_test(jitter_equals_pillow),
         cmocka_unit_test(chain_equals_pillow),
         cmocka_unit_test(draws),
+        cmocka_unit_test(photos),
     };
     return cmocka_run_group_tests_name("augment", tests, NULL, NULL);
 }

@@ -9,9 +9,14 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <time.h>
+#include <unistd.h>
 
+#include "io/convert.h"
 #include "io/prefetch.h"
+#include "src/log.h"
+#include "tests/golden/image_golden.h"
 
 #define N     103
 #define BATCH 12
@@ -149,9 +154,9 @@ static void check_layout(md_loader_args a, int ranks, int64_t micro_batch, int64
             const step_data *w = &want[q / micros];
             int64_t first = a.dp_rank * BATCH / ranks + q % micros * micro_batch;
             const md_batch *b;
-            double wait = -1;
+            double wait = 1;
             assert_int_equal(md_loader_take(l, start + q / micros, q % micros, &b, &wait), MD_OK);
-            assert_true(wait >= 0 && b->image.dim[0] == micro_batch && b->image2.dim[1] == SIDE2);
+            assert_true(wait >= 1 && b->image.dim[0] == micro_batch && b->image2.dim[1] == SIDE2);
             assert_int_equal(b->epoch, (start + q / micros) / (N / BATCH));
             size_t m = (size_t)micro_batch;
             assert_memory_equal(b->sample, w->sample + first, m * sizeof *b->sample);
@@ -341,13 +346,109 @@ static void loads_ahead(void **state)
     }
 }
 
+/* ---- a real store: the golden pictures, packed ---- */
+
+#define GOLDEN ((int)MD_COUNT(golden_coded))
+
+static void pack_store(const char *dir, const char *store, md_comm *c)
+{
+    char path[256];
+    for (int i = 0; i < GOLDEN; i++) {
+        snprintf(path, sizeof path, "%s/%s.jpg", dir, golden_coded[i].name);
+        FILE *f = fopen(path, "wb");
+        assert_non_null(f);
+        assert_int_equal(fwrite(golden_coded[i].bytes, 1, golden_coded[i].n, f), golden_coded[i].n);
+        fclose(f);
+    }
+    md_convert_source source = {dir, "train"};
+    md_convert_summary sum;
+    md_convert_args a = {.out = store, .sources = &source, .n_sources = 1};
+    if (md_convert(&a, c, &sum) != MD_OK)
+        fail_msg("%s", md_error_text());
+    for (int i = 0; i < GOLDEN; i++) {
+        snprintf(path, sizeof path, "%s/%s.jpg", dir, golden_coded[i].name);
+        unlink(path);
+    }
+    rmdir(dir);
+}
+
+/* One epoch of the store as one batch; returns the images replaced. */
+static int64_t load_store(const char *store, bool hdf5, uint8_t *crop, md_bad_image *note)
+{
+    fake none = {0};
+    md_loader_args a = args_of(&none);
+    md_dataset *d;
+    md_loader *l;
+    const md_batch *b;
+    assert_int_equal(md_dataset_open(store, "train", NULL, &d), MD_OK);
+    assert_int_equal(md_dataset_count(d), GOLDEN);
+    a.source = md_dataset_source(d, hdf5);
+    a.batch = a.micro_batch = GOLDEN;
+    assert_int_equal(md_loader_create(&l, &a), MD_OK);
+    if (md_loader_take(l, 0, 0, &b, NULL) != MD_OK)
+        fail_msg("%s", md_error_text());
+    memcpy(crop, b->image.data, md_tensor_bytes(&b->image));
+    int64_t bad = b->bad;
+    assert_int_equal(md_loader_next_bad(l, note), bad > 0);
+    md_loader_destroy(l);
+    md_dataset_close(d);
+    return bad;
+}
+
+static void flip_byte(const char *store, const uint8_t *bytes, size_t n)
+{
+    FILE *f = fopen(store, "r+b");
+    assert_non_null(f);
+    static uint8_t all[1 << 20];
+    size_t size = fread(all, 1, sizeof all, f);
+    const uint8_t *p = memmem(all, size, bytes, n);
+    assert_non_null(p);
+    assert_int_equal(fseek(f, (long)(p - all) + (long)n / 2, SEEK_SET), 0);
+    fputc(p[n / 2] ^ 1, f);
+    fclose(f);
+}
+
+static void stores(void **state)
+{
+    (void)state;
+    char dir[64] = "/tmp/md_prefetch_XXXXXX", store[128];
+    static uint8_t crop[3][GOLDEN * SIDE * SIDE * 3];
+    md_bad_image note;
+    md_comm *c;
+    assert_non_null(mkdtemp(dir));
+    snprintf(store, sizeof store, "%s.h5", dir);
+    assert_int_equal(md_comm_self(&c), MD_OK);
+    pack_store(dir, store, c);
+    assert_int_equal(load_store(store, false, crop[0], &note), 0);
+    assert_int_equal(load_store(store, true, crop[1], &note), 0);
+    assert_memory_equal(crop[0], crop[1], sizeof crop[0]);
+
+    /* one bit of one picture turns: its hash tells, another stands for it */
+    flip_byte(store, golden_coded[0].bytes, golden_coded[0].n);
+    assert_int_equal(load_store(store, false, crop[2], &note), 1);
+    assert_int_equal(note.status, MD_ERR_DATA);
+    int differ = 0;
+    for (int i = 0; i < GOLDEN; i++)
+        differ += memcmp(crop[0] + i * SIDE * SIDE * 3, crop[2] + i * SIDE * SIDE * 3,
+                         SIDE * SIDE * 3) != 0;
+    assert_int_equal(differ, 1);
+    unlink(store);
+    md_comm_free(c);
+}
+
 int main(void)
 {
+    md_log_set(MD_LOG_ERROR);
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(layouts_agree),           cmocka_unit_test(damage_is_replaced_alike),
-        cmocka_unit_test(epochs_are_permutations), cmocka_unit_test(limit_and_notes),
-        cmocka_unit_test(nothing_usable_ends),     cmocka_unit_test(bad_arguments),
-        cmocka_unit_test(shutdown_and_memory),     cmocka_unit_test(loads_ahead),
+        cmocka_unit_test(layouts_agree),
+        cmocka_unit_test(damage_is_replaced_alike),
+        cmocka_unit_test(epochs_are_permutations),
+        cmocka_unit_test(limit_and_notes),
+        cmocka_unit_test(nothing_usable_ends),
+        cmocka_unit_test(bad_arguments),
+        cmocka_unit_test(shutdown_and_memory),
+        cmocka_unit_test(loads_ahead),
+        cmocka_unit_test(stores),
     };
     return cmocka_run_group_tests_name("prefetch", tests, NULL, NULL);
 }
