@@ -1,6 +1,7 @@
 /* setup: see setup.h. */
 #include "src/setup.h"
 #include "io/weights.h"
+#include "mpi/agree.h"
 
 #include <math.h>
 #include <string.h>
@@ -110,4 +111,40 @@ md_status md_teacher_info_get(const md_config *c, bool planning, md_teacher_info
                 "by `md_hpc weights import`%s",
                 c->teacher_kind, planning ? ", or method.teacher.arch for planning" : "");
     return info_from_file(c, out, hash);
+}
+
+md_status md_teacher_load(md_comm *world, const md_config *c, md_method *m)
+{
+    md_params *p = &m->teacher_params;
+    const md_teacher_info *info = &m->info;
+    const md_vit_spec *s = &info->spec;
+    md_weights *w;
+    if (!m->teacher->trained_weights)
+        return MD_OK;
+    MD_TRY(md_weights_open(world, c->teacher_weights, &w));
+    md_status st = MD_OK;
+    for (int i = 0; i < p->count && st == MD_OK; i++) {
+        md_tensor dst = md_param_value(p, i);
+        if (i != m->teacher_vit.pos || info->grid == md_vit_side(s)) {
+            st = md_weights_load(w, p->row[i].name, &dst);
+            continue;
+        }
+        int64_t rows = (int64_t)info->grid * info->grid + 1;
+        float *stored = md_alloc((size_t)(rows * s->width) * sizeof *stored, "stored positions");
+        md_tensor src = MD_TENSOR(stored, MD_F32, rows, s->width);
+        st = md_agree(world, stored ? MD_OK : MD_ERR_MEMORY);
+        if (st == MD_OK)
+            st = md_weights_load(w, p->row[i].name, &src);
+        if (st == MD_OK)
+            md_pos_resize(&(md_pos_resize_args){
+                .src = stored,
+                .dst = dst.data,
+                .g_src = info->grid,
+                .g_dst = md_vit_side(s),
+                .width = s->width,
+                .rule = (md_pos_rule)md_choice_index("beit2,exact", c->teacher_pos)});
+        md_free(stored);
+    }
+    md_weights_close(w);
+    return st;
 }

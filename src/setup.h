@@ -2,6 +2,7 @@
 #ifndef MD_SETUP_H
 #define MD_SETUP_H
 
+#include "mpi/comm.h"
 #include "src/method.h"
 
 /* How a global batch is spread: batch = ranks * accumulation * micro. */
@@ -19,6 +20,10 @@ md_status md_batch_layout_make(const md_config *c, int ranks, md_batch_layout *o
  * Local. MD_ERR_CONFIG, or what reading the file gives. */
 md_status md_teacher_info_get(const md_config *c, bool planning, md_teacher_info *out,
                               char hash[17]);
+
+/* Collective(world). Fills the allocated teacher registry from method.teacher.weights; positions
+ * are resized to the student's grid. Errors of md_weights_open and md_weights_load. */
+md_status md_teacher_load(md_comm *world, const md_config *c, md_method *m);
 
 /* Total optimizer steps of a config: train.epochs, cut by train.max_steps. Local. */
 int64_t md_total_steps(const md_config *c, int64_t steps_per_epoch);

@@ -2,7 +2,6 @@
  * zero at first, so that tear_down can end it from any point of set_up. */
 #include "io/h5.h"
 #include "io/run_dir.h"
-#include "io/weights.h"
 #include "mpi/agree.h"
 #include "mpi/comm_mpi.h"
 #include "src/cli.h"
@@ -101,43 +100,6 @@ static md_status resolve_method(run *r)
     MD_TRY(md_params_allocate(&r->method.teacher_params, false, false));
     md_params_initialise(&r->method.params, (uint64_t)c->run_seed);
     return MD_OK;
-}
-
-/* Collective(world). Fills the teacher's registry; positions are resized to the student's grid. */
-static md_status load_teacher(run *r)
-{
-    md_params *p = &r->method.teacher_params;
-    const md_teacher_info *info = &r->method.info;
-    const md_vit_spec *s = &info->spec;
-    md_weights *w;
-    if (!r->method.teacher->trained_weights)
-        return MD_OK;
-    MD_TRY(md_weights_open(r->world, r->config.teacher_weights, &w));
-    md_status st = MD_OK;
-    for (int i = 0; i < p->count && st == MD_OK; i++) {
-        md_tensor dst = md_param_value(p, i);
-        if (i != r->method.teacher_vit.pos || info->grid == md_vit_side(s)) {
-            st = md_weights_load(w, p->row[i].name, &dst);
-            continue;
-        }
-        int64_t rows = (int64_t)info->grid * info->grid + 1;
-        float *stored = md_alloc((size_t)(rows * s->width) * sizeof *stored, "stored positions");
-        md_tensor src = MD_TENSOR(stored, MD_F32, rows, s->width);
-        st = md_agree(r->world, stored ? MD_OK : MD_ERR_MEMORY);
-        if (st == MD_OK)
-            st = md_weights_load(w, p->row[i].name, &src);
-        if (st == MD_OK)
-            md_pos_resize(&(md_pos_resize_args){
-                .src = stored,
-                .dst = dst.data,
-                .g_src = info->grid,
-                .g_dst = md_vit_side(s),
-                .width = s->width,
-                .rule = (md_pos_rule)md_choice_index("beit2,exact", r->config.teacher_pos)});
-        md_free(stored);
-    }
-    md_weights_close(w);
-    return st;
 }
 
 static md_status open_data(run *r)
@@ -296,7 +258,7 @@ static md_status set_up(run *r, int argc, char **argv)
     MD_TRY(md_agree(w, resolve_method(r)));
     MD_TRY(md_agree(w, open_data(r)));
     MD_TRY(take_dir(r));
-    MD_TRY(load_teacher(r));
+    MD_TRY(md_teacher_load(r->world, &r->config, &r->method));
     md_snapshot s = snapshot_of(r);
     MD_TRY(md_snapshot_resume(&s, r->checkpoint, sizeof r->checkpoint));
     r->saved_step = *r->checkpoint ? r->state.step : -1;
