@@ -88,6 +88,7 @@ typedef struct plan {
     md_method method;
     md_backend *be;
     md_stepper_bytes step;
+    double nominal, executed; /* FLOP of one image: the whole model, and what is really run */
     int64_t per_epoch, steps;
 } plan;
 
@@ -114,6 +115,31 @@ static md_status look_at_data(plan *p, const options *o)
     return MD_OK;
 }
 
+/* The convention for training FLOPs: 3 x student forward + teacher forward, with every token in
+ * every block, whatever the program leaves out because the loss does not depend on it. */
+static md_status count_flops(plan *p, const md_teacher_info *info)
+{
+    md_config *c = &p->config;
+    md_method whole;
+    md_stepper_bytes s;
+    double images = (double)p->method.images;
+    p->executed =
+        (p->step.student_forward + p->step.student_backward + p->step.teacher_forward) / images;
+    char chosen[sizeof c->model_last_block];
+    memcpy(chosen, c->model_last_block, sizeof chosen);
+    snprintf(c->model_last_block, sizeof c->model_last_block, "all");
+    md_status st = md_method_resolve(&whole, c, info);
+    if (st == MD_OK)
+        st = md_method_build(&whole, 1, 1);
+    if (st == MD_OK)
+        st = md_stepper_plan(&whole, NULL, &s);
+    md_method_free(&whole);
+    memcpy(c->model_last_block, chosen, sizeof chosen);
+    if (st == MD_OK)
+        p->nominal = 3 * s.student_forward + s.teacher_forward;
+    return st;
+}
+
 static md_status work_out(plan *p, const options *o)
 {
     char path[MD_CONFIG_STR], hash[17];
@@ -124,10 +150,12 @@ static md_status work_out(plan *p, const options *o)
     MD_TRY(md_config_load(c, path, o->n_overrides, o->overrides));
     MD_TRY(md_batch_layout_make(c, o->ranks, &p->layout));
     MD_TRY(md_teacher_info_get(c, true, &info, hash));
-    MD_TRY(md_method_resolve(&p->method, c, md_method_needs_weights(c) ? &info : NULL));
+    const md_teacher_info *known = md_method_needs_weights(c) ? &info : NULL;
+    MD_TRY(md_method_resolve(&p->method, c, known));
     MD_TRY(md_method_build(&p->method, p->layout.micro, p->layout.batch));
     MD_TRY(md_backend_create("cpu", (int)c->threads, &p->be));
     MD_TRY(md_stepper_plan(&p->method, p->be, &p->step));
+    MD_TRY(count_flops(p, known));
     MD_TRY(look_at_data(p, o));
     if (p->images < c->train_batch)
         MD_FAIL(MD_ERR_CONFIG, "train.batch = %lld is more than the %lld images there are",
@@ -142,9 +170,7 @@ static void report(const plan *p, const options *o)
     const md_method *m = &p->method;
     const double ranks = p->layout.ranks, params = (double)md_params_total(&m->params);
     const double block = (double)md_params_block_bytes(&m->params);
-    double image_flops =
-        (3 * p->step.student_forward + p->step.teacher_forward) / (double)m->images;
-    double step_flops = image_flops * (double)p->layout.batch / ranks;
+    double step_flops = p->nominal * (double)p->layout.batch / ranks;
     printf("parameters                 %.0f (student and head), %.0f (teacher)\n", params,
            (double)md_params_total(&m->teacher_params));
     printf("steps                      %lld (%lld an epoch of %lld images, %g epochs)\n",
@@ -156,7 +182,9 @@ static void report(const plan *p, const options *o)
     printf(
         "compute                    %.1f GFLOP an image (3 x student forward + teacher forward), "
         "%.4g FLOP in all\n",
-        1e-9 * image_flops, image_flops * (double)p->layout.batch * (double)p->steps);
+        1e-9 * p->nominal, p->nominal * (double)p->layout.batch * (double)p->steps);
+    printf("  really run               %.1f GFLOP an image (model.last_block = %s)\n",
+           1e-9 * p->executed, md_method_chosen_last(m) ? "chosen" : "all");
     printf("gradient reduction         %.3f GB sent by a rank and step\n",
            1e-9 * 2.0 * (ranks - 1) / ranks * 4.0 * params);
     printf("checkpoint                 %.0f bytes (%.3f GB)\n", 12.0 * params, 12e-9 * params);

@@ -48,6 +48,7 @@ X(model_rel_pos, "model.rel_pos", CHOICE, "shared", 0, 0, "shared,per_layer,none
 X(model_abs_pos, "model.abs_pos", BOOL, "false", 0, 0, "", "Learned absolute position embedding.")
 X(model_layer_scale, "model.layer_scale", REAL, "0.1", 0, 10, "", "Initial value of layer scale; 0 = no layer scale.")
 X(model_drop_path, "model.drop_path", REAL, "0.1", 0, 0.99, "probability", "Drop path of the last block; rises linearly from 0 at the first.")
+X(model_last_block, "model.last_block", CHOICE, "chosen", 0, 0, "chosen,all", "Tokens that what follows the last block's attention runs at, in student and teacher: those the loss is taken on, or all. The loss and the gradients are the same.")
 X(model_ln_eps, "model.ln_eps", REAL, "1e-6", 1e-12, 1e-2, "", "Epsilon of the student's LayerNorms.")
 X(model_init_std, "model.init_std", REAL, "0.02", 1e-6, 1, "", "Standard deviation of the truncated normal initialisation (cut at one sigma).")
 

@@ -157,7 +157,7 @@ typedef struct md_residual_in {
 void md_n_residual_ln(md_graph *g, const md_residual_in *in, md_slot *r, md_slot *y);
 /* LayerNorm over the last axis without affine parameters, or with (weight, bias). No gradient. */
 md_slot md_n_layernorm(md_graph *g, md_slot x, const int params[2], const md_attr *attr);
-/* Rows of x (matrix view [N, C]) chosen by index i32 [R] -> [R, C]. */
+/* Rows of x (matrix view [N, C]) chosen by index i32 [B, M] -> [B, M, C]. */
 md_slot md_n_gather_rows(md_graph *g, md_slot x, md_slot index);
 /* sum (optional) + scale * x. No gradient. */
 md_slot md_n_add_scaled(md_graph *g, md_slot sum, md_slot x, float scale);

@@ -16,6 +16,11 @@ static md_status look_up(md_method *m)
     return md_mask_args_make(c, &m->mask);
 }
 
+bool md_method_chosen_last(const md_method *m)
+{
+    return strcmp(m->config->model_last_block, "chosen") == 0;
+}
+
 bool md_method_needs_weights(const md_config *c)
 {
     const md_teacher_row *row = md_teacher_find(c->teacher_kind);
@@ -62,10 +67,9 @@ static md_status build_teacher(md_method *m)
 {
     md_graph *g = &m->teacher_graph;
     const int64_t side = m->teacher_image ? m->teacher_image : m->config->image_size;
-    const int64_t rows = m->images * m->chosen;
     md_graph_init(g, &m->teacher_params, false);
     m->t_image = md_graph_input(g, "image", MD_U8, 4, (int64_t[]){m->images, side, side, 3});
-    m->t_rows = md_graph_input(g, "rows", MD_I32, 1, &rows);
+    m->t_rows = md_graph_input(g, "rows", MD_I32, 2, (int64_t[]){m->images, m->chosen});
     md_slot x = m->teacher->build(m, g, m->t_image, m->t_rows);
     m->t_target = m->target->build(m, g, x);
     md_graph_set_external(g, m->t_target);
@@ -78,7 +82,7 @@ static md_status build_student(md_method *m, int64_t step_images)
     const int64_t side = m->config->image_size, rows = m->images * m->chosen;
     md_graph_init(g, &m->params, true);
     m->s_image = md_graph_input(g, "image", MD_U8, 4, (int64_t[]){m->images, side, side, 3});
-    m->s_rows = md_graph_input(g, "rows", MD_I32, 1, &rows);
+    m->s_rows = md_graph_input(g, "rows", MD_I32, 2, (int64_t[]){m->images, m->chosen});
     m->s_target = md_graph_input(g, "target", MD_F32, 2, (int64_t[]){rows, m->target_width});
     md_slot pred = m->head->build(m, g, m->student->build(m, g));
     double values = (double)step_images * m->chosen * m->target_width;

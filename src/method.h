@@ -100,6 +100,9 @@ bool md_method_needs_weights(const md_config *c);
 md_status md_method_build(md_method *m, int64_t images, int64_t step_images);
 void md_method_free(md_method *m);
 
+/* For axes: whether last blocks run at the chosen tokens only (model.last_block). */
+bool md_method_chosen_last(const md_method *m);
+
 /* Axis tables: find a row by name, NULL when absent. */
 const md_teacher_row *md_teacher_find(const char *name);
 const md_target_row *md_target_find(const char *name);

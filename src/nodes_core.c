@@ -358,19 +358,22 @@ md_slot md_n_attention(md_graph *g, md_slot qkv, md_slot rel, int heads)
 static md_status gather_rows_infer(md_graph *g, md_node *n)
 {
     const md_tensor *x = md_in(g, n, 0), *index = md_in(g, n, 1);
-    return md_node_output(g, n, 0, MD_F32, 2, (int64_t[]){index->dim[0], md_tensor_cols(x)});
+    return md_node_output(g, n, 0, MD_F32, 3,
+                          (int64_t[]){index->dim[0], index->dim[1], md_tensor_cols(x)});
 }
 
 static md_status gather_rows_fwd(md_graph *g, const md_node *n)
 {
-    md_tensor x = as_matrix(md_in(g, n, 0));
-    return MD_RUN(gather_rows, .x = &x, .index = md_in(g, n, 1), .y = md_out(g, n, 0));
+    md_tensor x = as_matrix(md_in(g, n, 0)), y = as_matrix(md_out(g, n, 0));
+    md_tensor index = as_vector(md_in(g, n, 1));
+    return MD_RUN(gather_rows, .x = &x, .index = &index, .y = &y);
 }
 
 static md_status gather_rows_bwd(md_graph *g, const md_node *n)
 {
-    md_tensor dx = as_matrix(md_in_grad(g, n, 0));
-    return MD_RUN(scatter_rows, .dy = md_out_grad(g, n, 0), .index = md_in(g, n, 1), .dx = &dx);
+    md_tensor dx = as_matrix(md_in_grad(g, n, 0)), dy = as_matrix(md_out_grad(g, n, 0));
+    md_tensor index = as_vector(md_in(g, n, 1));
+    return MD_RUN(scatter_rows, .dy = &dy, .index = &index, .dx = &dx);
 }
 
 static const md_node_kind kind_gather_rows = {.name = "gather_rows",

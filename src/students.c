@@ -72,10 +72,11 @@ static md_slot replace_build(md_method *m, md_graph *g)
                     .keep = m->s_keep,
                     .mean = mean,
                     .std = std,
+                    .rows = m->s_rows,
+                    .chosen_last = md_method_chosen_last(m),
                     .last = 1};
     md_slot x = MD_NO_SLOT, y, unused;
     md_vit_build(v, g, &in, &x);
-    x = md_n_gather_rows(g, x, m->s_rows);
     md_n_residual_ln(g,
                      &(md_residual_in){.x = x,
                                        .branch = MD_NO_SLOT,

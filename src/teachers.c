@@ -71,13 +71,13 @@ static md_slot vit_build(md_method *m, md_graph *g, md_slot image, md_slot rows)
                     .index = MD_NO_SLOT,
                     .mean = m->info.mean,
                     .std = m->info.std,
+                    .rows = rows,
+                    .chosen_last = md_method_chosen_last(m),
                     .last = k};
     md_vit_build(&m->teacher_vit, g, &in, out);
     md_slot x = MD_NO_SLOT;
-    for (int i = 0; i < k; i++) {
-        md_slot chosen = md_n_gather_rows(g, out[i], rows);
-        x = k == 1 ? chosen : md_n_add_scaled(g, x, chosen, 1.0f / (float)k);
-    }
+    for (int i = 0; i < k; i++)
+        x = k == 1 ? out[i] : md_n_add_scaled(g, x, out[i], 1.0f / (float)k);
     md_free(out);
     const md_vit *v = &m->teacher_vit;
     if (stage != STAGE_RAW)

@@ -143,6 +143,10 @@ static void build_block(const md_vit *v, md_graph *g, const md_vit_in *in, int k
     if (s->rel_pos == MD_REL_PER_LAYER)
         rel = md_n_rel_bias(g, in->index, b->rel);
     md_slot attn = md_n_attention(g, qkv, rel, s->heads);
+    if (last && in->chosen_last) {
+        attn = md_n_gather_rows(g, attn, in->rows);
+        *x = md_n_gather_rows(g, *x, in->rows);
+    }
     attn = md_n_linear(g, attn, b->proj_w, b->proj_b, MD_ACT_NONE);
     md_n_residual_ln(g,
                      &(md_residual_in){.x = *x,
@@ -195,7 +199,9 @@ void md_vit_build(const md_vit *v, md_graph *g, const md_vit_in *in, md_slot *ou
     for (int k = 0; k < s->layers; k++) {
         build_block(v, g, in, k, rel, &x, &y);
         int place = k - (s->layers - in->last);
-        if (place >= 0)
-            out[place] = x;
+        if (place < 0)
+            continue;
+        bool chosen = in->chosen_last && k + 1 == s->layers;
+        out[place] = chosen ? x : md_n_gather_rows(g, x, in->rows);
     }
 }

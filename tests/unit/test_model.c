@@ -197,13 +197,14 @@ typedef struct tiny {
     double loss;
 } tiny;
 
-static void tiny_make(tiny *t, const char *backend, const char *rel_pos)
+static void tiny_make(tiny *t, const char *backend, const char *rel_pos, const char *last_block)
 {
-    char rel[64];
+    char rel[64], last[64];
+    snprintf(last, sizeof last, "model.last_block=%s", last_block);
     snprintf(rel, sizeof rel, "model.rel_pos=%s", rel_pos);
     CONFIG(&t->c, "method.teacher.kind=pixel", "model.layers=3", "model.width=24", "model.heads=3",
            "image.size=8", "model.patch=2", "method.mask.count=6", "train.batch=3",
-           "model.drop_path=0.3", "model.abs_pos=true", "method.mask.min_block=4", rel);
+           "model.drop_path=0.3", "model.abs_pos=true", "method.mask.min_block=4", rel, last);
     assert_int_equal(md_method_resolve(&t->m, &t->c, NULL), MD_OK);
     if (md_method_build(&t->m, 3, 3) != MD_OK)
         fail_msg("%s", md_error_text());
@@ -277,10 +278,10 @@ static void count_ready(void *context, int param)
 /* Along a random direction of every parameter, the analytic derivative equals the central
  * difference. The check backend also proves that no op changes its inputs or leaves outputs
  * unwritten. */
-static void gradients_match(const char *rel_pos)
+static void gradients_match(const char *rel_pos, const char *last_block)
 {
     tiny *t = test_calloc(1, sizeof *t);
-    tiny_make(t, "check", rel_pos);
+    tiny_make(t, "check", rel_pos, last_block);
     md_params *p = &t->m.params;
     tiny_forward(t);
     memset(ready_count, 0, sizeof ready_count);
@@ -321,9 +322,9 @@ static void gradients_match(const char *rel_pos)
 static void test_gradients(void **state)
 {
     (void)state;
-    gradients_match("shared");
-    gradients_match("per_layer");
-    gradients_match("none");
+    gradients_match("shared", "chosen");
+    gradients_match("per_layer", "all");
+    gradients_match("none", "chosen");
 }
 
 /* Two accumulated passes give the sum, and repeated passes give the same bits. */
@@ -331,7 +332,7 @@ static void test_accumulation(void **state)
 {
     (void)state;
     tiny *t = test_calloc(1, sizeof *t);
-    tiny_make(t, "cpu", "shared");
+    tiny_make(t, "cpu", "shared", "chosen");
     md_params *p = &t->m.params;
     float *once = md_alloc(md_params_block_bytes(p), "test");
     double loss = tiny_forward(t);
@@ -350,12 +351,34 @@ static void test_accumulation(void **state)
     test_free(t);
 }
 
+/* Leaving out the tokens nobody looks at changes neither the loss nor any gradient. */
+static void test_last_block(void **state)
+{
+    (void)state;
+    tiny *a = test_calloc(1, sizeof *a), *b = test_calloc(1, sizeof *b);
+    tiny_make(a, "cpu", "shared", "chosen");
+    tiny_make(b, "cpu", "shared", "all");
+    assert_true(fabs(tiny_forward(a) - tiny_forward(b)) < 1e-7);
+    assert_int_equal(md_graph_backward(&a->m.student_graph, a->be, false, NULL, NULL), MD_OK);
+    assert_int_equal(md_graph_backward(&b->m.student_graph, b->be, false, NULL, NULL), MD_OK);
+    double worst = 0, most = 0;
+    for (int64_t i = 0; i < a->m.params.elements; i++) {
+        worst = fmax(worst, fabs(a->m.params.grad[i] - b->m.params.grad[i]));
+        most = fmax(most, fabs(a->m.params.grad[i]));
+    }
+    assert_true(most > 1e-3 && worst < 1e-6 * most);
+    tiny_free(a);
+    tiny_free(b);
+    test_free(a);
+    test_free(b);
+}
+
 /* AdamW lowers the loss on one batch, and the clip factor is PyTorch's. */
 static void test_update(void **state)
 {
     (void)state;
     tiny *t = test_calloc(1, sizeof *t);
-    tiny_make(t, "cpu", "shared");
+    tiny_make(t, "cpu", "shared", "chosen");
     double first = tiny_forward(t);
     for (int64_t update = 1; update <= 30; update++) {
         md_grad_stats s;
@@ -415,6 +438,7 @@ int main(void)
         cmocka_unit_test(test_initialisation),
         cmocka_unit_test(test_gradients),
         cmocka_unit_test(test_accumulation),
+        cmocka_unit_test(test_last_block),
         cmocka_unit_test(test_update),
         cmocka_unit_test(test_axes_that_do_not_fit),
     };
