@@ -41,7 +41,8 @@ endif
 MPICC      ?= $(if $(MPI_HOME),$(MPI_HOME)/bin/)mpicc
 MPIRUN     ?= $(if $(MPI_HOME),$(MPI_HOME)/bin/)mpirun
 PKG_CONFIG ?= pkg-config
-OPT        ?= $(if $(SAN),-O1,-O3) $(if $(MARCH),-march=$(MARCH)) -fno-math-errno -fno-trapping-math
+OPT        ?= $(if $(SAN),-O1,-O3) $(if $(MARCH),-march=$(MARCH)) -fno-math-errno -fno-trapping-math \
+              -ffp-contract=fast
 CFLAGS     ?= -g
 CSTD       := -std=c11 -D_GNU_SOURCE
 WARN       := -Wall -Wextra -Wshadow -Wconversion -Wno-missing-field-initializers

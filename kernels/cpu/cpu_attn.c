@@ -66,10 +66,10 @@ static md_status plan_all(md_backend *be, const attn_dims *d, attn_mm last, cpu_
     return MD_OK;
 }
 
-/* Bytes of scratch of one thread: score matrices, then the products' own. */
+/* Bytes of scratch of one thread: score matrices, one more row, then the products' own. */
 static size_t thread_bytes(const attn_dims *d, int matrices, size_t pad)
 {
-    return sizeof(float) * (size_t)(matrices * d->tokens * d->ld) + pad;
+    return sizeof(float) * (size_t)((matrices * d->tokens + 1) * d->ld) + pad;
 }
 
 size_t cpu_attention_scratch(md_backend *be, const md_attention_args *a)
@@ -82,30 +82,53 @@ size_t cpu_attention_scratch(md_backend *be, const md_attention_args *a)
     return (size_t)be->threads * thread_bytes(&d, 1, pad);
 }
 
-/* s = exp(s * scale + rel - max) in place; returns the sum; *max_out is the maximum. */
-static float softmax_row(float *s, const float *rel, float scale, int64_t n, float *max_out)
+/* A row of logits in place of a row of scores: s * scale + rel, and beyond the n real columns a
+ * value whose exponential is 0, so that later loops run over whole vectors. rel has no such
+ * padding. */
+#define NO_LOGIT (-1e30f)
+
+static void logits_row(float *s, const float *rel, float scale, int64_t n)
 {
-    float max = -INFINITY, sum = 0.0f;
+    int64_t whole = n / CPU_LANES * CPU_LANES, left = n - whole;
     if (rel) {
-#pragma omp simd reduction(max : max)
-        for (int64_t j = 0; j < n; j++) {
+#pragma omp simd
+        for (int64_t j = 0; j < whole; j++)
             s[j] = s[j] * scale + rel[j];
-            max = max > s[j] ? max : s[j];
-        }
     } else {
-#pragma omp simd reduction(max : max)
-        for (int64_t j = 0; j < n; j++) {
+#pragma omp simd
+        for (int64_t j = 0; j < whole; j++)
             s[j] *= scale;
-            max = max > s[j] ? max : s[j];
-        }
     }
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < n; j++) {
-        s[j] = md_expf(s[j] - max);
-        sum += s[j];
+    if (left == 0)
+        return;
+    s += whole;
+    if (rel) {
+        rel += whole;
+#pragma omp simd
+        for (int64_t j = 0; j < CPU_LANES; j++)
+            s[j] = j < left ? s[j] * scale + rel[j] : NO_LOGIT;
+    } else {
+#pragma omp simd
+        for (int64_t j = 0; j < CPU_LANES; j++)
+            s[j] = j < left ? s[j] * scale : NO_LOGIT;
+    }
+}
+
+/* s = exp(s - max) over n columns, whole vectors; returns the sum; *max_out is the maximum. */
+static float exp_row(float *s, int64_t n, float *max_out)
+{
+    cpu_vec top = cpu_load(s), sum = {0};
+    for (int64_t j = CPU_LANES; j < n; j += CPU_LANES)
+        top = cpu_max(top, cpu_load(s + j));
+    float max = cpu_max_lanes(top);
+    for (int64_t j = 0; j < n; j += CPU_LANES) {
+#pragma omp simd
+        for (int64_t l = j; l < j + CPU_LANES; l++)
+            s[l] = md_expf(s[l] - max);
+        sum += cpu_load(s + j);
     }
     *max_out = max;
-    return sum;
+    return cpu_sum_lanes(sum);
 }
 
 typedef struct attn_task {
@@ -125,25 +148,30 @@ static md_status attend(const md_attention_args *a, const attn_task *k)
     const float *q = md_f32(a->qkv) + k->image * t * 3 * d->width + k->head * d->head_width;
     const float *rel = a->rel ? md_f32(a->rel) + k->head * t * t : NULL;
     float *o = md_f32(a->o) + k->image * t * d->width + k->head * d->head_width;
-    float *lse = a->lse ? md_f32(a->lse) + pair * t : NULL, *s = k->scores;
+    float *lse = a->lse ? md_f32(a->lse) + pair * t : NULL;
+    float *s = k->scores, *inverse = s + t * d->ld; /* of the sums of the rows */
     MD_TRY(
         cpu_mm_run(k->mm[MM_QK],
                    &(cpu_mm_run_args){
                        .a = q, .b = q + d->width, .c = s, .scratch = k->pad, .thread = k->thread}));
     for (int64_t i = 0; i < t; i++) {
         float max, *row = s + i * d->ld;
-        float sum = softmax_row(row, rel ? rel + i * t : NULL, k->scale, t, &max);
-        float inverse = 1.0f / sum;
-#pragma omp simd
-        for (int64_t j = 0; j < t; j++)
-            row[j] *= inverse;
+        logits_row(row, rel ? rel + i * t : NULL, k->scale, t);
+        float sum = exp_row(row, d->ld, &max);
+        inverse[i] = 1.0f / sum;
         if (lse)
             lse[i] = max + logf(sum);
     }
-    return cpu_mm_run(
+    MD_TRY(cpu_mm_run(
         k->mm[MM_PV],
         &(cpu_mm_run_args){
-            .a = s, .b = q + 2 * d->width, .c = o, .scratch = k->pad, .thread = k->thread});
+            .a = s, .b = q + 2 * d->width, .c = o, .scratch = k->pad, .thread = k->thread}));
+    for (int64_t i = 0; i < t; i++) {
+#pragma omp simd
+        for (int64_t c = 0; c < d->head_width; c++)
+            o[i * d->width + c] *= inverse[i];
+    }
+    return MD_OK;
 }
 
 md_status cpu_attention(md_backend *be, const md_attention_args *a)
@@ -191,7 +219,7 @@ static int64_t image_chunks(const attn_dims *d, bool drel)
 
 static size_t partial_bytes(const attn_dims *d, bool drel)
 {
-    int64_t floats = image_chunks(d, drel) * d->heads * d->tokens * d->tokens;
+    int64_t floats = image_chunks(d, drel) * d->heads * d->tokens * d->ld;
     return drel ? sizeof(float) * cpu_line((size_t)floats) : 0;
 }
 
@@ -205,48 +233,37 @@ size_t cpu_attention_bwd_scratch(md_backend *be, const md_attention_bwd_args *a)
     return (size_t)be->threads * thread_bytes(&d, 2, pad) + partial_bytes(&d, a->drel != NULL);
 }
 
-/* Row i of the probabilities from scores and lse, and of the score gradients from those of the
- * probabilities: ds = p * (dp - sum(o * do)), kept times scale; drel collects ds unscaled. */
+/* Probabilities p = exp(s - lse) in place of logits, and the gradients of the logits in place of
+ * those of the probabilities: ds = p * (dp - sum p dp), kept times scale; drel (optional) collects
+ * ds unscaled. n columns, whole vectors; beyond the tokens p is 0 and dp 0. */
 typedef struct grad_row {
     float *s, *dp, *drel;
-    const float *rel;
-    float scale, lse, delta;
+    float scale, lse;
 } grad_row;
 
 static void score_grad_row(grad_row g, int64_t n)
 {
     float *s = g.s, *dp = g.dp, *drel = g.drel;
-    const float *rel = g.rel;
-    if (rel) {
+    cpu_vec sum = {0};
+    for (int64_t j = 0; j < n; j += CPU_LANES) {
 #pragma omp simd
-        for (int64_t j = 0; j < n; j++)
-            s[j] = md_expf(s[j] * g.scale + rel[j] - g.lse);
-    } else {
-#pragma omp simd
-        for (int64_t j = 0; j < n; j++)
-            s[j] = md_expf(s[j] * g.scale - g.lse);
+        for (int64_t l = j; l < j + CPU_LANES; l++)
+            s[l] = md_expf(s[l] - g.lse);
+        sum += cpu_load(s + j) * cpu_load(dp + j);
     }
+    float delta = cpu_sum_lanes(sum);
     if (drel) {
 #pragma omp simd
         for (int64_t j = 0; j < n; j++) {
-            float ds = s[j] * (dp[j] - g.delta);
+            float ds = s[j] * (dp[j] - delta);
             drel[j] += ds;
             dp[j] = ds * g.scale;
         }
     } else {
 #pragma omp simd
         for (int64_t j = 0; j < n; j++)
-            dp[j] = s[j] * (dp[j] - g.delta) * g.scale;
+            dp[j] = s[j] * (dp[j] - delta) * g.scale;
     }
-}
-
-static float dot(const float *x, const float *y, int64_t n)
-{
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < n; i++)
-        sum += x[i] * y[i];
-    return sum;
 }
 
 static md_status attend_bwd(const md_attention_bwd_args *a, const attn_task *k, float *drel)
@@ -254,7 +271,7 @@ static md_status attend_bwd(const md_attention_bwd_args *a, const attn_task *k, 
     const attn_dims *d = k->d;
     int64_t t = d->tokens, w = d->width, in = k->image * t * 3 * w + k->head * d->head_width;
     int64_t out = k->image * t * w + k->head * d->head_width;
-    const float *q = md_f32(a->qkv) + in, *o = md_f32(a->o) + out, *g = md_f32(a->d_o) + out;
+    const float *q = md_f32(a->qkv) + in, *g = md_f32(a->d_o) + out;
     const float *rel = a->rel ? md_f32(a->rel) + k->head * t * t : NULL;
     const float *lse = md_f32(a->lse) + (k->image * d->heads + k->head) * t;
     float *dq = md_f32(a->dqkv) + in, *p = k->scores, *ds = p + t * d->ld;
@@ -263,21 +280,42 @@ static md_status attend_bwd(const md_attention_bwd_args *a, const attn_task *k, 
     MD_TRY(cpu_mm_run(k->mm[MM_QK], &r));
     r.a = g, r.b = q + 2 * w, r.c = ds;
     MD_TRY(cpu_mm_run(k->mm[MM_DP], &r));
-    for (int64_t i = 0; i < t; i++)
+    for (int64_t i = 0; i < t; i++) {
+        float *dp = ds + i * d->ld;
+        for (int64_t j = t; j < d->ld; j++)
+            dp[j] = 0.0f;
+        logits_row(p + i * d->ld, rel ? rel + i * t : NULL, k->scale, t);
         score_grad_row((grad_row){.s = p + i * d->ld,
-                                  .dp = ds + i * d->ld,
-                                  .drel = drel ? drel + i * t : NULL,
-                                  .rel = rel ? rel + i * t : NULL,
+                                  .dp = dp,
+                                  .drel = drel ? drel + i * d->ld : NULL,
                                   .scale = k->scale,
-                                  .lse = lse[i],
-                                  .delta = dot(o + i * w, g + i * w, d->head_width)},
-                       t);
+                                  .lse = lse[i]},
+                       d->ld);
+    }
     r.a = ds, r.b = q + w, r.c = dq;
     MD_TRY(cpu_mm_run(k->mm[MM_DQ], &r));
     r.a = ds, r.b = q, r.c = dq + w;
     MD_TRY(cpu_mm_run(k->mm[MM_DK], &r));
     r.a = p, r.b = g, r.c = dq + 2 * w;
     return cpu_mm_run(k->mm[MM_DV], &r);
+}
+
+/* drel (+)= the partial sums [chunks, H, T, ld] in chunk order. */
+static void reduce_drel(const md_backend *be, const attn_dims *d, const float *part, int64_t chunks,
+                        const md_attention_bwd_args *a)
+{
+    int64_t rows = d->heads * d->tokens;
+    bool add = a->accumulate >> 1 & 1;
+#pragma omp parallel for num_threads(be->threads)
+    for (int64_t r = 0; r < rows; r++) {
+        float *out = md_f32(a->drel) + r * d->tokens;
+        for (int64_t i = 0; i < chunks; i++) {
+            const float *from = part + (i * rows + r) * d->ld;
+#pragma omp simd
+            for (int64_t j = 0; j < d->tokens; j++)
+                out[j] = add || i > 0 ? out[j] + from[j] : from[j];
+        }
+    }
 }
 
 md_status cpu_attention_bwd(md_backend *be, const md_attention_bwd_args *a)
@@ -288,7 +326,7 @@ md_status cpu_attention_bwd(md_backend *be, const md_attention_bwd_args *a)
         MD_FAIL(MD_ERR_BUG, "attention_bwd: dqkv does not accumulate, and drel needs rel");
     attn_dims d = dims_of(a->qkv, a->heads);
     cpu_mm *mm[MM_COUNT];
-    size_t pad, area = (size_t)(d.tokens * d.tokens);
+    size_t pad, area = (size_t)(d.tokens * d.ld);
     void *scratch;
     MD_TRY(plan_all(be, &d, MM_DV, mm, &pad));
     size_t each = thread_bytes(&d, 2, pad), partial = partial_bytes(&d, a->drel != NULL);
@@ -322,7 +360,6 @@ md_status cpu_attention_bwd(md_backend *be, const md_attention_bwd_args *a)
     if (failed != MD_OK)
         MD_FAIL(failed, "attention_bwd: a matrix product failed");
     if (part)
-        cpu_reduce_chunks(be, part, chunks, d.heads * (int64_t)area, a->drel,
-                          a->accumulate >> 1 & 1);
+        reduce_drel(be, &d, part, chunks, a);
     return MD_OK;
 }

@@ -15,6 +15,52 @@
 
 #define CPU_CHUNKS 64
 
+/* Sums along a row run in the 16 lanes of a vector (the compiler splits it on machines with shorter
+ * registers) and end in a fixed tree: the reduction clause of `omp simd` adds the lanes one by one,
+ * which costs more than a short row. */
+#define CPU_LANES 16
+typedef float cpu_vec __attribute__((vector_size(64)));
+typedef float cpu_half __attribute__((vector_size(32)));
+
+static inline cpu_vec cpu_load(const float *x)
+{
+    cpu_vec v;
+    memcpy(&v, x, sizeof v);
+    return v;
+}
+
+static inline void cpu_store(float *x, cpu_vec v)
+{
+    memcpy(x, &v, sizeof v);
+}
+
+static inline cpu_vec cpu_max(cpu_vec a, cpu_vec b)
+{
+    typedef int32_t mask __attribute__((vector_size(64)));
+    mask first = a > b;
+    return (cpu_vec)(((mask)a & first) | ((mask)b & ~first));
+}
+
+static inline float cpu_sum_lanes(cpu_vec v)
+{
+    cpu_half a = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                 __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+    a += __builtin_shufflevector(a, a, 4, 5, 6, 7, 0, 1, 2, 3);
+    a += __builtin_shufflevector(a, a, 2, 3, 0, 1, 6, 7, 4, 5);
+    return a[0] + a[1];
+}
+
+static inline float cpu_max_lanes(cpu_vec v)
+{
+    v = cpu_max(
+        v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+    v = cpu_max(
+        v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+    v = cpu_max(
+        v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+    return v[0] > v[1] ? v[0] : v[1];
+}
+
 /* Loops shorter than this run on one thread: starting a team costs more. */
 #define CPU_SERIAL_BELOW 8192
 
