@@ -178,7 +178,7 @@ md_status md_ckpt_create(const md_checkpoint_args *args, const char *path, md_ch
         MD_FAIL(MD_ERR_CREATE, "%s: cannot create: injected fault", path);
     md_h5_layout layout = {.alignment = ALIGNMENT, .user_block = MARK_BYTES};
     hid_t file;
-    MD_TRY(md_h5_create_as(path, NULL, &layout, &file));
+    MD_TRY(md_h5_create(path, &layout, &file));
     md_status st = create_all(file, args, ck), closed = md_h5_close(&file);
     MD_TRY(st != MD_OK ? st : closed);
     struct stat info;
@@ -444,7 +444,7 @@ md_status md_ckpt_load(const char *path, md_checkpoint *ck)
     hid_t file;
     snprintf(ck->path, sizeof ck->path, "%s", path);
     MD_TRY(load_plain(ck));
-    MD_TRY(md_h5_open(path, NULL, false, &file));
+    MD_TRY(md_h5_open(path, NULL, &file));
     md_status st = load_facts(file, ck);
     if (st == MD_OK)
         st = load_config(file, ck);

@@ -80,7 +80,7 @@ md_status md_dataset_splits(const char *path, md_comm *c, char *buf, size_t cap)
 {
     hid_t file;
     int classes;
-    MD_TRY(md_h5_open(path, c, false, &file));
+    MD_TRY(md_h5_open(path, c, &file));
     md_status st = check_head(file, &classes);
     if (st == MD_OK)
         list_splits(file, buf, cap);
@@ -263,7 +263,7 @@ static md_status open_all(md_dataset *d, const char *path, const char *split, md
     d->path = copy_text(path);
     d->split = copy_text(split);
     MD_TRY(md_agree(c, d->path && d->split ? MD_OK : MD_ERR_MEMORY));
-    MD_TRY(md_h5_open(path, c, false, &d->file));
+    MD_TRY(md_h5_open(path, c, &d->file));
     md_status st = md_agree(c, open_file(d, &group));
     if (st == MD_OK)
         st = load_index(d, group, c);
@@ -457,7 +457,6 @@ md_status md_dataset_read_hdf5(const md_dataset *d, int64_t i, void *buf, size_t
     if (md_fault("io.read"))
         MD_FAIL(MD_ERR_IO, "%s: image %lld of split '%s': cannot read: %s", d->path, (long long)i,
                 d->split, strerror(EIO));
-    hsize_t start = d->offset[i], count = n;
-    MD_TRY(md_h5_read(&(md_h5_slab){d->data, H5T_NATIVE_UINT8, 1, &start, &count, NULL}, buf));
+    MD_TRY(md_h5_read_range(d->data, H5T_NATIVE_UINT8, d->offset[i], n, buf));
     return check_hash(d, i, buf, n);
 }

@@ -8,12 +8,12 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "io/h5_driver.h"
 #include "mpi/agree.h"
 #include "mpi/comm_mpi.h"
 
 #define ALIGNMENT   ((hsize_t)1 << 20)
 #define ALIGN_FROM  ((hsize_t)64 << 10) /* smaller objects are packed */
-#define SLICE_BYTES ((hsize_t)1 << 30)
 #define REASON_SIZE 256
 #define NAME_SIZE   512
 
@@ -73,65 +73,58 @@ md_status md_h5_fail(md_status st, hid_t loc, const char *fmt, ...)
     return say(st, path, reason, what);
 }
 
-static hid_t access_plist(md_comm *c, bool write, hsize_t alignment)
-{
-    hid_t fapl = H5Pcreate(H5P_FILE_ACCESS);
-    bool ok = fapl >= 0 && H5Pset_libver_bounds(fapl, H5F_LIBVER_EARLIEST, H5F_LIBVER_V18) >= 0 &&
-              H5Pset_alignment(fapl, ALIGN_FROM, alignment) >= 0 &&
-              H5Pset_fclose_degree(fapl, H5F_CLOSE_STRONG) >= 0;
-    if (ok && !write)
-        ok = H5Pset_file_locking(fapl, false, true) >= 0;
-    if (ok && c && md_comm_size(c) > 1)
-        ok = H5Pset_fapl_mpio(fapl, md_comm_mpi_handle(c), MPI_INFO_NULL) >= 0;
-    if (!ok && fapl >= 0) {
-        H5Pclose(fapl);
-        return -1;
-    }
-    return fapl;
-}
-
 static md_status agree(md_comm *c, md_status st)
 {
     return c ? md_agree(c, st) : st;
 }
 
-md_status md_h5_create(const char *path, md_comm *c, hid_t *file)
+/* Access properties of a file that is created, by the driver that survives a full disk. */
+static hid_t create_access(hsize_t alignment)
 {
-    return md_h5_create_as(path, c, &(md_h5_layout){.alignment = ALIGNMENT}, file);
+    hid_t fapl = H5Pcreate(H5P_FILE_ACCESS);
+    if (fapl >= 0 && H5Pset_libver_bounds(fapl, H5F_LIBVER_EARLIEST, H5F_LIBVER_V18) >= 0 &&
+        H5Pset_alignment(fapl, ALIGN_FROM, alignment) >= 0 &&
+        H5Pset_fclose_degree(fapl, H5F_CLOSE_STRONG) >= 0 && md_h5_driver_use(fapl) >= 0)
+        return fapl;
+    md_h5_release(fapl);
+    return -1;
 }
 
-md_status md_h5_create_as(const char *path, md_comm *c, const md_h5_layout *layout, hid_t *file)
+static hid_t read_access(md_comm *c)
 {
+    hid_t fapl = H5Pcreate(H5P_FILE_ACCESS);
+    if (fapl >= 0 && H5Pset_fclose_degree(fapl, H5F_CLOSE_STRONG) >= 0 &&
+        H5Pset_file_locking(fapl, false, true) >= 0 &&
+        (!c || md_comm_size(c) == 1 ||
+         H5Pset_fapl_mpio(fapl, md_comm_mpi_handle(c), MPI_INFO_NULL) >= 0))
+        return fapl;
+    md_h5_release(fapl);
+    return -1;
+}
+
+md_status md_h5_create(const char *path, const md_h5_layout *layout, hid_t *file)
+{
+    static const md_h5_layout usual = {.alignment = ALIGNMENT};
+    layout = layout ? layout : &usual;
     *file = -1;
     H5Eset_auto2(H5E_DEFAULT, NULL, NULL);
-    md_status st = MD_OK;
-    /* The system's reason ("Permission denied") is found without HDF5, by one rank. */
-    if (!c || md_comm_rank(c) == 0) {
-        int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
-        if (fd < 0)
-            st = md_error_set(MD_ERR_CREATE, "%s: cannot create: %s", path, strerror(errno));
-        else
-            close(fd);
-    }
-    MD_TRY(agree(c, st));
-    hid_t fapl = access_plist(c, true, layout->alignment), fcpl = H5Pcreate(H5P_FILE_CREATE);
+    /* The system's reason ("Permission denied") is found without HDF5. */
+    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+    if (fd < 0)
+        MD_FAIL(MD_ERR_CREATE, "%s: cannot create: %s", path, strerror(errno));
+    close(fd);
+    hid_t fapl = create_access(layout->alignment), fcpl = H5Pcreate(H5P_FILE_CREATE);
     if (H5Pset_userblock(fcpl, layout->user_block) >= 0)
         *file = H5Fcreate(path, H5F_ACC_TRUNC, fcpl, fapl);
-    if (*file < 0) /* the name is good, so it is the writing */
-        st = fail_path(MD_ERR_IO, path, "cannot write");
+    md_status st = *file < 0 ? fail_path(MD_ERR_CREATE, path, "cannot create") : MD_OK;
     md_h5_release(fcpl);
     md_h5_release(fapl);
-    st = agree(c, st);
-    if (st != MD_OK && *file >= 0) {
-        H5Fclose(*file);
-        *file = -1;
-    }
     return st;
 }
 
-static md_status check_openable(const char *path, bool write)
+static md_status check_openable(const char *path)
 {
-    int fd = open(path, (write ? O_RDWR : O_RDONLY) | O_CLOEXEC);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
     if (fd < 0)
         MD_FAIL(MD_ERR_NOINPUT, "%s: cannot open: %s", path, strerror(errno));
     static const unsigned char magic[8] = {0x89, 'H', 'D', 'F', '\r', '\n', 0x1a, '\n'};
@@ -153,16 +146,14 @@ static md_status check_openable(const char *path, bool write)
     return MD_OK;
 }
 
-md_status md_h5_open(const char *path, md_comm *c, bool write, hid_t *file)
+md_status md_h5_open(const char *path, md_comm *c, hid_t *file)
 {
     *file = -1;
     H5Eset_auto2(H5E_DEFAULT, NULL, NULL);
-    MD_TRY(agree(c, check_openable(path, write)));
-    hid_t fapl = access_plist(c, write, ALIGNMENT);
-    *file = H5Fopen(path, write ? H5F_ACC_RDWR : H5F_ACC_RDONLY, fapl);
-    md_status st = MD_OK;
-    if (*file < 0)
-        st = fail_path(MD_ERR_DATA, path, "damaged or cut HDF5 file");
+    MD_TRY(agree(c, check_openable(path)));
+    hid_t fapl = read_access(c);
+    *file = H5Fopen(path, H5F_ACC_RDONLY, fapl);
+    md_status st = *file < 0 ? fail_path(MD_ERR_DATA, path, "damaged or cut HDF5 file") : MD_OK;
     md_h5_release(fapl);
     st = agree(c, st);
     if (st != MD_OK && *file >= 0) {
@@ -170,6 +161,13 @@ md_status md_h5_open(const char *path, md_comm *c, bool write, hid_t *file)
         *file = -1;
     }
     return st;
+}
+
+/* True when the file was opened by md_h5_create. */
+static bool is_created(hid_t file)
+{
+    unsigned how = 0;
+    return H5Fget_intent(file, &how) >= 0 && (how & H5F_ACC_RDWR);
 }
 
 md_status md_h5_close(hid_t *file)
@@ -180,8 +178,11 @@ md_status md_h5_close(hid_t *file)
         return MD_OK;
     char path[NAME_SIZE] = "HDF5 file";
     H5Fget_name(f, path, sizeof path);
+    bool created = is_created(f);
     if (H5Fclose(f) < 0)
-        return fail_path(MD_ERR_IO, path, "cannot write the last bytes at closing");
+        return fail_path(MD_ERR_IO, path, "cannot close");
+    if (created && md_h5_driver_error() != 0)
+        MD_FAIL(MD_ERR_IO, "%s: cannot write: %s", path, strerror(md_h5_driver_error()));
     return MD_OK;
 }
 
@@ -322,105 +323,28 @@ md_status md_h5_offset(hid_t dset, int64_t *offset)
     return MD_OK;
 }
 
-/* Moves the rows [first, first + rows) of the slab; rows == 0 selects nothing. */
-static bool move_rows(const md_h5_slab *s, hid_t dxpl, hsize_t first, hsize_t rows, void *buf,
-                      bool write)
-{
-    hsize_t start[MD_H5_MAX_RANK], count[MD_H5_MAX_RANK];
-    for (int i = 0; i < s->rank; i++) {
-        start[i] = s->start[i] + (i == 0 ? first : 0);
-        count[i] = rows == 0 ? 1 : i == 0 ? rows : s->count[i];
-    }
-    hid_t file = H5Dget_space(s->dset), mem = H5Screate_simple(s->rank, count, NULL);
-    if (rows == 0) {
-        H5Sselect_none(file);
-        H5Sselect_none(mem);
-    } else {
-        H5Sselect_hyperslab(file, H5S_SELECT_SET, start, NULL, count, NULL);
-    }
-    herr_t err = write ? H5Dwrite(s->dset, s->type, mem, file, dxpl, buf)
-                       : H5Dread(s->dset, s->type, mem, file, dxpl, buf);
-    /* The reason must outlive the releases below: they would clear it. */
-    if (err < 0)
-        md_h5_fail(MD_ERR_IO, s->dset,
-                   write ? "cannot write a data set" : "cannot read a data set");
-    md_h5_release(mem);
-    md_h5_release(file);
-    return err >= 0;
-}
-
-/* A block outside the data set would fail on this rank alone, inside the collective transfer. */
-static md_status check_slab(const md_h5_slab *s)
-{
-    hsize_t dim[MD_H5_MAX_RANK];
-    hid_t space = H5Dget_space(s->dset);
-    bool ok = H5Sget_simple_extent_ndims(space) == s->rank &&
-              H5Sget_simple_extent_dims(space, dim, NULL) >= 0;
-    for (int i = 0; ok && i < s->rank; i++)
-        ok = s->count[i] <= dim[i] && s->start[i] <= dim[i] - s->count[i];
-    md_h5_release(space);
-    return ok ? MD_OK : md_h5_fail(MD_ERR_BUG, s->dset, "a block lies outside its data set");
-}
-
-static md_status transfer(const md_h5_slab *s, void *buf, bool write)
-{
-    bool collective = s->c && md_comm_size(s->c) > 1;
-    md_status st = check_slab(s);
-    if (collective)
-        st = md_agree(s->c, st);
-    MD_TRY(st);
-    hsize_t row = H5Tget_size(s->type), rows = s->count[0];
-    for (int i = 1; i < s->rank; i++) {
-        row *= s->count[i];
-        rows = s->count[i] == 0 ? 0 : rows;
-    }
-    hsize_t step = row < SLICE_BYTES && row > 0 ? SLICE_BYTES / row : 1;
-    int64_t turns = (int64_t)((rows + step - 1) / step);
-    if (collective)
-        md_comm_allreduce(s->c, &turns, 1, MD_I64, MD_MAX_OP);
-    hid_t dxpl = H5Pcreate(H5P_DATASET_XFER);
-    if (collective)
-        H5Pset_dxpl_mpio(dxpl, H5FD_MPIO_COLLECTIVE);
-    bool ok = true;
-    for (int64_t t = 0; t < turns; t++) {
-        hsize_t first = MD_MIN((hsize_t)t * step, rows), n = MD_MIN(step, rows - first);
-        ok = move_rows(s, dxpl, first, n, (char *)buf + first * row, write) && ok;
-    }
-    md_h5_release(dxpl);
-    st = ok ? MD_OK : MD_ERR_IO;
-    return collective ? md_agree(s->c, st) : st;
-}
-
-md_status md_h5_write(const md_h5_slab *s, const void *buf)
-{
-    /* H5Dwrite takes const; one loop serves both directions. */
-    return transfer(s, (void *)(uintptr_t)buf, true);
-}
-
-md_status md_h5_read(const md_h5_slab *s, void *buf)
-{
-    return transfer(s, buf, false);
-}
-
-static md_status move_all(hid_t dset, hid_t type, void *buf, bool write)
-{
-    hsize_t start[MD_H5_MAX_RANK] = {0}, count[MD_H5_MAX_RANK];
-    hid_t space = H5Dget_space(dset);
-    int rank = H5Sget_simple_extent_ndims(space);
-    if (rank >= 1 && rank <= MD_H5_MAX_RANK)
-        H5Sget_simple_extent_dims(space, count, NULL);
-    md_h5_release(space);
-    if (rank < 1 || rank > MD_H5_MAX_RANK)
-        return md_h5_fail(MD_ERR_DATA, dset, "a data set has %d dimensions", rank);
-    return transfer(&(md_h5_slab){dset, type, rank, start, count, NULL}, buf, write);
-}
-
 md_status md_h5_write_all(hid_t dset, hid_t type, const void *buf)
 {
-    return move_all(dset, type, (void *)(uintptr_t)buf, true);
+    if (H5Dwrite(dset, type, H5S_ALL, H5S_ALL, H5P_DEFAULT, buf) < 0)
+        return md_h5_fail(MD_ERR_IO, dset, "cannot write a data set");
+    return MD_OK;
 }
 
 md_status md_h5_read_all(hid_t dset, hid_t type, void *buf)
 {
-    return move_all(dset, type, buf, false);
+    if (H5Dread(dset, type, H5S_ALL, H5S_ALL, H5P_DEFAULT, buf) < 0)
+        return md_h5_fail(MD_ERR_IO, dset, "cannot read a data set");
+    return MD_OK;
+}
+
+md_status md_h5_read_range(hid_t dset, hid_t type, hsize_t start, hsize_t count, void *buf)
+{
+    hid_t file = H5Dget_space(dset), mem = H5Screate_simple(1, &count, NULL);
+    md_status st = MD_OK;
+    if (H5Sselect_hyperslab(file, H5S_SELECT_SET, &start, NULL, &count, NULL) < 0 ||
+        H5Dread(dset, type, mem, file, H5P_DEFAULT, buf) < 0)
+        st = md_h5_fail(MD_ERR_IO, dset, "cannot read a data set");
+    md_h5_release(mem);
+    md_h5_release(file);
+    return st;
 }

@@ -21,20 +21,21 @@
 /* "HDF5 1.10.8": the version loaded, and the one compiled with when it is another. Local. */
 const char *md_h5_library(void);
 
-/* Creates (truncating) or opens a file. c == NULL: Local, no MPI needed. Else Collective(c), with
- * the MPI-IO driver when the group has more than one rank; all ranks get the same status. Errors:
- * MD_ERR_CREATE, MD_ERR_IO (disk full), MD_ERR_NOINPUT (missing, not permitted), MD_ERR_DATA (not
- * HDF5, truncated). */
-md_status md_h5_create(const char *path, md_comm *c, hid_t *file);
-/* The same with the border on which data sets of 64 KiB and more start, and with bytes left to the
- * caller in front of HDF5's: 0 or a power of two from 512 (HDF5's user block). */
+/* The border on which data sets of 64 KiB and more start, and bytes left to the caller in front of
+ * HDF5's (its user block): 0 or a power of two from 512. */
 typedef struct md_h5_layout {
     hsize_t alignment, user_block;
 } md_h5_layout;
-md_status md_h5_create_as(const char *path, md_comm *c, const md_h5_layout *layout, hid_t *file);
-md_status md_h5_open(const char *path, md_comm *c, bool write, hid_t *file);
-/* Flushes, closes and sets *file to -1; negative is fine. Collective as the opening was, but not
- * agreed: MD_ERR_IO is this rank's own view. */
+/* Creates a file, truncating an older one; layout == NULL: 1 MiB borders, no user block. Local: one
+ * rank lays a file out, others write bytes at md_h5_offset. MD_ERR_CREATE. A write that fails is
+ * not seen before md_h5_close. */
+md_status md_h5_create(const char *path, const md_h5_layout *layout, hid_t *file);
+/* Opens for reading. c == NULL: Local, no MPI needed. Else Collective(c), by MPI-IO when the group
+ * has more than one rank; all ranks get the same status. MD_ERR_NOINPUT (missing, not permitted),
+ * MD_ERR_DATA (not HDF5, truncated), MD_ERR_IO. */
+md_status md_h5_open(const char *path, md_comm *c, hid_t *file);
+/* Flushes, closes and sets *file to -1; negative is fine. MD_ERR_IO when not all of a created file
+ * could be written (disk full). Collective as the opening was, but not agreed. */
 md_status md_h5_close(hid_t *file);
 /* Drops one group, data set or type identifier; negative is fine. Local. */
 void md_h5_release(hid_t id);
@@ -62,20 +63,11 @@ md_status md_h5_dset_open(hid_t loc, const char *name, hid_t type, int rank, hsi
  */
 md_status md_h5_offset(hid_t dset, int64_t *offset);
 
-/* A rank's part of a data set. rank is 1..MD_H5_MAX_RANK. buf is dense. A zero count moves nothing
- * but still takes part. c == NULL moves independently, else Collective(c) in step with the other
- * ranks. Transfers are cut along the first dimension to stay under MPI's 2 GiB counts. */
-typedef struct md_h5_slab {
-    hid_t dset, type; /* type in memory (H5T_NATIVE_FLOAT, ...) */
-    int rank;
-    const hsize_t *start, *count;
-    md_comm *c;
-} md_h5_slab;
-md_status md_h5_write(const md_h5_slab *s, const void *buf);
-md_status md_h5_read(const md_h5_slab *s, void *buf);
-/* All of a data set, independently. */
+/* All of a data set to or from dense memory of type `type` (H5T_NATIVE_FLOAT, ...). MD_ERR_IO. */
 md_status md_h5_write_all(hid_t dset, hid_t type, const void *buf);
 md_status md_h5_read_all(hid_t dset, hid_t type, void *buf);
+/* count elements from start on of a data set with one dimension. MD_ERR_IO. */
+md_status md_h5_read_range(hid_t dset, hid_t type, hsize_t start, hsize_t count, void *buf);
 
 /* Scalar attributes of a file, group or data set: fixed-length strings (below 64 KiB, a limit of
  * the file format), signed 64-bit integers, doubles. Writing replaces nothing: a second write of a

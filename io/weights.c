@@ -339,7 +339,7 @@ md_status md_weights_write(const char *path, md_weights_info *info, md_weights_f
 md_status md_weights_info_read(const char *path, md_weights_info *info)
 {
     hid_t file;
-    MD_TRY(md_h5_open(path, NULL, false, &file));
+    MD_TRY(md_h5_open(path, NULL, &file));
     md_status st = info_get(file, info);
     md_status closed = md_h5_close(&file);
     return st != MD_OK ? st : closed;
@@ -357,7 +357,7 @@ static md_status agree(md_comm *c, md_status st)
 
 static md_status open_local(md_weights *w)
 {
-    MD_TRY(md_h5_open(w->path, NULL, false, &w->file));
+    MD_TRY(md_h5_open(w->path, NULL, &w->file));
     MD_TRY(info_get(w->file, &w->info));
     return dsets_check(w->file, &w->info);
 }
