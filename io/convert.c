@@ -26,6 +26,7 @@ typedef struct job {
     int rank, size;
     convert_table table;
     convert_result *result; /* [items] */
+    int64_t *cut;           /* [size + 1] first item of each rank */
     int64_t lo, hi;         /* this rank's items */
     int64_t rejects;        /* of all ranks */
     convert_list reasons;   /* "NAME\tREASON\n" of this rank, then on rank 0 of all */
@@ -86,16 +87,24 @@ static md_status scan(job *j)
 
 /* --- check --------------------------------------------------------------------------------- */
 
-/* First item of rank r: ranks get nearly equal numbers of bytes. */
-static int64_t first_item(const job *j, int r)
+/* Rank r gets the items cut[r] .. cut[r + 1] - 1: nearly equal numbers of bytes each. */
+static md_status cut_items(job *j)
 {
+    MD_NEW(j->cut, j->size + 1, "convert");
     double total = 0, before = 0;
     for (int64_t i = 0; i < j->table.items.n; i++)
         total += (double)convert_item_of(&j->table, i)->bytes + 1;
-    int64_t i = 0;
-    for (; i < j->table.items.n && before < total * r / j->size; i++)
+    int r = 1;
+    for (int64_t i = 0; i < j->table.items.n; i++) {
+        for (; r < j->size && before >= total * r / j->size; r++)
+            j->cut[r] = i;
         before += (double)convert_item_of(&j->table, i)->bytes + 1;
-    return r == j->size ? j->table.items.n : i;
+    }
+    for (; r <= j->size; r++)
+        j->cut[r] = j->table.items.n;
+    j->lo = j->cut[j->rank];
+    j->hi = j->cut[j->rank + 1];
+    return MD_OK;
 }
 
 typedef struct checker {
@@ -181,9 +190,8 @@ static md_status check_range(job *j, checker *k)
 static md_status check_mine(job *j)
 {
     checker k = {.table = &j->table};
-    j->lo = first_item(j, j->rank);
-    j->hi = first_item(j, j->rank + 1);
     j->reasons.width = 1;
+    MD_TRY(cut_items(j));
     MD_NEW(j->result, j->table.items.n, "convert");
     MD_TRY(convert_reader_create(&k.reader));
     md_status st = md_decoder_create(&k.decoder, 0);
@@ -218,9 +226,9 @@ static md_status check(job *j)
 {
     MD_TRY(md_agree(j->c, check_mine(j)));
     for (int r = 0; r < j->size; r++) {
-        int64_t lo = first_item(j, r), n = first_item(j, r + 1) - lo;
+        int64_t n = j->cut[r + 1] - j->cut[r];
         if (n > 0)
-            md_comm_bcast(j->c, j->result + lo, n * (int64_t)sizeof *j->result, r);
+            md_comm_bcast(j->c, j->result + j->cut[r], n * (int64_t)sizeof *j->result, r);
     }
     md_comm_allreduce(j->c, &j->rejects, 1, MD_I64, MD_SUM);
     MD_TRY(collect_reasons(j));
@@ -433,6 +441,7 @@ md_status md_convert(const md_convert_args *a, md_comm *c, md_convert_summary *s
     }
     md_free(j.reasons.at);
     md_free(j.result);
+    md_free(j.cut);
     convert_table_free(&j.table);
     sum->seconds = md_now() - start;
     return st;

@@ -148,7 +148,7 @@ static void test_reads_back(void **state)
     (void)state;
     store s;
     md_dataset *d = open_good(&s);
-    char name[16], cut[4];
+    char name[16], want[16], cut[4];
     assert_int_equal(md_dataset_count(d), N);
     assert_int_equal(md_dataset_classes(d), 2);
     assert_string_equal(md_dataset_class_name(d, 0), "cat");
@@ -163,12 +163,12 @@ static void test_reads_back(void **state)
         assert_int_equal(md_dataset_label(d, i), i % 3 - 1);
         assert_int_equal(md_dataset_kind(d, i), MD_IMAGE_GRAY8);
         most = MD_MAX(most, md_dataset_bytes(d, i));
-        sprintf(cut, "a/%d", i);
-        assert_string_equal(md_dataset_name(d, i, name, sizeof name), cut);
+        snprintf(want, sizeof want, "a/%d", i);
+        assert_string_equal(md_dataset_name(d, i, name, sizeof name), want);
     }
     assert_int_equal(md_dataset_max_bytes(d), most);
     assert_int_equal(md_dataset_max_pixels(d), most);
-    assert_string_equal(md_dataset_name(d, 3, cut, 3), "a/");
+    assert_string_equal(md_dataset_name(d, 3, cut, sizeof cut - 1), "a/");
     md_dataset_close(d);
 }
 
