@@ -147,20 +147,17 @@ static bool all_finite(const void *data, int64_t bytes, md_dtype dtype)
     return !bad;
 }
 
-/* Bytes [lo, hi) of the item's array, which lie at `data`; cut at block borders by the caller. */
-static md_status write_piece(int fd, const md_checkpoint *ck, int i, md_dtype dtype, int64_t lo,
-                             int64_t hi, const void *data, uint64_t *memory)
+/* Bytes [lo, hi) of entry e's array, which lie at `data`, inside one block of the array. */
+static md_status write_piece(int fd, const char *path, const md_state_entry *e, int64_t lo,
+                             int64_t hi, const void *data)
 {
-    const md_state_entry *e = &ck->entry[i];
-    if (!all_finite(data, hi - lo, dtype))
-        MD_FAIL(MD_ERR_NUMERICS, "%s: %s has a value that is not finite", ck->path, e->name);
-    if (lo % MD_CKPT_BLOCK == 0 && (hi - lo == MD_CKPT_BLOCK || hi == e->bytes))
-        memory[lo / MD_CKPT_BLOCK] = XXH3_64bits(data, (size_t)(hi - lo));
-    return md_ckpt_pwrite(fd, ck->path, data, hi - lo, e->offset + lo);
+    if (!all_finite(data, hi - lo, (md_dtype)e->dtype))
+        MD_FAIL(MD_ERR_NUMERICS, "%s: %s has a value that is not finite", path, e->name);
+    return md_ckpt_pwrite(fd, path, data, hi - lo, e->offset + lo);
 }
 
-static md_status write_item(int fd, const md_checkpoint *ck, int i, const md_state_item *item,
-                            uint64_t *memory)
+static md_status write_item(int fd, const char *path, const md_state_entry *e,
+                            const md_state_item *item, uint64_t *memory)
 {
     md_ckpt_runs runs = md_ckpt_runs_of(item);
     const char *data = item->data;
@@ -168,7 +165,10 @@ static md_status write_item(int fd, const md_checkpoint *ck, int i, const md_sta
         int64_t lo = md_ckpt_run_offset(item, r), end = lo + runs.bytes;
         while (lo < end) {
             int64_t hi = MD_MIN(end, (lo / MD_CKPT_BLOCK + 1) * MD_CKPT_BLOCK);
-            MD_TRY(write_piece(fd, ck, i, item->dtype, lo, hi, data, memory));
+            bool whole = lo % MD_CKPT_BLOCK == 0 && (hi - lo == MD_CKPT_BLOCK || hi == e->bytes);
+            if (whole)
+                memory[lo / MD_CKPT_BLOCK] = XXH3_64bits(data, (size_t)(hi - lo));
+            MD_TRY(write_piece(fd, path, e, lo, hi, data));
             data += hi - lo;
             lo = hi;
         }
@@ -180,7 +180,7 @@ md_status md_ckpt_write_blocks(int fd, const md_checkpoint_args *args, const md_
                                uint64_t *memory)
 {
     for (int i = 0; i < args->items; i++) {
-        MD_TRY(write_item(fd, ck, i, &args->item[i], memory));
+        MD_TRY(write_item(fd, ck->path, &ck->entry[i], &args->item[i], memory));
         memory += md_ckpt_blocks(ck->entry[i].bytes);
     }
     if (md_fault("ckpt.write"))

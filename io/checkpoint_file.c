@@ -5,12 +5,12 @@
 
 #include "io/checkpoint_parts.h"
 
+#include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
-#include <sys/statvfs.h>
 #include <unistd.h>
 
 #define XXH_INLINE_ALL
@@ -59,22 +59,40 @@ void md_ckpt_clear(md_checkpoint *ck)
     md_free(ck->fact);
 }
 
-static md_status check_space(const md_checkpoint_args *args, const char *path)
+static int64_t bytes_needed(const md_checkpoint_args *args)
 {
-    char dir[MD_CKPT_PATH];
-    const char *slash = strrchr(path, '/');
-    snprintf(dir, sizeof dir, "%.*s", slash ? (int)(slash - path) + 1 : 1, slash ? path : ".");
     int64_t need = (int64_t)1 << 20; /* HDF5's own structures: about 1 KiB an item */
     for (int i = 0; i < args->items; i++)
         need += md_ckpt_item_bytes(&args->item[i]) + ALIGNMENT + 1024;
-    struct statvfs fs;
-    if (statvfs(dir, &fs) != 0) /* the file itself will tell why */
-        return MD_OK;
-    int64_t have = (int64_t)fs.f_bavail * (int64_t)fs.f_frsize;
-    if (have < need || md_fault("ckpt.space"))
-        MD_FAIL(MD_ERR_IO, "%s: the disk is full: a checkpoint needs %lld MiB, %lld MiB are free",
-                path, (long long)(need >> 20), (long long)(have >> 20));
+    return need;
+}
+
+/* Asks for the whole size and gives it back: a full disk, a quota or a limit shows before HDF5 has
+ * the file, and before anything was written. File systems that cannot reserve say nothing here. */
+static md_status try_size(int fd, const char *path, int64_t need)
+{
+    bool refused = ftruncate(fd, need) != 0;
+    if (!refused && fallocate(fd, 0, 0, need) != 0)
+        refused = errno == ENOSPC || errno == EDQUOT || errno == EFBIG;
+    if (refused || md_fault("ckpt.space"))
+        MD_FAIL(MD_ERR_IO, "%s: no room for a checkpoint of %lld MiB: %s", path,
+                (long long)(need >> 20), strerror(errno));
+    if (ftruncate(fd, 0) != 0)
+        MD_FAIL(MD_ERR_IO, "%s: cannot truncate: %s", path, strerror(errno));
     return MD_OK;
+}
+
+static md_status check_space(const md_checkpoint_args *args, const char *path)
+{
+    int fd = open(path, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+    if (fd < 0 || md_fault("ckpt.create")) {
+        if (fd >= 0)
+            close(fd);
+        MD_FAIL(MD_ERR_CREATE, "%s: cannot create: %s", path, strerror(errno));
+    }
+    md_status st = try_size(fd, path, bytes_needed(args));
+    close(fd);
+    return st;
 }
 
 /* Makes the groups in front of a name's last slash. */
@@ -174,8 +192,6 @@ md_status md_ckpt_create(const md_checkpoint_args *args, const char *path, md_ch
 {
     MD_ASSERT(args->items > 0, "a checkpoint of nothing");
     MD_TRY(check_space(args, path));
-    if (md_fault("ckpt.create"))
-        MD_FAIL(MD_ERR_CREATE, "%s: cannot create: injected fault", path);
     md_h5_layout layout = {.alignment = ALIGNMENT, .user_block = MARK_BYTES};
     hid_t file;
     MD_TRY(md_h5_create(path, &layout, &file));

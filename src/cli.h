@@ -15,6 +15,7 @@
     X(plan)         \
     X(convert)      \
     X(weights)      \
+    X(checkpoint)   \
     X(config)       \
     X(bench)        \
     X(help)         \

@@ -204,8 +204,8 @@ static void test_any_layout(void **state)
 static void test_failing_phases(void **state)
 {
     (void)state;
-    static const md_status want[] = {MD_ERR_IO, MD_ERR_CREATE, MD_ERR_IO,    MD_ERR_IO,
-                                     MD_ERR_IO, MD_ERR_IO,     MD_ERR_CREATE};
+    static const md_status want[] = {MD_ERR_CREATE, MD_ERR_IO, MD_ERR_IO,    MD_ERR_IO,
+                                     MD_ERR_IO,     MD_ERR_IO, MD_ERR_CREATE};
     assert_ok(write_all(par_world, 1000, 0));
     for (size_t k = 0; k < MD_COUNT(want); k++) {
         md_status st = write_all(par_world, 1001 + (int64_t)k, (int)k);
@@ -290,7 +290,7 @@ __attribute__((constructor)) static void set_faults(void)
     int last = size ? atoi(size) - 1 : 0;
     char list[512];
     snprintf(list, sizeof list,
-             "ckpt.space@rank0#2,ckpt.create@rank0#2,ckpt.write@rank%d#2,ckpt.verify@rank%d#2,"
+             "ckpt.create@rank0#2,ckpt.space@rank0#2,ckpt.write@rank%d#2,ckpt.verify@rank%d#2,"
              "ckpt.fsync@rank%d#2,ckpt.seal@rank0#2,ckpt.rename@rank0#2,ckpt.latest@rank0#2",
              last, last, last);
     setenv("MD_FAULT", list, 1);
