@@ -26,7 +26,6 @@ typedef struct convert_group {
     int64_t at, bytes; /* TAR: range of the archive in the (decompressed) file */
     int32_t kind, split;
     int32_t scanned; /* its items are in the table already */
-    int32_t unused;
 } convert_group;
 
 typedef struct convert_item {
@@ -142,7 +141,6 @@ typedef struct convert_result {
     uint16_t w, h;
     uint8_t kind;
     uint8_t good; /* 0: a reject */
-    uint8_t unused[2];
 } convert_result;
 
 /* The good items of a split in stored order. */

@@ -22,7 +22,7 @@
 const char *md_h5_library(void);
 
 /* The border on which data sets of 64 KiB and more start, and bytes left to the caller in front of
- * HDF5's (its user block): 0 or a power of two from 512. */
+ * HDF5's (its user block): 0 or a power of two from 512 that is a multiple of the border. */
 typedef struct md_h5_layout {
     hsize_t alignment, user_block;
 } md_h5_layout;
