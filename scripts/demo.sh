@@ -19,7 +19,11 @@ fail() {
 }
 
 say() {
-    printf '\n\033[1m%s\033[0m\n' "$*"
+    if [ -t 1 ]; then
+        printf '\n\033[1m%s\033[0m\n' "$*"
+    else
+        printf '\n%s\n' "$*"
+    fi
 }
 
 # Value of a key in the last line of metrics.jsonl, or nothing.
@@ -47,7 +51,7 @@ rm -rf "$run"
 "$mpirun" -np "$ranks" ./md_hpc demo.cfg "data.train=$store" "run.dir=$run" &
 job=$!
 trap 'kill $job 2>/dev/null || true' EXIT
-stop_at=60
+stop_at=150
 while kill -0 "$job" 2>/dev/null; do
     step=$(last step)
     [ "${step:-0}" -lt "$stop_at" ] || break
@@ -71,7 +75,7 @@ mean() { # head|tail KEY
 }
 first=$(mean head loss) end=$(mean tail loss) speed=$(mean tail images_per_second)
 checkpoint=$(find "$run/checkpoints" -name 'step-*.h5' | sort | tail -n 1)
-awk "BEGIN { exit !($end < 0.8 * $first) }" || fail "the loss did not fall: $first to $end"
+awk "BEGIN { exit !($end < 0.6 * $first) }" || fail "the loss did not fall: $first to $end"
 say "done in $((SECONDS - start)) s; more of it: mpirun -np $ranks ./md_hpc demo.cfg run.dir=runs/longer train.epochs=5"
 echo "loss $first -> $end, ${speed%.*} images/s on $ranks ranks, checkpoint $checkpoint;" \
     "next: README.md, \"A first real run\""
