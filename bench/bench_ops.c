@@ -151,9 +151,6 @@ static void bench_linear(bench *b, const char *name, int64_t c, int64_t k, md_ac
         MEASURE(b, gemm, what, flops, .a = F(n, c), .b = F(k, c), .bias = F(k), .y = F(n, k),
                 .pre = F(n, k), .trans_b = true, .act = act);
     }
-    snprintf(what, sizeof what, "%s frozen", name);
-    MEASURE(b, gemm, what, flops, .a = F(n, c), .b = F(k, c), .bias = F(k), .y = F(n, k),
-            .trans_b = true, .b_frozen = true, .act = act);
     snprintf(what, sizeof what, "%s dx", name);
     MEASURE(b, gemm, what, flops, .a = F(n, k), .b = F(k, c), .y = F(n, c));
     snprintf(what, sizeof what, "%s dw", name);

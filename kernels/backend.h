@@ -50,13 +50,12 @@ typedef enum md_act { MD_ACT_NONE, MD_ACT_GELU, MD_ACT_QUICK_GELU } md_act;
 
 /* y = act(op_a(a) op_b(b) + bias). a [m,k] (or [k,m] with trans_a), b [k,n] (or [n,k] with
  * trans_b), y [m,n] in the matrix view; bias [n]. With act, pre (optional) receives the value
- * before act; y accumulates only without act, pre never. b_frozen: b at this address never changes
- * for the life of the backend, so the backend may keep a packed copy of it, made at the first use.
+ * before act; y accumulates only without act, pre never.
  * Linear layer: fwd trans_b; data gradient plain; weight gradient trans_a with accumulate. */
 typedef struct md_gemm_args {
     MD_IN(*a, *b, *bias);
     MD_OUT(*y, *pre);
-    bool trans_a, trans_b, b_frozen;
+    bool trans_a, trans_b;
     md_act act;
 } md_gemm_args;
 
@@ -286,10 +285,10 @@ md_status md_op_check(md_op op, const md_operands *a);
 const char *md_op_in_name(md_op op, int i);
 const char *md_op_out_name(md_op op, int i);
 
-/* Makes the backend of this name: "cpu", "plan", "check" (checks access rules around cpu), "cuda".
- * threads: OpenMP threads to use (cpu), 0 = all this process may use. MD_ERR_CONFIG for a name that
- * is unknown or not compiled in, with what to do about it. Local.
- * The cpu backend is used by one thread at a time (it starts its own OpenMP threads). */
+/* Makes the backend of this name: "cpu", or "check" (cpu with every call watched). threads: OpenMP
+ * threads to use, 0 = all this process may use. MD_ERR_CONFIG for a name that this
+ * program has not, with those it has. The backend is used by one thread at a time (it starts its
+ * own OpenMP threads). Local. */
 md_status md_backend_create(const char *name, int threads, md_backend **out);
 void md_backend_destroy(md_backend *be);
 

@@ -86,8 +86,7 @@ static md_status linear_fwd(md_graph *g, const md_node *n)
     md_tensor w = weight_matrix(md_param_value(g->params, n->param[0])), b;
     const md_tensor *bias = n->in[1] != MD_NO_SLOT ? md_in(g, n, 1) : MD_PARAM(1, b);
     return MD_RUN(gemm, .a = md_in(g, n, 0), .b = &w, .bias = bias, .y = md_out(g, n, 0),
-                  .pre = md_out(g, n, 1), .trans_b = true, .act = n->attr.act,
-                  .b_frozen = !g->training);
+                  .pre = md_out(g, n, 1), .trans_b = true, .act = n->attr.act);
 }
 
 static md_status linear_bwd(md_graph *g, const md_node *n)

@@ -1,16 +1,11 @@
-/* check_backend: the cpu backend with every call watched. It wraps through md_operands and the rows
- * of MD_OPS, so it knows no op by name. Before a call: operands have memory, outputs that do not
- * accumulate are filled with a NaN pattern (unless they share memory with an input). After: inputs
- * have their old hash, and no output element kept the pattern or is non-finite. */
-#include "kernels/backend.h"
+/* check_backend: see check_backend.h. It works through md_operands and the rows of MD_OPS, so it
+ * knows no op by name. */
+#include "kernels/check/check_backend.h"
 
 #include <math.h>
 #include <string.h>
 #define XXH_INLINE_ALL
 #include <xxhash.h>
-
-md_status cpu_backend_create(int threads, md_backend **out);
-md_status check_backend_create(int threads, md_backend **out);
 
 /* A quiet NaN with a payload no arithmetic makes. As f64 it is a NaN too. */
 #define POISON 0x7ff5a5a5u
@@ -135,7 +130,7 @@ static const md_op_table table = {
 static size_t check_scratch_bytes(md_backend *be, md_op op, const md_operands *a)
 {
     md_backend *inner = be->impl;
-    return inner->scratch_bytes(inner, op, a);
+    return inner->scratch_bytes ? inner->scratch_bytes(inner, op, a) : 0;
 }
 
 static void check_destroy(md_backend *be)
@@ -144,15 +139,10 @@ static void check_destroy(md_backend *be)
     md_free(be);
 }
 
-md_status check_backend_create(int threads, md_backend **out)
+md_status md_check_create(md_backend *inner, md_backend **out)
 {
-    md_backend *inner, *be;
-    MD_TRY(cpu_backend_create(threads, &inner));
-    be = md_alloc(sizeof *be, "check backend");
-    if (!be) {
-        md_backend_destroy(inner);
-        return MD_ERR_MEMORY;
-    }
+    md_backend *be;
+    MD_NEW(be, 1, "check backend");
     *be = (md_backend){.name = "check",
                        .ops = &table,
                        .scratch_bytes = check_scratch_bytes,

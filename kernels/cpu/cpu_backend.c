@@ -1,4 +1,5 @@
 /* cpu_backend: the table of the cpu backend and what its ops share. */
+#include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/cpu_internal.h"
 
 static const md_op_table table = {
@@ -26,9 +27,7 @@ static void cpu_destroy(md_backend *be)
     md_free(be);
 }
 
-md_status cpu_backend_create(int threads, md_backend **out);
-
-md_status cpu_backend_create(int threads, md_backend **out)
+md_status md_cpu_create(int threads, md_backend **out)
 {
     if (threads < 0)
         MD_FAIL(MD_ERR_CONFIG, "the cpu backend cannot run on %d threads", threads);

@@ -19,6 +19,9 @@
  * registers) and end in a fixed tree: the reduction clause of `omp simd` adds the lanes one by one,
  * which costs more than a short row. */
 #define CPU_LANES 16
+/* The vectors only cross functions of one file that are inlined: how they would be passed is no
+ * matter. */
+#pragma GCC diagnostic ignored "-Wpsabi"
 typedef float cpu_vec __attribute__((vector_size(64)));
 typedef float cpu_half __attribute__((vector_size(32)));
 

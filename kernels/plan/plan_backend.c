@@ -36,6 +36,7 @@ static md_status plan_op(md_backend *be, md_op op, const void *args)
 {
     plan *p = (plan *)be;
     const md_operands *a = args;
+    MD_TRY(md_op_check(op, a));
     for (int i = 0; i < MD_OP_IN; i++)
         if (a->in[i])
             p->total.bytes += (double)md_tensor_bytes(a->in[i]);

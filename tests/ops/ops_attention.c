@@ -41,20 +41,25 @@ static double probabilities(dims d, const double *qkv, const double *rel, double
     return max + log(sum);
 }
 
-/* o [B,T,H,D] and lse [B,H,T]; either may be NULL. mutant: the last key is not attended. */
-static void forward(dims d, const double *qkv, const double *rel, double scale, double *o,
-                    double *lse, bool mutant)
+/* o [B,T,H,D] and lse [B,H,T]; either may be NULL. keys: those attended, all or (mutant) one less.
+ */
+typedef struct attended {
+    double *o, *lse;
+    int64_t keys;
+} attended;
+
+static void forward(dims d, const double *qkv, const double *rel, double scale, attended out)
 {
     double *p = md_alloc(sizeof *p * (size_t)d.tokens, "reference");
     for (int64_t b = 0; b < d.images; b++)
         for (int64_t h = 0; h < d.heads; h++)
             for (int64_t i = 0; i < d.tokens; i++) {
                 double l = probabilities(d, qkv, rel, scale, (int64_t[]){b, h, i}, p);
-                if (lse)
-                    lse[(b * d.heads + h) * d.tokens + i] = l;
-                for (int64_t j = 0; o && j < d.tokens - (mutant ? 1 : 0); j++)
+                if (out.lse)
+                    out.lse[(b * d.heads + h) * d.tokens + i] = l;
+                for (int64_t j = 0; out.o && j < out.keys; j++)
                     for (int64_t x = 0; x < d.width; x++)
-                        o[((b * d.tokens + i) * d.heads + h) * d.width + x] +=
+                        out.o[((b * d.tokens + i) * d.heads + h) * d.width + x] +=
                             p[j] * qkv[at(d, b, j, 2, h) + x];
             }
     md_free(p);
@@ -77,7 +82,7 @@ static void build_attention(op_case *c)
 static void ref_attention(op_case *c, bool mutant)
 {
     forward(dims_of(c), X(c, attention, qkv), X(c, attention, rel), (double)c->args.attention.scale,
-            REF(c, attention, o), REF(c, attention, lse), mutant);
+            (attended){REF(c, attention, o), REF(c, attention, lse), dims_of(c).tokens - mutant});
 }
 
 static void build_attention_bwd(op_case *c)
@@ -107,7 +112,7 @@ static void build_attention_bwd(op_case *c)
         qkv[i] = (double)md_f32(a->qkv)[i];
     for (int64_t i = 0; a->rel && i < md_tensor_count(a->rel); i++)
         rel[i] = (double)md_f32(a->rel)[i];
-    forward(d, qkv, rel, (double)a->scale, o64, lse64, false);
+    forward(d, qkv, rel, (double)a->scale, (attended){o64, lse64, d.tokens});
     for (int64_t i = 0; i < n; i++)
         md_f32(o)[i] = (float)o64[i];
     for (int64_t i = 0; i < d.images * d.heads * d.tokens; i++)
@@ -165,7 +170,7 @@ static double objective_attention_bwd(const op_case *c, int o, int64_t i, double
     double *out = md_alloc(sizeof *out * (size_t)n, "reference"), sum = 0.0, old = moved[i];
     moved[i] += h;
     forward(d, X(c, attention_bwd, qkv), X(c, attention_bwd, rel),
-            (double)c->args.attention_bwd.scale, out, NULL, false);
+            (double)c->args.attention_bwd.scale, (attended){out, NULL, d.tokens});
     moved[i] = old;
     for (int64_t j = 0; j < n; j++)
         sum += out[j] * X(c, attention_bwd, d_o)[j];

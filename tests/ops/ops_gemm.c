@@ -3,7 +3,7 @@
 
 #include <math.h>
 
-enum { TA = 1, TB = 2, BIAS = 4, GELU = 8, QUICK = 16, PRE = 32, ADD = 64, FROZEN = 128 };
+enum { TA = 1, TB = 2, BIAS = 4, GELU = 8, QUICK = 16, PRE = 32, ADD = 64 };
 
 static double act_value(md_act act, double x)
 {
@@ -38,7 +38,6 @@ static void build_gemm(op_case *c)
     a->pre = f & PRE ? F32(c, m, n) : NULL;
     a->trans_a = (f & TA) != 0;
     a->trans_b = (f & TB) != 0;
-    a->b_frozen = (f & FROZEN) != 0;
     a->act = act_of(f);
     a->accumulate = f & ADD ? 1 : 0;
     c->terms = (double)k;
@@ -125,7 +124,7 @@ static double objective_act_bwd(const op_case *c, int o, int64_t i, double h)
         GEMM(m, n, k, TB | BIAS), GEMM(m, n, k, TA | ADD), GEMM(m, n, k, BIAS | ADD), \
         GEMM(m, n, k, TB | BIAS | GELU), GEMM(m, n, k, TB | BIAS | QUICK),            \
         GEMM(m, n, k, TB | BIAS | GELU | PRE), GEMM(m, n, k, BIAS | QUICK | PRE),     \
-        GEMM(m, n, k, TB | BIAS | FROZEN), GEMM(m, n, k, GELU | FROZEN), GEMM(m, n, k, TB | GELU)
+        GEMM(m, n, k, BIAS), GEMM(m, n, k, GELU), GEMM(m, n, k, TB | GELU)
 #define COLSUM(r, c, f)                                         \
     {                                                           \
         MD_OP_colsum, build_colsum, ref_colsum, {r, c}, f, NULL \
