@@ -120,7 +120,7 @@ Q := @
 say := @$(if $(findstring s,$(filter-out --%,$(firstword -$(MAKEFLAGS)))),:,printf '  %-5s %s\n')
 endif
 
-.PHONY: all tests benches test lint format demo deps info install uninstall clean FORCE
+.PHONY: all tests benches test bench-cpu lint format demo deps info install uninstall clean FORCE
 
 all: $(PROG)
 	@cmp -s $(PROG) md_hpc || cp -f $(PROG) md_hpc
@@ -197,6 +197,11 @@ test:
 demo:
 	@$(call need_deps,build demo) $(MAKE) --no-print-directory all
 	@BUILD='$(BUILD)' MPIRUN='$(MPIRUN)' scripts/demo.sh
+
+# Whole training steps against PyTorch; CASES="vit_b16 small".
+bench-cpu:
+	@$(call need_deps,build) $(MAKE) --no-print-directory all
+	@BUILD='$(BUILD)' bench/bench_cpu.sh $(CASES)
 
 lint:
 	@tests/lint/run.sh
