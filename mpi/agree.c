@@ -1,4 +1,4 @@
-/* agree: see agree.h. One small all-reduce when all is well, one broadcast more when not. */
+/* agree: see agree.h. One small all-reduce when all is well; when not, a broadcast and another. */
 #include "mpi/agree.h"
 
 #include <ctype.h>
@@ -7,12 +7,13 @@
 
 #define TEXT_SIZE 1024
 
-/* True for a sentence that an earlier md_agree has already headed "rank 12: ". */
-static bool names_rank(const char *text)
+/* Length of the front "rank 12: " that an earlier md_agree has given a sentence, else 0. */
+static size_t front_length(const char *text)
 {
     if (strncmp(text, "rank ", 5) != 0 || !isdigit((unsigned char)text[5]))
-        return false;
-    return text[5 + strspn(text + 5, "0123456789")] == ':';
+        return 0;
+    size_t n = 5 + strspn(text + 5, "0123456789");
+    return strncmp(text + n, ": ", 2) == 0 ? n + 2 : 0;
 }
 
 md_status md_agree(md_comm *c, md_status st)
@@ -26,14 +27,18 @@ md_status md_agree(md_comm *c, md_status st)
         return MD_OK;
     int root = (int)(first >> 16);
     char text[TEXT_SIZE] = "";
-    if (root == md_comm_rank(c))
-        snprintf(text, sizeof text, "%s", md_error_text());
-    if (root == md_comm_rank(c) && !names_rank(text)) {
-        md_error_prefix(st, "rank %d", md_base_rank());
+    if (root == md_comm_rank(c)) {
+        if (!front_length(md_error_text()))
+            md_error_prefix(st, "rank %d", md_base_rank());
         snprintf(text, sizeof text, "%s", md_error_text());
     }
     md_comm_bcast(c, text, sizeof text, root);
-    return md_error_set((md_status)(first & 0xffff), "%s", text);
+    /* A sentence that all ranks have, such as one about the config, is no single rank's. */
+    const char *plain = text + front_length(text);
+    int64_t differs = root != md_comm_rank(c) &&
+                      (st == MD_OK || strncmp(md_error_text(), plain, strlen(plain)) != 0);
+    md_comm_allreduce(c, &differs, 1, MD_I64, MD_MAX_OP);
+    return md_error_set((md_status)(first & 0xffff), "%s", differs ? text : plain);
 }
 
 md_status md_agree_same(md_comm *c, const char *what, int64_t value)

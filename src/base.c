@@ -218,9 +218,9 @@ bool md_fault(const char *site)
         long pass = atomic_fetch_add(&f->seen, 1) + 1;
         if (f->pass && pass != f->pass)
             continue;
-        if (f->action)
-            raise(f->action);
-        return true;
+        if (!f->action)
+            return true;
+        raise(f->action);
     }
     return false;
 }

@@ -196,7 +196,8 @@ md_status md_snapshot_write(const md_snapshot *s, char *path, size_t size)
 static void warn_skipped(void *arg, const char *path, const char *reason)
 {
     (void)arg;
-    md_log_warn("checkpoint %s is skipped: %s", path, reason);
+    bool named = strstr(reason, path) != NULL;
+    md_log_warn("checkpoint skipped: %s%s%s", named ? "" : path, named ? "" : ": ", reason);
 }
 
 static md_status read_state(const md_snapshot *s, md_checkpoint *ck)

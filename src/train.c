@@ -112,6 +112,9 @@ static md_status open_data(run *r)
                 (long long)c->train_batch, c->data_train, (long long)n, c->data_split);
     r->steps_per_epoch = md_epoch_steps(n, c->train_batch);
     r->total_steps = md_total_steps(c, r->steps_per_epoch);
+    if (r->total_steps == 0)
+        MD_FAIL(MD_ERR_CONFIG, "train.epochs = %g is less than half a step (an epoch has %lld)",
+                c->train_epochs, (long long)r->steps_per_epoch);
     return MD_OK;
 }
 
@@ -355,6 +358,12 @@ static md_status one_step(run *r, bool *stop)
 static md_status loop(run *r)
 {
     bool stop = false;
+    if (r->state.step >= r->total_steps) {
+        md_log_info("the run is finished: it has %lld of %lld steps; to go on, raise train.epochs "
+                    "or train.max_steps",
+                    (long long)r->state.step, (long long)r->total_steps);
+        return MD_OK;
+    }
     md_progress_start(&r->progress, r->state.step, r->total_steps, r->steps_per_epoch,
                       r->layout.batch);
     md_runlog_status(r->log, "running", r->state.step, 0, "");
@@ -392,8 +401,8 @@ static void tear_down(run *r, md_status st)
 static md_status cmd_train(int argc, char **argv)
 {
     run r = {0};
+    catch_signals(); /* first: one that comes during setup stops the run after its first step */
     MD_TRY(md_mpi_start(&argc, &argv, &r.world));
-    catch_signals();
     md_status st = set_up(&r, argc, argv);
     if (st == MD_OK)
         st = loop(&r);

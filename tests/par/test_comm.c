@@ -219,6 +219,18 @@ static void test_agree(void **state)
     }
 }
 
+/* What all ranks say alike is said once, without a rank in front. */
+static void test_agree_on_one_sentence(void **state)
+{
+    (void)state;
+    md_status st = md_error_set(MD_ERR_CONFIG, "no such key");
+    for (int i = 0; i < 2; i++) {
+        st = md_agree(par_world, st);
+        assert_int_equal(st, MD_ERR_CONFIG);
+        assert_string_equal(md_error_text(), "no such key");
+    }
+}
+
 static void test_agree_same(void **state)
 {
     (void)state;
@@ -239,7 +251,8 @@ static void test_agree_same(void **state)
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(test_collectives), cmocka_unit_test(test_sliced),
     cmocka_unit_test(test_split_order), cmocka_unit_test(test_shared),
-    cmocka_unit_test(test_agree),       cmocka_unit_test(test_agree_same),
+    cmocka_unit_test(test_agree),       cmocka_unit_test(test_agree_on_one_sentence),
+    cmocka_unit_test(test_agree_same),
 };
 
 PAR_MAIN(tests)
