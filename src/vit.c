@@ -5,6 +5,12 @@
 #include <stdarg.h>
 #include <stdio.h>
 
+/* What runs from block to block: the residual stream x, and y, its LayerNorm for the next branch.
+ */
+typedef struct md_vit_stream {
+    md_slot x, y;
+} md_vit_stream;
+
 /* What varies between the rows of a declaration. */
 typedef struct row_spec {
     md_init init;
@@ -129,45 +135,44 @@ float md_vit_drop_rate(const md_vit_spec *s, int k)
     return s->layers > 1 ? s->drop_path * (float)k / (float)(s->layers - 1) : 0.0f;
 }
 
-/* One block: y is LN1(x); returns the new residual stream in *x and the next norm's output in *y.
- */
+/* One block: takes the stream with y = LN1(x), leaves the next one. */
 static void build_block(const md_vit *v, md_graph *g, const md_vit_in *in, int k, md_slot rel,
-                        md_slot *x, md_slot *y)
+                        md_vit_stream *r)
 {
     const md_vit_spec *s = &v->spec;
     const md_vit_block *b = &v->block[k];
     const md_slot *keep = in->keep ? &in->keep[2 * k] : NULL;
     bool last = k + 1 == s->layers;
-    md_slot qkv = s->qv_bias ? md_n_linear_slot(g, *y, b->qkv_w, md_n_qv_bias(g, b->q_b, b->v_b))
-                             : md_n_linear(g, *y, b->qkv_w, b->qkv_b, MD_ACT_NONE);
+    md_slot qkv = s->qv_bias ? md_n_linear_slot(g, r->y, b->qkv_w, md_n_qv_bias(g, b->q_b, b->v_b))
+                             : md_n_linear(g, r->y, b->qkv_w, b->qkv_b, MD_ACT_NONE);
     if (s->rel_pos == MD_REL_PER_LAYER)
         rel = md_n_rel_bias(g, in->index, b->rel);
     md_slot attn = md_n_attention(g, qkv, rel, s->heads);
     if (last && in->chosen_last) {
         attn = md_n_gather_rows(g, attn, in->rows);
-        *x = md_n_gather_rows(g, *x, in->rows);
+        r->x = md_n_gather_rows(g, r->x, in->rows);
     }
     attn = md_n_linear(g, attn, b->proj_w, b->proj_b, MD_ACT_NONE);
     md_n_residual_ln(g,
-                     &(md_residual_in){.x = *x,
+                     &(md_residual_in){.x = r->x,
                                        .branch = attn,
                                        .keep = keep ? keep[0] : MD_NO_SLOT,
                                        .gamma = b->gamma_1,
                                        .weight = b->norm2_w,
                                        .bias = b->norm2_b,
                                        .eps = s->ln_eps},
-                     x, y);
-    md_slot hidden = md_n_linear(g, *y, b->fc1_w, b->fc1_b, s->act);
+                     &r->x, &r->y);
+    md_slot hidden = md_n_linear(g, r->y, b->fc1_w, b->fc1_b, s->act);
     hidden = md_n_linear(g, hidden, b->fc2_w, b->fc2_b, MD_ACT_NONE);
     md_n_residual_ln(g,
-                     &(md_residual_in){.x = *x,
+                     &(md_residual_in){.x = r->x,
                                        .branch = hidden,
                                        .keep = keep ? keep[1] : MD_NO_SLOT,
                                        .gamma = b->gamma_2,
                                        .weight = last ? MD_NO_PARAM : v->block[k + 1].norm1_w,
                                        .bias = last ? MD_NO_PARAM : v->block[k + 1].norm1_b,
                                        .eps = s->ln_eps},
-                     x, y);
+                     &r->x, &r->y);
 }
 
 void md_vit_build(const md_vit *v, md_graph *g, const md_vit_in *in, md_slot *out)
@@ -178,7 +183,7 @@ void md_vit_build(const md_vit *v, md_graph *g, const md_vit_in *in, md_slot *ou
         patches.mean[c] = in->mean[c];
         patches.std[c] = in->std[c];
     }
-    md_slot x = md_n_patchify(g, in->image, &patches), y;
+    md_slot x = md_n_patchify(g, in->image, &patches);
     x = md_n_linear(g, x, v->patch_w, v->patch_b, MD_ACT_NONE);
     bool masked = in->mask != MD_NO_SLOT;
     x = md_n_tokens(g, x, in->mask, in->images,
@@ -186,6 +191,7 @@ void md_vit_build(const md_vit *v, md_graph *g, const md_vit_in *in, md_slot *ou
     if (s->pre_norm)
         x = md_n_layernorm(g, x, (int[]){v->pre_w, v->pre_b}, &(md_attr){.eps = s->ln_eps});
     md_slot rel = s->rel_pos == MD_REL_SHARED ? md_n_rel_bias(g, in->index, v->rel) : MD_NO_SLOT;
+    md_vit_stream r = {.x = x};
     md_slot unused;
     md_n_residual_ln(g,
                      &(md_residual_in){.x = x,
@@ -195,13 +201,13 @@ void md_vit_build(const md_vit *v, md_graph *g, const md_vit_in *in, md_slot *ou
                                        .weight = v->block[0].norm1_w,
                                        .bias = v->block[0].norm1_b,
                                        .eps = s->ln_eps},
-                     &unused, &y);
+                     &unused, &r.y);
     for (int k = 0; k < s->layers; k++) {
-        build_block(v, g, in, k, rel, &x, &y);
+        build_block(v, g, in, k, rel, &r);
         int place = k - (s->layers - in->last);
         if (place < 0)
             continue;
         bool chosen = in->chosen_last && k + 1 == s->layers;
-        out[place] = chosen ? x : md_n_gather_rows(g, x, in->rows);
+        out[place] = chosen ? r.x : md_n_gather_rows(g, r.x, in->rows);
     }
 }
