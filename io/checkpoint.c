@@ -2,7 +2,8 @@
  * takes all ranks to the same exit, where rank 0 removes the temporary file. */
 #include "io/checkpoint_parts.h"
 
-#include <fcntl.h>
+#include <errno.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -35,7 +36,7 @@ typedef struct writer {
     md_checkpoint *ck;
     uint64_t *memory, *file; /* [blocks] hashes of what was meant and of what the file has */
     int64_t blocks;
-    int fd;
+    int fd, sync_error;
 } writer;
 
 /* Lays the file out on rank 0 and tells all where the items lie. */
@@ -70,14 +71,12 @@ static md_status phase_write(writer *w)
 {
     const md_checkpoint_args *a = w->args;
     MD_TRY(md_agree(a->comm, md_ckpt_write_blocks(w->fd, a, w->ck, w->memory)));
-    /* The disk works while the next phase computes. Advice: what it does not start, fsync does. */
-    sync_file_range(w->fd, 0, 0, SYNC_FILE_RANGE_WRITE);
     md_comm_allreduce(a->comm, w->memory, w->blocks, MD_I64, MD_SUM);
     return MD_OK;
 }
 
 /* Reads the file back, each block by one rank, and compares; the hashes become the items'. A block
- * that several ranks wrote has no hash of memory to compare with. */
+ * of several writers has no hash of memory to compare with. */
 static md_status phase_verify(writer *w)
 {
     md_checkpoint *ck = w->ck;
@@ -100,11 +99,29 @@ static md_status phase_verify(writer *w)
     return MD_OK;
 }
 
-static md_status phase_sync(writer *w)
+static void *sync_main(void *arg)
 {
+    writer *w = arg;
+    w->sync_error = fsync(w->fd) == 0 ? 0 : errno;
+    return NULL;
+}
+
+/* While a thread waits for the disk, this one reads back what the page cache holds. */
+static md_status phase_sync_and_verify(writer *w)
+{
+    pthread_t thread;
+    bool apart = pthread_create(&thread, NULL, sync_main, w) == 0;
+    md_status st = phase_verify(w);
+    if (apart)
+        pthread_join(thread, NULL);
+    else
+        sync_main(w);
+    MD_TRY(st);
     if (md_fault("ckpt.fsync"))
-        MD_FAIL(MD_ERR_IO, "%s: cannot sync: injected fault", w->part);
-    return md_ckpt_sync(w->fd, w->part);
+        w->sync_error = EIO;
+    if (w->sync_error)
+        st = md_error_set(MD_ERR_IO, "%s: cannot sync: %s", w->part, strerror(w->sync_error));
+    return md_agree(w->ck->comm, st);
 }
 
 /* Rank 0 seals the file and opens it as a reader would. */
@@ -128,8 +145,7 @@ static md_status run_phases(writer *w, int64_t *owned)
     MD_TRY(check_cover(w, owned));
     MD_TRY(phase_create(w));
     MD_TRY(phase_write(w));
-    MD_TRY(phase_verify(w));
-    MD_TRY(md_agree(c, phase_sync(w)));
+    MD_TRY(phase_sync_and_verify(w));
     return md_agree(c, md_comm_rank(c) == 0 ? seal_and_check(w) : MD_OK);
 }
 

@@ -14,6 +14,14 @@
 
 #include "mpi/agree.h"
 
+#define WRITE_BYTES (8 * MD_CKPT_BLOCK) /* of one pwrite: half the time of 1 MiB on ext4 */
+
+/* Bytes [lo, hi) of an array, at `data` in memory. */
+typedef struct piece {
+    int64_t lo, hi;
+    const char *data;
+} piece;
+
 md_state_item md_state_item_make(const char *name, const md_tensor *t)
 {
     md_state_item item = {.name = name, .dtype = (md_dtype)t->dtype, .rank = t->rank};
@@ -147,13 +155,21 @@ static bool all_finite(const void *data, int64_t bytes, md_dtype dtype)
     return !bad;
 }
 
-/* Bytes [lo, hi) of entry e's array, which lie at `data`, inside one block of the array. */
-static md_status write_piece(int fd, const char *path, const md_state_entry *e, int64_t lo,
-                             int64_t hi, const void *data)
+/* Bytes [lo, hi) of entry e's array, which lie at `data`: each block's values are checked and, when
+ * the block is all there, hashed; then all is written at once. */
+static md_status write_piece(int fd, const char *path, const md_state_entry *e, const piece *p,
+                             uint64_t *memory)
 {
-    if (!all_finite(data, hi - lo, (md_dtype)e->dtype))
-        MD_FAIL(MD_ERR_NUMERICS, "%s: %s has a value that is not finite", path, e->name);
-    return md_ckpt_pwrite(fd, path, data, hi - lo, e->offset + lo);
+    for (int64_t lo = p->lo; lo < p->hi;) {
+        int64_t hi = MD_MIN(p->hi, (lo / MD_CKPT_BLOCK + 1) * MD_CKPT_BLOCK);
+        const char *data = p->data + (lo - p->lo);
+        if (!all_finite(data, hi - lo, (md_dtype)e->dtype))
+            MD_FAIL(MD_ERR_NUMERICS, "%s: %s has a value that is not finite", path, e->name);
+        if (lo % MD_CKPT_BLOCK == 0 && (hi - lo == MD_CKPT_BLOCK || hi == e->bytes))
+            memory[lo / MD_CKPT_BLOCK] = XXH3_64bits(data, (size_t)(hi - lo));
+        lo = hi;
+    }
+    return md_ckpt_pwrite(fd, path, p->data, p->hi - p->lo, e->offset + p->lo);
 }
 
 static md_status write_item(int fd, const char *path, const md_state_entry *e,
@@ -164,11 +180,8 @@ static md_status write_item(int fd, const char *path, const md_state_entry *e,
     for (int64_t r = 0; r < runs.count; r++) {
         int64_t lo = md_ckpt_run_offset(item, r), end = lo + runs.bytes;
         while (lo < end) {
-            int64_t hi = MD_MIN(end, (lo / MD_CKPT_BLOCK + 1) * MD_CKPT_BLOCK);
-            bool whole = lo % MD_CKPT_BLOCK == 0 && (hi - lo == MD_CKPT_BLOCK || hi == e->bytes);
-            if (whole)
-                memory[lo / MD_CKPT_BLOCK] = XXH3_64bits(data, (size_t)(hi - lo));
-            MD_TRY(write_piece(fd, path, e, lo, hi, data));
+            int64_t hi = MD_MIN(end, (lo / WRITE_BYTES + 1) * WRITE_BYTES);
+            MD_TRY(write_piece(fd, path, e, &(piece){lo, hi, data}, memory));
             data += hi - lo;
             lo = hi;
         }
