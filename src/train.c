@@ -367,8 +367,12 @@ static md_status loop(run *r)
     md_progress_start(&r->progress, r->state.step, r->total_steps, r->steps_per_epoch,
                       r->layout.batch);
     md_runlog_status(r->log, "running", r->state.step, 0, "");
+    md_runlog_event(r->log, r->state.step, *r->checkpoint ? "resume" : "start", "%d ranks%s%s",
+                    r->layout.ranks, *r->checkpoint ? ", from " : "", r->checkpoint);
     while (r->state.step < r->total_steps && !stop)
         MD_TRY(one_step(r, &stop));
+    if (stop)
+        md_runlog_event(r->log, r->state.step, "stop", "a rank had a signal");
     MD_TRY(save(r));
     md_progress_summary(&r->progress, r->world, r->checkpoint);
     if (r->state.step == r->total_steps)
