@@ -76,7 +76,6 @@ static void build_attention(op_case *c)
     a->heads = (int)d.heads;
     a->scale = 1.0f / sqrtf((float)d.width);
     c->terms = (double)(d.tokens + d.width);
-    c->factor = 8.0;
 }
 
 static void ref_attention(op_case *c, bool mutant)
@@ -103,7 +102,6 @@ static void build_attention_bwd(op_case *c)
     a->heads = (int)d.heads;
     a->scale = 1.0f / sqrtf((float)d.width);
     c->terms = (double)(d.tokens + d.width);
-    c->factor = 16.0;
     /* o and lse of these inputs, rounded to float as the forward op leaves them. */
     double *qkv = case_array(c, 3 * n), *o64 = case_array(c, n);
     double *rel = case_array(c, d.heads * d.tokens * d.tokens);
