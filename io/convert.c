@@ -212,12 +212,15 @@ static md_status collect_reasons(job *j)
         if (n == 0)
             continue;
         char *text = j->rank == r ? j->reasons.at : md_alloc((size_t)n, "convert");
-        MD_TRY(md_agree(j->c, text ? MD_OK : MD_ERR_MEMORY));
-        md_comm_bcast(j->c, text, n, r);
-        md_status st = j->rank == 0 ? convert_list_push(&j->reasons, text, n) : MD_OK;
+        md_status st = md_agree(j->c, text ? MD_OK : MD_ERR_MEMORY);
+        if (st == MD_OK) {
+            md_comm_bcast(j->c, text, n, r);
+            st = j->rank == 0 ? convert_list_push(&j->reasons, text, n) : MD_OK;
+            st = md_agree(j->c, st);
+        }
         if (j->rank != r)
             md_free(text);
-        MD_TRY(md_agree(j->c, st));
+        MD_TRY(st);
     }
     return MD_OK;
 }

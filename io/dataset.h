@@ -59,7 +59,9 @@ const char *md_dataset_name(const md_dataset *d, int64_t i, char *buf, size_t ca
  * errors (EIO, ESTALE) are retried five times over a third of a second. MD_ERR_IO: could not read;
  * MD_ERR_DATA: the bytes are not those that were stored. cap below md_dataset_bytes is a bug. */
 md_status md_dataset_read(const md_dataset *d, int64_t i, void *buf, size_t cap, size_t *len);
-/* The same through H5Dread: the reference. Main thread only. */
+/* The same through H5Dread: the reference. md_dataset_use_hdf5 opens the file for it, by MPI-IO on
+ * several ranks; Collective(c), c as in md_dataset_open. Main thread only. */
+md_status md_dataset_use_hdf5(md_dataset *d, md_comm *c);
 md_status md_dataset_read_hdf5(const md_dataset *d, int64_t i, void *buf, size_t cap, size_t *len);
 
 /* Element p of permutation number `epoch` of 0 .. n - 1 under `seed`; 1 <= n <= 2^47, 0 <= p < n. A

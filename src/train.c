@@ -106,6 +106,8 @@ static md_status open_data(run *r)
 {
     const md_config *c = &r->config;
     MD_TRY(md_dataset_open(c->data_train, c->data_split, r->world, &r->data));
+    if (strcmp(c->data_reader, "hdf5") == 0)
+        MD_TRY(md_dataset_use_hdf5(r->data, r->world));
     int64_t n = md_dataset_count(r->data);
     if (n < c->train_batch)
         MD_FAIL(MD_ERR_CONFIG, "train.batch = %lld, but %s has only %lld images in split \"%s\"",

@@ -111,6 +111,20 @@ for site in convert.read convert.write convert.publish io.read; do
     done
 done
 
+# No memory at any place of any rank: an exit code, never a hang.
+for rank in 0 1; do
+    for pass in 3 8 13 18 23 28 33 38 43 48 53 58; do
+        rc=0
+        MD_FAULT=base.alloc@rank$rank#$pass timeout 60 "$MPIRUN" -np 2 "$MD_HPC" convert \
+            --out "$out" --force "$scratch/src" >"$scratch/log" 2>&1 || rc=$?
+        case $rc in
+        0 | 71 | 73) ;;
+        *) fail "exit code $rc without memory at $pass on rank $rank" ;;
+        esac
+    done
+done
+rm -f "$out" "$out.partial"
+
 # A killed run leaves no file with the final name; the next one starts over.
 for site in convert.read#20 convert.write#20 io.read#20 convert.publish; do
     MD_FAULT=$site@rank0:kill expect 137 2 --out "$out" "$scratch/src"

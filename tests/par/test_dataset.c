@@ -86,6 +86,7 @@ static void test_all_ranks_read(void **state)
     convert(par_world, out);
     md_dataset *d;
     assert_ok(md_dataset_open(out, "train", par_world, &d));
+    assert_ok(md_dataset_use_hdf5(d, par_world));
     check_images(d);
     uint64_t mine = md_dataset_hash(d), first = mine;
     md_comm_bcast(par_world, &first, sizeof first, 0);

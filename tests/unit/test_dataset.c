@@ -113,7 +113,7 @@ static md_dataset *open_good(store *s)
     store_fill(s);
     store_write(s);
     md_status st = md_dataset_open(path, "train", NULL, &d);
-    if (st != MD_OK)
+    if (st != MD_OK || md_dataset_use_hdf5(d, NULL) != MD_OK)
         fail_msg("%s", md_error_text());
     return d;
 }

@@ -382,6 +382,8 @@ static int64_t load_store(const char *store, bool hdf5, uint8_t *crop, md_bad_im
     const md_batch *b;
     assert_int_equal(md_dataset_open(store, "train", NULL, &d), MD_OK);
     assert_int_equal(md_dataset_count(d), GOLDEN);
+    if (hdf5)
+        assert_int_equal(md_dataset_use_hdf5(d, NULL), MD_OK);
     a.source = md_dataset_source(d, hdf5);
     a.batch = a.micro_batch = GOLDEN;
     assert_int_equal(md_loader_create(&l, &a), MD_OK);
