@@ -25,6 +25,8 @@ size_t cpu_gemm_scratch(md_backend *be, const md_gemm_args *a)
 {
     cpu_mm_shape s = gemm_shape(a);
     cpu_mm *mm;
+    if (s.m == 0 || s.n == 0 || s.k == 0)
+        return 0;
     return cpu_mm_plan(cpu_mm_of(be), &s, &mm) == MD_OK ? cpu_mm_scratch(mm) : 0;
 }
 
@@ -46,6 +48,28 @@ static void act_forward(const md_backend *be, const float *x, float *y, int64_t 
     }
 }
 
+/* The product over k = 0 terms, which the libraries do not take: only bias and old value are left.
+ */
+static void empty_sum(const md_gemm_args *a, const cpu_mm_shape *s, float *c)
+{
+    const float *bias = a->bias ? md_f32(a->bias) : NULL;
+    for (int64_t i = 0; i < s->m * s->n; i++)
+        c[i] = (s->accumulate ? c[i] : 0.0f) + (bias ? bias[i % s->n] : 0.0f);
+}
+
+static md_status product(md_backend *be, const md_gemm_args *a, const cpu_mm_shape *s, float *c)
+{
+    cpu_mm *mm;
+    void *scratch;
+    MD_TRY(cpu_mm_plan(cpu_mm_of(be), s, &mm));
+    MD_TRY(cpu_scratch(be, MD_OP_gemm, cpu_mm_scratch(mm), &scratch));
+    return cpu_mm_run(mm, &(cpu_mm_run_args){.a = md_f32(a->a),
+                                             .b = md_f32(a->b),
+                                             .c = c,
+                                             .bias = a->bias ? md_f32(a->bias) : NULL,
+                                             .scratch = scratch});
+}
+
 md_status cpu_gemm(md_backend *be, const md_gemm_args *a)
 {
     CPU_CHECK(gemm, a);
@@ -54,17 +78,12 @@ md_status cpu_gemm(md_backend *be, const md_gemm_args *a)
     if (a->pre && a->act == MD_ACT_NONE)
         MD_FAIL(MD_ERR_BUG, "gemm: pre without an activation");
     cpu_mm_shape s = gemm_shape(a);
-    cpu_mm *mm;
-    void *scratch;
-    MD_TRY(cpu_mm_plan(cpu_mm_of(be), &s, &mm));
-    MD_TRY(cpu_scratch(be, MD_OP_gemm, cpu_mm_scratch(mm), &scratch));
     float *c = md_f32(a->pre ? a->pre : a->y);
-    MD_TRY(cpu_mm_run(mm, &(cpu_mm_run_args){.a = md_f32(a->a),
-                                             .b = md_f32(a->b),
-                                             .c = c,
-                                             .bias = a->bias ? md_f32(a->bias) : NULL,
-                                             .scratch = scratch}));
-    if (a->pre)
+    if (s.k == 0)
+        empty_sum(a, &s, c);
+    else if (s.m > 0 && s.n > 0)
+        MD_TRY(product(be, a, &s, c));
+    if (a->act != MD_ACT_NONE && (a->pre || s.k == 0))
         act_forward(be, c, md_f32(a->y), s.m * s.n, a->act);
     return MD_OK;
 }

@@ -117,6 +117,31 @@ static void test_values_are_checked(void **state)
     md_backend_destroy(be);
 }
 
+/* Empty rows and an empty sum: no masked token, no image. */
+static void test_empty_operands(void **state)
+{
+    (void)state;
+    md_backend *be = make("check");
+    be->scratch = scratch;
+    be->scratch_size = sizeof scratch;
+    md_tensor none = F32(0, 0, 3), b = F32(1, 3, 4), y0 = F32(2, 0, 4), y = F32(3, 3, 4);
+    md_tensor bias = F32(4, 4), index = MD_TENSOR(block[5], MD_I32, 0), x = F32(6, 5, 3);
+    for (int i = 0; i < 12; i++)
+        block[3][i] = 2.0f;
+    assert_int_equal(MD_OP(be, gemm, .a = &none, .b = &b, .y = &y0, .bias = &bias), MD_OK);
+    assert_int_equal(
+        MD_OP(be, gemm, .a = &none, .b = &y0, .y = &y, .trans_a = true, .accumulate = 1), MD_OK);
+    assert_true(block[3][0] == 2.0f && block[3][11] == 2.0f);
+    assert_int_equal(MD_OP(be, gemm, .a = &none, .b = &y0, .y = &y, .trans_a = true), MD_OK);
+    assert_true(block[3][0] == 0.0f && block[3][11] == 0.0f);
+    assert_int_equal(MD_OP(be, colsum, .x = &y0, .y = &bias), MD_OK);
+    assert_true(block[4][0] == 0.0f && block[4][3] == 0.0f);
+    assert_int_equal(MD_OP(be, gather_rows, .x = &x, .index = &index, .y = &none), MD_OK);
+    assert_int_equal(MD_OP(be, scatter_rows, .dy = &none, .index = &index, .dx = &x), MD_OK);
+    assert_true(block[6][0] == 0.0f && block[6][14] == 0.0f);
+    md_backend_destroy(be);
+}
+
 /* A backend that breaks one rule in axpy, otherwise the cpu's table. */
 typedef enum breach { KEEPS_RULES, CHANGES_INPUT, LEAVES_ELEMENT, WRITES_NAN } breach;
 static breach axpy_breach;
@@ -187,6 +212,7 @@ int main(void)
         cmocka_unit_test(test_shape_rules),
         cmocka_unit_test(test_letters_must_agree),
         cmocka_unit_test(test_values_are_checked),
+        cmocka_unit_test(test_empty_operands),
         cmocka_unit_test(test_check_sees_breaches),
         cmocka_unit_test(test_check_sees_memory),
     };
