@@ -74,7 +74,7 @@ static md_status reserve(const char *path, int64_t bytes)
     close(fd);
     if (refused || md_fault("ckpt.space"))
         MD_FAIL(MD_ERR_IO, "%s: no room for a checkpoint of %lld MiB: %s", path,
-                (long long)(bytes >> 20), strerror(err));
+                (long long)((bytes + (1 << 20) - 1) >> 20), strerror(err));
     return MD_OK;
 }
 

@@ -1,5 +1,5 @@
 /* The promises of the checkpoint file on one rank: round trip, every damage found, every crash
- * survived, full disk, retention, the run lock. Layouts over ranks are in tests/par. */
+ * survived, full disk, retention. Layouts over ranks are in tests/par. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -13,13 +13,13 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mount.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include "io/checkpoint.h"
-#include "io/run_dir.h"
 
 static char dir[256];
 static md_comm *self;
@@ -407,6 +407,23 @@ static void test_disk_full(void **st)
     assert_int_equal(newest(), 2);
 }
 
+/* A disk of 1 MiB, where the system lets us have one: it holds one checkpoint and not two. */
+static void test_small_disk(void **st)
+{
+    (void)st;
+    if (mount("tmpfs", dir, "tmpfs", 0, "size=1m") != 0)
+        skip();
+    md_status first = write_step(1, 2, 0), second = write_step(2, 2, 0);
+    int64_t left = newest();
+    int partials = files(".partial");
+    assert_int_equal(umount(dir), 0);
+    assert_int_equal(first, MD_OK);
+    assert_int_equal(second, MD_ERR_IO);
+    assert_non_null(strstr(md_error_text(), "no room for a checkpoint of 1 MiB"));
+    assert_int_equal(left, 1);
+    assert_int_equal(partials, 0);
+}
+
 /* This program again, as a child that writes steps 7 and 8 with a fault; returns its wait status.
  */
 static int run_child(const char *fault)
@@ -455,54 +472,6 @@ static void test_crash_points(void **st)
     assert_int_equal(newest(), 8);
 }
 
-static void test_run_lock(void **st)
-{
-    (void)st;
-    md_run_lock *lock, *other;
-    char path[512];
-    snprintf(path, sizeof path, "%s/LOCK", dir);
-    assert_ok(md_run_lock_take(dir, &lock));
-    assert_int_equal(md_run_lock_take(dir, &other), MD_ERR_PERM);
-    char pid[32];
-    snprintf(pid, sizeof pid, "process %ld", (long)getpid());
-    assert_non_null(strstr(md_error_text(), pid));
-    md_run_lock_touch(lock);
-    md_run_lock_release(lock);
-    assert_ok(md_run_lock_take(dir, &lock));
-    md_run_lock_release(lock);
-    md_run_lock_release(NULL);
-    assert_int_equal(md_run_lock_take("/nonexistent", &lock), MD_ERR_CREATE);
-
-    /* A process of this host that was killed leaves no lock. */
-    if (fork() == 0) {
-        _exit(md_run_lock_take(dir, &lock));
-    }
-    int status;
-    wait(&status);
-    assert_int_equal(status, 0);
-    assert_ok(md_run_lock_take(dir, &lock));
-    md_run_lock_release(lock);
-
-    /* A holder on another host: alive until it has been silent for long, or when it was our own
-     * job. */
-    FILE *f = fopen(path, "w");
-    fputs("elsewhere 1234 77\n", f);
-    fclose(f);
-    assert_int_equal(md_run_lock_take(dir, &lock), MD_ERR_PERM);
-    assert_non_null(strstr(md_error_text(), "process 1234 on elsewhere"));
-    setenv("SLURM_JOB_ID", "77", 1);
-    assert_ok(md_run_lock_take(dir, &lock));
-    md_run_lock_release(lock);
-    unsetenv("SLURM_JOB_ID");
-    f = fopen(path, "w");
-    fputs("elsewhere 1234 -\n", f);
-    fclose(f);
-    struct timespec long_ago[2] = {{.tv_sec = 1000}, {.tv_sec = 1000}};
-    assert_int_equal(utimensat(AT_FDCWD, path, long_ago, 0), 0);
-    assert_ok(md_run_lock_take(dir, &lock));
-    md_run_lock_release(lock);
-}
-
 /* What run_child starts. */
 static int child(const char *where)
 {
@@ -531,8 +500,8 @@ int main(int argc, char **argv)
         cmocka_unit_test_setup(test_not_finite, setup),
         cmocka_unit_test_setup(test_cannot_create, setup),
         cmocka_unit_test_setup(test_disk_full, setup),
+        cmocka_unit_test_setup(test_small_disk, setup),
         cmocka_unit_test_setup(test_crash_points, setup),
-        cmocka_unit_test_setup(test_run_lock, setup),
     };
     int failed = cmocka_run_group_tests(tests, NULL, NULL);
     empty_dir();
