@@ -281,6 +281,8 @@ const char *md_op_name(md_op op);
  * accumulate names outputs of the op; a bit of an absent output means nothing. Every backend calls
  * it first. MD_ERR_BUG naming op and operand. Local. */
 md_status md_op_check(md_op op, const md_operands *a);
+/* Whether output `out` of an op may be the very memory of input `in` (its row says "may be"). */
+bool md_op_may_share(md_op op, int in, int out);
 /* Name of operand i of an op ("weight", "dx"); NULL beyond the last one. */
 const char *md_op_in_name(md_op op, int i);
 const char *md_op_out_name(md_op op, int i);

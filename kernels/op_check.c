@@ -1,10 +1,11 @@
 /* op_check: the shapes of every op as one table, read by one small interpreter, so that no backend
  * repeats shape checks.
  *
- * A rule is "name[?][:dtype] mode dims": ? = optional; dtype f32 when absent; mode '=' exact
- * dimensions, '~' matrix view (all leading dimensions multiplied, then the last), '#' only the
- * number of elements. dims are separated by blanks, each "3", "C", "3C" or "G+1"; a letter gets its
- * value at its first use and must agree afterwards. gemm's transposes swap the dims of a and b. */
+ * A rule is "name[?][@input][:dtype] mode dims": ? = optional; @ names the input an output may be
+ * the same memory as; dtype f32 when absent; mode '=' exact dimensions, '~' matrix view (all
+ * leading dimensions multiplied, then the last), '#' only the number of elements. dims are
+ * separated by blanks, each "3", "C", "3C" or "G+1"; a letter gets its value at its first use and
+ * must agree afterwards. gemm's transposes swap the dims of a and b. */
 #include "kernels/backend.h"
 
 #include <ctype.h>
@@ -18,15 +19,15 @@ typedef struct op_rule {
 static const op_rule rules[MD_OP_COUNT] = {
     [MD_OP_gemm] = {{"a ~ M K", "b ~ K N", "bias? # N"}, {"y ~ M N", "pre? ~ M N"}},
     [MD_OP_colsum] = {{"x ~ N C"}, {"y # C"}},
-    [MD_OP_act_bwd] = {{"x ~ N C", "dy ~ N C"}, {"dx ~ N C", "dbias? # C"}},
+    [MD_OP_act_bwd] = {{"x ~ N C", "dy ~ N C"}, {"dx@dy ~ N C", "dbias? # C"}},
     [MD_OP_layernorm] = {{"x ~ N C", "weight? # C", "bias? # C"},
-                         {"y ~ N C", "mean? # N", "rstd? # N"}},
+                         {"y@x ~ N C", "mean? # N", "rstd? # N"}},
     [MD_OP_residual_ln] = {{"x ~ N C", "branch? ~ N C", "gamma? # C", "keep? # B", "weight? # C",
                             "bias? # C"},
-                           {"r? ~ N C", "y? ~ N C", "mean? # N", "rstd? # N"}},
+                           {"r?@x ~ N C", "y? ~ N C", "mean? # N", "rstd? # N"}},
     [MD_OP_residual_ln_bwd] = {{"r? ~ N C", "branch? ~ N C", "gamma? # C", "keep? # B",
                                 "weight? # C", "mean? # N", "rstd? # N", "dr? ~ N C", "dy? ~ N C"},
-                               {"dx ~ N C", "dbranch? ~ N C", "dgamma? # C", "dweight? # C",
+                               {"dx@dr ~ N C", "dbranch? ~ N C", "dgamma? # C", "dweight? # C",
                                 "dbias? # C"}},
     [MD_OP_attention] = {{"qkv = B T 3C", "rel? = H T T"}, {"o = B T C", "lse? = B H T"}},
     [MD_OP_attention_bwd] = {{"qkv = B T 3C", "rel? = H T T", "o = B T C", "lse = B H T",
@@ -42,11 +43,11 @@ static const op_rule rules[MD_OP_COUNT] = {
                           {"dpatch = B G C", "dcls? # C", "dmask_token? # C", "dpos? = G+1 C"}},
     [MD_OP_gather_rows] = {{"x ~ N C", "index:I32 # R"}, {"y ~ R C"}},
     [MD_OP_scatter_rows] = {{"dy ~ R C", "index:I32 # R"}, {"dx ~ N C"}},
-    [MD_OP_loss] = {{"pred ~ N C", "target ~ N C"}, {"loss:F64 # 1", "dpred? ~ N C"}},
+    [MD_OP_loss] = {{"pred ~ N C", "target ~ N C"}, {"loss:F64 # 1", "dpred?@pred ~ N C"}},
     [MD_OP_sumsq] = {{"x # E"}, {"sum:F64 # 1", "nonfinite:F64 # 1"}},
     [MD_OP_adamw] = {{"grad # E"}, {"param # E", "m # E", "v # E"}},
     [MD_OP_fill] = {{NULL}, {"y # E"}},
-    [MD_OP_axpy] = {{"x # E"}, {"y # E"}},
+    [MD_OP_axpy] = {{"x # E"}, {"y@x # E"}},
 };
 
 static const char *const op_names[] = {
@@ -68,7 +69,7 @@ static const char *rule_name(const char *rule)
     if (!rule)
         return NULL;
     char *out = names[turn++ % MD_COUNT(names)];
-    size_t n = strcspn(rule, "?: ");
+    size_t n = strcspn(rule, "?@: ");
     memcpy(out, rule, MD_MIN(n, sizeof names[0] - 1));
     out[MD_MIN(n, sizeof names[0] - 1)] = '\0';
     return out;
@@ -82,6 +83,14 @@ const char *md_op_in_name(md_op op, int i)
 const char *md_op_out_name(md_op op, int i)
 {
     return i >= 0 && i < MD_OP_OUT ? rule_name(rules[op].out[i]) : NULL;
+}
+
+bool md_op_may_share(md_op op, int in, int out)
+{
+    const char *rule = rules[op].out[out], *input = rules[op].in[in];
+    const char *at = rule ? memchr(rule, '@', strcspn(rule, " ")) : NULL;
+    size_t n = input ? strcspn(input, "?@: ") : 0;
+    return at && n > 0 && strncmp(at + 1, input, n) == 0 && strchr(": ", at[1 + n]);
 }
 
 /* The dimensions of t as the mode of its rule sees them; returns how many. */
@@ -139,7 +148,7 @@ static md_status operand_check(md_op op, const char *rule, const md_tensor *t, b
             MD_FAIL(MD_ERR_BUG, "%s: an operand beyond the last one is set", md_op_name(op));
         return MD_OK;
     }
-    size_t name = strcspn(rule, "?: ");
+    size_t name = strcspn(rule, "?@: ");
     if (!t) {
         if (rule[name] != '?')
             MD_FAIL(MD_ERR_BUG, "%s: operand %s is missing", md_op_name(op), rule_name(rule));

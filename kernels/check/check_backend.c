@@ -53,8 +53,13 @@ static md_status watch_begin(watch *w)
     for (int o = 0; o < MD_OP_OUT; o++) {
         MD_TRY(check_memory(w->op, a->out[o], md_op_out_name(w->op, o)));
         for (int i = 0; a->out[o] && i < MD_OP_IN; i++)
-            if (a->in[i] && overlap(a->out[o], a->in[i]))
+            if (a->in[i] && overlap(a->out[o], a->in[i])) {
+                if (a->out[o]->data != a->in[i]->data || !md_op_may_share(w->op, i, o))
+                    MD_FAIL(MD_ERR_BUG, "%s: output %d (%s) shares memory with input %d (%s)",
+                            md_op_name(w->op), o, md_op_out_name(w->op, o), i,
+                            md_op_in_name(w->op, i));
                 w->shared_in[i] = w->shared_out[o] = true;
+            }
         for (int p = 0; a->out[o] && p < o; p++)
             if (a->out[p] && overlap(a->out[o], a->out[p]))
                 MD_FAIL(MD_ERR_BUG, "%s: outputs %d and %d share memory", md_op_name(w->op), p, o);

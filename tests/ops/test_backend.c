@@ -202,6 +202,14 @@ static void test_check_sees_memory(void **state)
         MD_OP(be, adamw, .grad = &x, .param = &p, .m = &m, .v = &v, .accumulate = 7, .step = 1),
         MD_ERR_BUG, "share memory");
     assert_int_equal(MD_OP(be, axpy, .x = &x, .y = &x, .alpha = 1.0f), MD_OK);
+    md_tensor shifted = MD_TENSOR(block[0] + 1, MD_F32, 9), rows = F32(0, 3, 3), c = F32(4, 3);
+    expect_error(MD_OP(be, axpy, .x = &x, .y = &shifted, .alpha = 1.0f), MD_ERR_BUG,
+                 "output 0 (y) shares memory with input 0 (x)");
+    md_tensor r = F32(5, 3, 3);
+    expect_error(MD_OP(be, residual_ln, .x = &r, .branch = &rows, .gamma = &c, .r = &rows),
+                 MD_ERR_BUG, "output 0 (r) shares memory with input 1 (branch)");
+    assert_true(md_op_may_share(MD_OP_loss, 0, 1) && !md_op_may_share(MD_OP_loss, 1, 1));
+    assert_false(md_op_may_share(MD_OP_gemm, 0, 0) || md_op_may_share(MD_OP_axpy, 1, 0));
     md_backend_destroy(be);
 }
 
