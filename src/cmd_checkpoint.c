@@ -25,6 +25,25 @@ static const char *folder_of(const char *path, char *buf)
     return is_folder(buf) ? buf : path;
 }
 
+/* The first of several failures, with its sentence. */
+typedef struct first_error {
+    md_status st;
+    char text[1024];
+} first_error;
+
+static void keep_first(first_error *e, md_status st)
+{
+    if (e->st != MD_OK || st == MD_OK)
+        return;
+    e->st = st;
+    snprintf(e->text, sizeof e->text, "%s", md_error_text());
+}
+
+static md_status give_first(const first_error *e)
+{
+    return e->st == MD_OK ? MD_OK : md_error_set(e->st, "%s", e->text);
+}
+
 /* Calls `visit` with the path of each checkpoint that `path` means, newest first; goes on after a
  * failure and returns the first one. */
 static md_status for_each(const char *path, md_status (*visit)(void *arg, const char *file),
@@ -34,19 +53,18 @@ static md_status for_each(const char *path, md_status (*visit)(void *arg, const 
     if (!is_folder(path))
         return visit(arg, path);
     const char *dir = folder_of(path, buf);
+    first_error error = {MD_OK, ""};
     int64_t *steps;
     int n;
     MD_TRY(md_checkpoint_list(dir, &steps, &n));
-    md_status first = MD_OK;
     for (int i = 0; i < n; i++) {
         md_checkpoint_name(file, sizeof file, dir, steps[i]);
-        md_status st = visit(arg, file);
-        first = first == MD_OK ? st : first;
+        keep_first(&error, visit(arg, file));
     }
     md_free(steps);
     if (n == 0)
         MD_FAIL(MD_ERR_NOINPUT, "%s: there is no checkpoint", dir);
-    return first;
+    return give_first(&error);
 }
 
 /* ---- info ---- */
@@ -127,7 +145,7 @@ static md_status verify_one(void *arg, const char *file)
         md_checkpoint_close(ck);
     }
     if (st != MD_OK)
-        printf("%s\n", md_error_text());
+        printf("%s: not whole: %s\n", file, md_error_text());
     return st;
 }
 
@@ -135,14 +153,10 @@ static md_status cmd_verify(md_comm *self, int argc, char **argv)
 {
     if (argc == 0 || argv[0][0] == '-')
         return md_usage_error(VERB, "verify needs checkpoints or folders");
-    md_status first = MD_OK;
-    for (int i = 0; i < argc; i++) {
-        md_status st = for_each(argv[i], verify_one, self);
-        first = first == MD_OK ? st : first;
-    }
-    if (first != MD_OK)
-        MD_FAIL(first, "not all checkpoints are whole");
-    return MD_OK;
+    first_error error = {MD_OK, ""};
+    for (int i = 0; i < argc; i++)
+        keep_first(&error, for_each(argv[i], verify_one, self));
+    return give_first(&error);
 }
 
 /* ---- prune ---- */

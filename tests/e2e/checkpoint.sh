@@ -26,7 +26,7 @@ verb 0 'step 15, ' info "$scratch/base"
 verb 0 'attn.qkv.weight +\[96, 32\] F32 +[0-9a-f]{16}$' info "$newest" --arrays
 verb 0 'max_steps' info "$newest" --config
 verb 0 'step-00000010.h5: whole, step 10' verify "$scratch/base"
-[ "$(grep -c whole "$log")" = 3 ] || fail "not three checkpoints verified"
+[ "$(grep -c ": whole," "$log")" = 3 ] || fail "not three checkpoints verified"
 
 verb 64 '^usage: ' frobnicate
 verb 64 'needs a checkpoint' info
@@ -40,8 +40,8 @@ verb 66 'there is no checkpoint' verify "$scratch"
 # not the one that pruning leaves.
 at=$(($(stat -c %s "$newest") / 2))
 printf '\xa5' | dd of="$newest" bs=1 seek=$at conv=notrunc status=none
-verb 65 "^$newest: [a-z0-9_./]+ is damaged" verify "$scratch/base"
-[ "$(grep -c whole, "$log")" = 2 ] || fail "not two checkpoints whole"
+verb 65 "^$newest: not whole: $newest: [a-z0-9_./]+ is damaged" verify "$scratch/base"
+[ "$(grep -c ": whole," "$log")" = 2 ] || fail "not two checkpoints whole"
 verb 0 '1 deleted' prune "$scratch/base" --keep 1
 [ "$(steps)" = "15 20 " ] || fail "left after pruning: $(steps)"
 truncate -s 100 "$folder/step-00000015.h5"
