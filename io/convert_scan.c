@@ -57,9 +57,10 @@ static md_status list_entries(DIR *d, const char *path, listing *l)
         if (e->d_name[0] == '.')
             continue;
         snprintf(full, sizeof full, "%s/%s", path, e->d_name);
-        /* A link that leads nowhere stays an entry: it shows up as a reject. */
+        /* A link that leads nowhere stays an entry: it cannot be opened, which makes it a reject.
+         */
         if (stat(full, &s) != 0)
-            s = (struct stat){.st_mode = S_IFREG};
+            s = (struct stat){.st_mode = S_IFREG, .st_size = 1};
         if (!S_ISDIR(s.st_mode) && !S_ISREG(s.st_mode))
             continue;
         row = (entry){.bytes = s.st_size, .folder = S_ISDIR(s.st_mode)};
