@@ -33,7 +33,8 @@ static md_status check_heads(md_op op, const md_tensor *qkv, const md_tensor *re
     return MD_OK;
 }
 
-/* The five products. S scores, A values of one head inside qkv or dqkv, O of one head inside o. */
+/* The products of one head: scores, output; gradients of probabilities, q, k, v. Matrices inside
+ * qkv and dqkv have row stride 3C, inside o and d_o C. */
 typedef enum attn_mm { MM_QK, MM_PV, MM_DP, MM_DQ, MM_DK, MM_DV, MM_COUNT } attn_mm;
 
 static md_status plan_mm(md_backend *be, const attn_dims *d, attn_mm which, cpu_mm **out)
@@ -52,14 +53,15 @@ static md_status plan_mm(md_backend *be, const attn_dims *d, attn_mm which, cpu_
     return cpu_mm_plan(cpu_mm_of(be), &one, out);
 }
 
-/* Plans products first..last and returns the largest scratch of one of them through pad. */
+/* Plans the products of the forward (last = MM_PV) or backward pass (MM_DV); *pad is the largest
+ * scratch of one of them. */
 static md_status plan_all(md_backend *be, const attn_dims *d, attn_mm last, cpu_mm *mm[MM_COUNT],
                           size_t *pad)
 {
     *pad = 0;
     for (int i = MM_QK; i <= (int)last; i++) {
         if (last != MM_PV && i == MM_PV)
-            continue; /* the backward pass needs no product with v from the left */
+            continue; /* backward: the output is known */
         MD_TRY(plan_mm(be, d, (attn_mm)i, &mm[i]));
         *pad = MD_MAX(*pad, cpu_mm_scratch(mm[i]));
     }
@@ -83,7 +85,7 @@ size_t cpu_attention_scratch(md_backend *be, const md_attention_args *a)
 }
 
 /* A row of logits in place of a row of scores: s * scale + rel, and beyond the n real columns a
- * value whose exponential is 0, so that later loops run over whole vectors. rel has no such
+ * value whose exponential vanishes, so that later loops run over whole vectors. rel has no such
  * padding. */
 #define NO_LOGIT (-1e30f)
 

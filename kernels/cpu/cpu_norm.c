@@ -155,7 +155,7 @@ md_status cpu_residual_ln(md_backend *be, const md_residual_ln_args *a)
 typedef struct ln_bwd {
     const float *r, *branch, *gamma, *keep, *weight, *mean, *rstd, *dr, *dy;
     float *dx, *dbranch;
-    const float *ones, *zeros;
+    const float *zeros;
     int64_t cols, tokens;
 } ln_bwd;
 
@@ -271,11 +271,9 @@ md_status cpu_residual_ln_bwd(md_backend *be, const md_residual_ln_bwd_args *a)
                 .dy = in_data(a->dy),
                 .dx = md_f32(a->dx),
                 .dbranch = out_data(a->dbranch),
-                .ones = ones,
                 .zeros = zeros,
                 .cols = cols,
                 .tokens = a->keep ? rows / md_tensor_count(a->keep) : rows};
-    bool sums = a->dgamma || a->dweight || a->dbias;
     float *dgamma = part, *dweight = part + chunks * cols, *dbias = part + 2 * chunks * cols;
 #pragma omp parallel for num_threads(be->threads) if (rows * cols > CPU_SERIAL_BELOW)
     for (int64_t i = 0; i < chunks; i++) {
@@ -288,10 +286,8 @@ md_status cpu_residual_ln_bwd(md_backend *be, const md_residual_ln_bwd_args *a)
                 branch_bwd_row(&k, row, dgamma + i * cols);
         }
     }
-    if (sums) {
-        cpu_reduce_chunks(be, dgamma, chunks, cols, a->dgamma, a->accumulate >> 2 & 1);
-        cpu_reduce_chunks(be, dweight, chunks, cols, a->dweight, a->accumulate >> 3 & 1);
-        cpu_reduce_chunks(be, dbias, chunks, cols, a->dbias, a->accumulate >> 4 & 1);
-    }
+    cpu_reduce_chunks(be, dgamma, chunks, cols, a->dgamma, a->accumulate >> 2 & 1);
+    cpu_reduce_chunks(be, dweight, chunks, cols, a->dweight, a->accumulate >> 3 & 1);
+    cpu_reduce_chunks(be, dbias, chunks, cols, a->dbias, a->accumulate >> 4 & 1);
     return MD_OK;
 }
