@@ -41,8 +41,7 @@ endif
 MPICC      ?= $(if $(MPI_HOME),$(MPI_HOME)/bin/)mpicc
 MPIRUN     ?= $(if $(MPI_HOME),$(MPI_HOME)/bin/)mpirun
 PKG_CONFIG ?= pkg-config
-OPT        ?= $(if $(SAN),-O1,-O3) $(if $(MARCH),-march=$(MARCH)) -fno-math-errno -fno-trapping-math \
-              -ffp-contract=fast
+OPT        ?= $(if $(SAN),-O1,-O3) $(if $(MARCH),-march=$(MARCH)) -fno-math-errno -fno-trapping-math
 CFLAGS     ?= -g
 CSTD       := -std=c11 -D_GNU_SOURCE
 WARN       := -Wall -Wextra -Wshadow -Wconversion -Wno-missing-field-initializers
@@ -149,6 +148,10 @@ $(BUILD)/build_stamp.h: FORCE
 	@cmp -s $@.new $@ && rm -f $@.new || mv $@.new $@
 $(BUILD)/src/log.o: $(BUILD)/build_stamp.h
 $(BUILD)/src/log.o: private CPPFLAGS += -I$(BUILD)
+
+# Fused multiply-adds where tolerances hold; elsewhere (pictures, schedules) bits must not depend on
+# the processor, and C11 mode keeps products unfused.
+$(BUILD)/kernels/cpu/%.o: OPT += -ffp-contract=fast
 
 $(BUILD)/%.o: %.c $(BUILD)/flags
 	$(say) CC $<

@@ -233,7 +233,7 @@ static md_status whole(const md_source *s, const options *o)
                         .micro_batch = o->micro,
                         .workers = o->workers,
                         .depth = 2,
-                        .max_bad = 1};
+};
     md_loader *l;
     const md_batch *b;
     MD_TRY(md_loader_create(&l, &a));

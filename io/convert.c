@@ -6,7 +6,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <signal.h>
 #include <stdio.h>
 #include <string.h>
 #include <unistd.h>
@@ -429,10 +428,7 @@ md_status md_convert(const md_convert_args *a, md_comm *c, md_convert_summary *s
     double start = md_now();
     *sum = (md_convert_summary){0};
     job j = {.a = a, .c = c, .rank = md_comm_rank(c), .size = md_comm_size(c)};
-    /* A file size limit is to be an error with a name, not a signal. */
-    void (*before)(int) = signal(SIGXFSZ, SIG_IGN);
     md_status st = run(&j, sum);
-    signal(SIGXFSZ, before);
     if (st != MD_OK && j.created)
         unlink(j.partial);
     if (st == MD_OK && j.table.skipped > 0)

@@ -46,11 +46,9 @@ struct md_loader {
     int n_slots, n_benches;
     slot *slot;
     bench *bench;
-    void *pixels;   /* of all slots */
-    void *ids;      /* samples and labels of all slots */
-    int64_t wanted; /* number of the batch to take next */
-    uint32_t epoch; /* of the batch taken last */
-    int64_t epoch_bad;
+    void *pixels;       /* of all slots */
+    void *ids;          /* samples and labels of all slots */
+    int64_t wanted;     /* number of the batch to take next */
     md_bad_image *note; /* ring of notes[], main thread only */
     int64_t note_first, note_next;
 
@@ -321,7 +319,6 @@ md_status md_loader_create(md_loader **out, const md_loader_args *a)
     l->order = (md_order){.seed = a->rule.seed, .n = a->source.count, .batch = a->batch};
     l->micros = a->batch / a->dp_size / a->micro_batch;
     l->n_slots = p.slots;
-    l->epoch = UINT32_MAX;
     l->wanted = -1;
     pthread_mutex_init(&l->lock, NULL);
     pthread_cond_init(&l->work, NULL);
@@ -374,27 +371,6 @@ static void keep_notes(md_loader *l, const slot *s)
         l->note[l->note_next++ % NOTES] = s->note[i];
 }
 
-/* Counts are taken in the order of the batches, so the run ends at the same step every time. */
-static md_status count_bad(md_loader *l, const slot *s)
-{
-    if (s->batch.epoch != l->epoch)
-        l->epoch_bad = 0;
-    l->epoch = s->batch.epoch;
-    l->epoch_bad += s->batch.bad;
-    if (s->batch.bad == 0 || l->epoch_bad <= 10 ||
-        (double)l->epoch_bad <= l->a.max_bad * (double)l->a.source.count)
-        return MD_OK;
-    char name[256];
-    const md_source *src = &l->a.source;
-    const md_bad_image *n = &s->note[0];
-    MD_FAIL(
-        MD_ERR_DATA,
-        "%lld of the %lld images of epoch %u were bad on this rank, more than data.max_bad = %g "
-        "allows; one of the last is image %lld (%s): %s",
-        (long long)l->epoch_bad, (long long)src->count, l->epoch, l->a.max_bad,
-        (long long)n->sample, src->name(src->ctx, n->sample, name, sizeof name), n->reason);
-}
-
 md_status md_loader_take(md_loader *l, int64_t step, int64_t micro, const md_batch **out,
                          double *wait)
 {
@@ -421,7 +397,6 @@ md_status md_loader_take(md_loader *l, int64_t step, int64_t micro, const md_bat
     keep_notes(l, s);
     if (s->status != MD_OK)
         MD_FAIL(s->status, "%s", s->reason);
-    MD_TRY(count_bad(l, s));
     *out = &s->batch;
     return MD_OK;
 }
@@ -496,5 +471,4 @@ void md_loader_configure(md_loader_args *a, const md_config *c, int size2)
     a->workers = (int)c->data_workers;
     a->depth = (int)c->data_prefetch;
     a->sync = c->data_sync;
-    a->max_bad = c->data_max_bad;
 }

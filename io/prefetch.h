@@ -6,7 +6,7 @@
  *
  * An image that cannot be read or decoded is replaced by the one half an epoch later in the epoch's
  * order (then the one after that, up to MD_LOADER_TRIES), which gives the same picture on every
- * layout; it is counted, noted, and ends the run beyond a limit.
+ * layout; it is counted and noted: how many are too many is the trainer's to say.
  *
  * Workers call neither MPI nor HDF5 and run at a lower priority than the compute threads: when
  * compute has to wait for data, its cores are free. Everything is allocated by md_loader_create,
@@ -46,13 +46,12 @@ typedef struct md_loader_args {
     int dp_rank, dp_size;
     int64_t micro_batch; /* images of a batch taken here; divides batch / dp_size */
     int64_t start_step;
-    int workers;    /* threads; 0 = one for every compute thread, at most 8 */
-    int depth;      /* micro-batches loaded ahead, >= 1 */
-    bool sync;      /* load a batch only when it is asked for */
-    double max_bad; /* fraction of an epoch's images */
+    int workers; /* threads; 0 = one for every compute thread, at most 8 */
+    int depth;   /* micro-batches loaded ahead, >= 1 */
+    bool sync;   /* load a batch only when it is asked for */
 } md_loader_args;
 
-/* Fills rule, batch, workers, depth, sync and max_bad from the config; size2 = side of the
+/* Fills rule, batch, workers, depth and sync from the config; size2 = side of the
  * teacher's crop, 0 = none. The rest is the caller's. */
 void md_loader_configure(md_loader_args *a, const md_config *c, int size2);
 
@@ -86,9 +85,8 @@ size_t md_loader_bytes(const md_loader_args *a);
 
 /* Waits for micro-batch `micro` of step `step`; they come in this order from start_step on,
  * anything else is a bug. Adds the seconds waited to *wait (NULL is fine). At most `depth` batches
- * may be held at a time; give each back with md_loader_release. MD_ERR_DATA: more than max_bad of
- * this epoch's images (and more than 10) were bad on this rank, or no replacement was found;
- * MD_ERR_MEMORY. Local; the calling thread is always the same. */
+ * may be held at a time; give each back with md_loader_release. MD_ERR_DATA: no replacement
+ * for a bad image was found; MD_ERR_MEMORY. Local; the calling thread is always the same. */
 md_status md_loader_take(md_loader *l, int64_t step, int64_t micro, const md_batch **out,
                          double *wait);
 void md_loader_release(md_loader *l, const md_batch *b);

@@ -51,6 +51,8 @@ static md_status parse(int argc, char **argv, options *o)
     }
     if (!o->config)
         return md_usage_error("plan", "which config file?");
+    if (ranks != floor(ranks) || ranks > 1e6 || images != floor(images))
+        return md_usage_error("plan", "--ranks and --images need whole numbers");
     o->ranks = (int)ranks;
     o->images = (int64_t)images;
     return MD_OK;

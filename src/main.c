@@ -5,6 +5,7 @@
 #include "src/config.h"
 #include "src/log.h"
 
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
@@ -91,6 +92,7 @@ static void print_error(void)
 
 int main(int argc, char **argv)
 {
+    signal(SIGXFSZ, SIG_IGN); /* a file size limit is to be an error with a name, not a signal */
     md_status st = run(argc, argv);
     if (st == MD_OK && (fflush(stdout) != 0 || ferror(stdout)))
         st = md_error_set(MD_ERR_IO, "writing to standard output failed");

@@ -28,17 +28,13 @@ bool md_method_needs_weights(const md_config *c)
 }
 
 /* Which tokens the loss is taken on. */
-static md_status choose_tokens(md_method *m)
+static void choose_tokens(md_method *m)
 {
     const md_config *c = m->config;
     int patches = (int)((c->image_size / c->model_patch) * (c->image_size / c->model_patch));
     bool all = strcmp(c->loss_on, "all") == 0;
-    if (!all && m->mask.count == 0)
-        MD_FAIL(MD_ERR_CONFIG,
-                "method.loss.on = masked, but method.mask.kind = none masks nothing: "
-                "set method.loss.on = all");
+    MD_ASSERT(all || m->mask.count > 0, "the config check lets no mask pass with loss.on = masked");
     m->chosen = all ? patches : m->mask.count;
-    return MD_OK;
 }
 
 md_status md_method_resolve(md_method *m, const md_config *c, const md_teacher_info *info)
@@ -46,7 +42,7 @@ md_status md_method_resolve(md_method *m, const md_config *c, const md_teacher_i
     *m = (md_method){
         .config = c, .proj_w = MD_NO_PARAM, .s_mask = MD_NO_SLOT, .s_rel_index = MD_NO_SLOT};
     MD_TRY(look_up(m));
-    MD_TRY(choose_tokens(m));
+    choose_tokens(m);
     if (m->teacher->trained_weights && !info)
         MD_FAIL(MD_ERR_CONFIG, "method.teacher.kind = %s needs method.teacher.weights",
                 m->teacher->name);

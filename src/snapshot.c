@@ -10,7 +10,7 @@
 #include <sys/stat.h>
 
 /* X(field of md_train_state): the counters kept. */
-#define COUNTERS(X) X(updates) X(skipped) X(skipped_in_row) X(bad_images)
+#define COUNTERS(X) X(updates) X(skipped) X(skipped_in_row) X(bad_images) X(bad_in_epoch)
 
 /* The three arrays of every parameter. */
 enum { PARTS = 3 };

@@ -239,7 +239,7 @@ static md_status micro_pass(md_stepper *t, int64_t step, int micro, md_train_sta
     const md_batch *batch;
     const md_batch_source *source = &t->args.source;
     MD_TRY(source->take(source->context, step, micro, &batch, &out->data_wait));
-    s->bad_images += batch->bad;
+    out->bad += batch->bad;
     int64_t first = (int64_t)md_comm_rank(t->args.dp) * t->args.accumulation * m->images +
                     (int64_t)micro * m->images;
     draw(t, step, first, batch);
@@ -273,6 +273,25 @@ static md_status share(md_stepper *t, md_status st, bool stop_wanted, int64_t ba
     return v[SUM_FAILED] > 0 ? md_agree(t->args.dp, st) : MD_OK;
 }
 
+/* Counted over all ranks, so that the run ends at the same step on any layout. */
+static md_status limit_bad(const md_stepper *t, md_train_state *s, int64_t bad)
+{
+    const int64_t of_epoch = t->args.steps_per_epoch;
+    const double images = (double)(of_epoch * t->args.config->train_batch);
+    const double limit = MD_MAX(10.0, t->args.config->data_max_bad * images);
+    if (s->step % of_epoch == 0)
+        s->bad_in_epoch = 0;
+    s->bad_images += bad;
+    s->bad_in_epoch += bad;
+    if (bad > 0 && (double)s->bad_in_epoch > limit)
+        MD_FAIL(MD_ERR_DATA,
+                "%lld of the %.0f images of epoch %lld could not be read or decoded, more than "
+                "data.max_bad = %g allows; events.jsonl names them",
+                (long long)s->bad_in_epoch, images, (long long)(s->step / of_epoch),
+                t->args.config->data_max_bad);
+    return MD_OK;
+}
+
 static md_status update(md_stepper *t, md_train_state *s, const double *v, md_step_result *out)
 {
     const md_config *c = t->args.config;
@@ -296,7 +315,6 @@ md_status md_step_run(md_stepper *t, md_train_state *s, bool stop_wanted, md_ste
 {
     md_status st = MD_OK;
     md_grad_stats stats = {0};
-    int64_t bad_before = s->bad_images;
     *out = (md_step_result){.learning_rate = md_schedule_lr(&t->schedule, s->step)};
     md_grad_reduce_reset(t->reduce);
     memset(t->span_ready, 0, (size_t)t->spans * sizeof *t->span_ready);
@@ -309,11 +327,12 @@ md_status md_step_run(md_stepper *t, md_train_state *s, bool stop_wanted, md_ste
         st = md_optim_grad_stats(t->args.backend, &t->args.method->params, &stats);
     double v[SUM_COUNT] = {
         [SUM_LOSS] = out->loss, [SUM_NORM] = stats.norm, [SUM_NONFINITE] = stats.nonfinite};
-    MD_TRY(share(t, st, stop_wanted, s->bad_images - bad_before, v));
+    MD_TRY(share(t, st, stop_wanted, out->bad, v));
     out->loss = v[SUM_LOSS];
     out->grad_norm = v[SUM_NORM];
     out->stop = v[SUM_STOP] > 0;
-    s->bad_images = bad_before + (int64_t)v[SUM_BAD];
+    out->bad = (int64_t)v[SUM_BAD];
+    MD_TRY(limit_bad(t, s, out->bad));
     MD_TRY(update(t, s, v, out));
     s->step++;
     return MD_OK;

@@ -12,12 +12,14 @@ typedef struct md_train_state {
     int64_t updates; /* optimizer updates applied */
     int64_t skipped; /* steps whose update was skipped */
     int64_t skipped_in_row;
-    int64_t bad_images; /* replaced so far */
+    int64_t bad_images;   /* replaced so far, over all ranks */
+    int64_t bad_in_epoch; /* of them, in the present epoch */
 } md_train_state;
 
 typedef struct md_step_result {
     double loss, grad_norm, learning_rate;
     double data_wait, comm_wait; /* seconds on this rank */
+    int64_t bad; /* images replaced in this step; over all ranks when the step has succeeded */
     bool skipped;
     bool stop; /* some rank wants to stop */
 } md_step_result;
@@ -55,8 +57,9 @@ md_status md_stepper_plan(const md_method *method, md_backend *backend, md_stepp
 
 /* Collective(dp). Runs step s->step on its images and advances s. stop_wanted travels to all ranks
  * in the step's one small reduction. A local failure (loader, backend) is agreed upon after the
- * gradient reduction, so that every rank returns the same status and none waits. MD_ERR_NUMERICS
- * after optim.max_skipped skipped updates in a row. */
+ * gradient reduction, so that every rank returns the same status and none waits. MD_ERR_DATA
+ * beyond data.max_bad, counted over all ranks; MD_ERR_NUMERICS after optim.max_skipped skipped
+ * updates in a row. On error the parameters are those of the last finished step. */
 md_status md_step_run(md_stepper *t, md_train_state *s, bool stop_wanted, md_step_result *out);
 
 #endif

@@ -423,4 +423,5 @@ const md_verb md_verb_train = {
     "\n"
     "Writes checkpoints, metrics.jsonl, events.jsonl, status.json, run.json and the resolved\n"
     "config.cfg into the run directory (run.dir), and goes on from its newest checkpoint.\n"
-    "USR1, TERM and INT stop it after the current step with a checkpoint and exit code 75."};
+    "USR1 (to mpirun or any rank), TERM and INT (to a rank, as srun sends them) stop it after the\n"
+    "current step with a checkpoint and exit code 75; mpirun itself kills its ranks on TERM."};

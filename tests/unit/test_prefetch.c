@@ -93,7 +93,6 @@ static md_loader_args args_of(fake *f)
         .micro_batch = BATCH,
         .workers = 3,
         .depth = 2,
-        .max_bad = 1,
     };
 }
 
@@ -226,12 +225,11 @@ static void epochs_are_permutations(void **state)
     md_loader_destroy(l);
 }
 
-static void limit_and_notes(void **state)
+static void counts_and_notes(void **state)
 {
     (void)state;
     fake f = {.bad_every = 10};
     md_loader_args a = args_of(&f);
-    a.max_bad = 0.01;
     md_loader *l;
     assert_int_equal(md_loader_create(&l, &a), MD_OK);
     int64_t bad = 0, notes = 0;
@@ -252,17 +250,6 @@ static void limit_and_notes(void **state)
         notes++;
     }
     assert_true(bad > 3 && notes >= bad);
-    md_loader_destroy(l);
-
-    f.bad_every = 5; /* about 20 in one batch: more than 10 and more than 5 % */
-    a.batch = a.micro_batch = 100;
-    a.max_bad = 0.05;
-    const md_batch *b;
-    assert_int_equal(md_loader_create(&l, &a), MD_OK);
-    assert_int_equal(md_loader_take(l, 0, 0, &b, NULL), MD_ERR_DATA);
-    assert_non_null(strstr(md_error_text(), "data.max_bad = 0.05"));
-    assert_non_null(strstr(md_error_text(), ".raw"));
-    assert_true(md_loader_next_bad(l, &n));
     md_loader_destroy(l);
 }
 
@@ -445,7 +432,7 @@ int main(void)
         cmocka_unit_test(layouts_agree),
         cmocka_unit_test(damage_is_replaced_alike),
         cmocka_unit_test(epochs_are_permutations),
-        cmocka_unit_test(limit_and_notes),
+        cmocka_unit_test(counts_and_notes),
         cmocka_unit_test(nothing_usable_ends),
         cmocka_unit_test(bad_arguments),
         cmocka_unit_test(shutdown_and_memory),
