@@ -30,46 +30,56 @@ typedef struct loss_range {
     int64_t first, end;
 } loss_range;
 
-#define LOSS_LOOP(value, grad)                                                               \
-    do {                                                                                     \
-        if (q.dpred) {                                                                       \
-            _Pragma("omp simd reduction(+ : sum)") for (int64_t i = q.first; i < q.end; i++) \
-            {                                                                                \
-                float d = q.pred[i] - q.target[i];                                           \
-                sum += (double)(value);                                                      \
-                q.dpred[i] = scale * (grad);                                                 \
-            }                                                                                \
-        } else {                                                                             \
-            _Pragma("omp simd reduction(+ : sum)") for (int64_t i = q.first; i < q.end; i++) \
-            {                                                                                \
-                float d = q.pred[i] - q.target[i];                                           \
-                sum += (double)(value);                                                      \
-            }                                                                                \
-        }                                                                                    \
-    } while (0)
+static inline float value_of(md_loss_kind kind, float d, float beta)
+{
+    if (kind == MD_LOSS_SMOOTH_L1)
+        return md_smooth_l1(d, beta);
+    return kind == MD_LOSS_L1 ? fabsf(d) : d * d;
+}
+
+static inline float slope_of(md_loss_kind kind, float d, float beta)
+{
+    if (kind == MD_LOSS_SMOOTH_L1)
+        return md_smooth_l1_grad(d, beta);
+    if (kind == MD_LOSS_L2)
+        return 2.0f * d;
+    return d > 0.0f ? 1.0f : d < 0.0f ? -1.0f : d;
+}
+
+/* Inlined with a constant kind, so that the loops have no branches. */
+static inline __attribute__((always_inline)) double loss_loop(md_loss_kind kind, float beta,
+                                                              float scale, const loss_range *q)
+{
+    double sum = 0.0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = q->first; i < q->end; i++)
+        sum += (double)value_of(kind, q->pred[i] - q->target[i], beta);
+    if (q->dpred) {
+#pragma omp simd
+        for (int64_t i = q->first; i < q->end; i++)
+            q->dpred[i] = scale * slope_of(kind, q->pred[i] - q->target[i], beta);
+    }
+    return sum;
+}
 
 static double loss_of(md_loss_kind kind, float beta, float scale, loss_range q)
 {
-    double sum = 0.0;
     switch (kind) {
     case MD_LOSS_SMOOTH_L1:
-        LOSS_LOOP(md_smooth_l1(d, beta), md_smooth_l1_grad(d, beta));
-        break;
+        return loss_loop(MD_LOSS_SMOOTH_L1, beta, scale, &q);
     case MD_LOSS_L1:
-        LOSS_LOOP(fabsf(d), (d > 0.0f ? 1.0f : d < 0.0f ? -1.0f : d));
-        break;
+        return loss_loop(MD_LOSS_L1, beta, scale, &q);
     case MD_LOSS_L2:
-        LOSS_LOOP(d * d, 2.0f * d);
-        break;
+        return loss_loop(MD_LOSS_L2, beta, scale, &q);
     }
-    return sum;
+    return 0.0;
 }
 
 md_status cpu_loss(md_backend *be, const md_loss_args *a)
 {
     CPU_CHECK(loss, a);
-    if (a->kind == MD_LOSS_SMOOTH_L1 && !(a->beta > 0.0f))
-        MD_FAIL(MD_ERR_BUG, "loss: smooth L1 with beta %g", (double)a->beta);
+    if ((unsigned)a->kind > MD_LOSS_L2 || (a->kind == MD_LOSS_SMOOTH_L1 && !(a->beta > 0.0f)))
+        MD_FAIL(MD_ERR_BUG, "loss: kind %d with beta %g", (int)a->kind, (double)a->beta);
     if (a->accumulate >> 1 & 1)
         MD_FAIL(MD_ERR_BUG, "loss: dpred does not accumulate");
     int64_t n = md_tensor_count(a->pred), chunks = cpu_chunks(n, SUM_LEAST);
