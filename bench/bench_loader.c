@@ -226,14 +226,15 @@ static double pretend(double seconds)
 
 static md_status whole(const md_source *s, const options *o)
 {
-    md_loader_args a = {.source = *s,
-                        .rule = rule_of(o),
-                        .batch = o->micro,
-                        .dp_size = 1,
-                        .micro_batch = o->micro,
-                        .workers = o->workers,
-                        .depth = 2,
-};
+    md_loader_args a = {
+        .source = *s,
+        .rule = rule_of(o),
+        .batch = o->micro,
+        .dp_size = 1,
+        .micro_batch = o->micro,
+        .workers = o->workers,
+        .depth = 2,
+    };
     md_loader *l;
     const md_batch *b;
     MD_TRY(md_loader_create(&l, &a));

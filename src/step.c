@@ -232,8 +232,7 @@ static void draw(md_stepper *t, int64_t step, int64_t first_position, const md_b
     }
 }
 
-static md_status micro_pass(md_stepper *t, int64_t step, int micro, md_train_state *s,
-                            md_step_result *out)
+static md_status micro_pass(md_stepper *t, int64_t step, int micro, md_step_result *out)
 {
     md_method *m = t->args.method;
     const md_batch *batch;
@@ -319,7 +318,7 @@ md_status md_step_run(md_stepper *t, md_train_state *s, bool stop_wanted, md_ste
     md_grad_reduce_reset(t->reduce);
     memset(t->span_ready, 0, (size_t)t->spans * sizeof *t->span_ready);
     for (int micro = 0; micro < t->args.accumulation && st == MD_OK; micro++)
-        st = micro_pass(t, s->step, micro, s, out);
+        st = micro_pass(t, s->step, micro, out);
     if (st != MD_OK)
         give_up_gradients(t);
     out->comm_wait = md_grad_reduce_finish(t->reduce);
