@@ -151,7 +151,7 @@ $(BUILD)/src/log.o: private CPPFLAGS += -I$(BUILD)
 
 # Fused multiply-adds where tolerances hold; elsewhere (pictures, schedules) bits must not depend on
 # the processor, and C11 mode keeps products unfused.
-$(BUILD)/kernels/cpu/%.o: OPT += -ffp-contract=fast
+$(BUILD)/kernels/cpu/%.o: private CPPFLAGS += -ffp-contract=fast
 
 $(BUILD)/%.o: %.c $(BUILD)/flags
 	$(say) CC $<

@@ -150,9 +150,17 @@ asleep() {
     return 1
 }
 
+# send SIGNAL: to every process whose number is on stdin, by the shell's own kill.
+send() {
+    local p
+    while read -r p; do
+        kill "-$1" "$p"
+    done
+}
+
 # wake: all go on.
 wake() {
-    ranks_of "$job" | xargs kill -CONT
+    ranks_of "$job" | send CONT
 }
 
 # ended CODE: the run in the background ends with this code.

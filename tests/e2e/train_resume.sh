@@ -27,7 +27,7 @@ stop_run() { # RUN SIGNAL mpirun|rank
     MD_FAULT=log.write@rank0#9:stop start 2 "$1"
     until_true 60 asleep
     if [ "$3" = mpirun ]; then below "$job" | head -n 1; else ranks_of "$job" | tail -n 1; fi |
-        xargs kill "-$2"
+        send "$2"
     wake
     ended 75
     says "stopped at step" "the same command goes on"
@@ -68,7 +68,7 @@ for victim in 1 2 '1,2'; do
     run=kill_$victim
     start 2 "$run"
     until_true 60 at_step "$run" $((1 + RANDOM % (steps - 10)))
-    ranks_of "$job" | sed -n "${victim}p" | xargs kill -KILL 2>/dev/null || true
+    ranks_of "$job" | sed -n "${victim}p" | send KILL 2>/dev/null || true
     wait $job || true
     goes_on "$run" 2
     same base "$run"
