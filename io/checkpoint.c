@@ -193,12 +193,20 @@ md_status md_checkpoint_write_file(const md_checkpoint_args *args, const char *p
     return md_agree(args->comm, first ? md_ckpt_rename(part, path) : MD_OK);
 }
 
-/* The new file is whole and has its name: what fails from here on loses nothing. */
-static md_status tidy(const md_checkpoint_args *args)
+static void warn_untidy(const md_checkpoint_args *args, md_status st)
 {
-    MD_TRY(md_ckpt_latest(args->dir, args->step));
-    MD_TRY(md_ckpt_abandon(args->dir, args->step));
-    return md_checkpoint_prune(args->dir, args->keep, args->keep_every, NULL);
+    if (st != MD_OK)
+        md_log_warn("checkpoint of step %lld is written, but: %s", (long long)args->step,
+                    md_error_text());
+}
+
+/* The new file is whole and has its name: a failure from here on loses nothing, so it is told and
+ * the write has succeeded. */
+static void tidy(const md_checkpoint_args *args)
+{
+    warn_untidy(args, md_ckpt_latest(args->dir, args->step));
+    warn_untidy(args, md_ckpt_abandon(args->dir, args->step));
+    warn_untidy(args, md_checkpoint_prune(args->dir, args->keep, args->keep_every, NULL));
 }
 
 md_status md_checkpoint_write(const md_checkpoint_args *args)
@@ -209,7 +217,10 @@ md_status md_checkpoint_write(const md_checkpoint_args *args)
     if (first)
         md_ckpt_sweep(args->dir);
     MD_TRY(md_checkpoint_write_file(args, path));
-    return md_agree(args->comm, first ? tidy(args) : MD_OK);
+    if (first)
+        tidy(args);
+    md_comm_barrier(args->comm); /* every rank finds the folder as it will stay */
+    return MD_OK;
 }
 
 /* ---- opening ---- */
@@ -297,8 +308,11 @@ static md_status look(const char *path, int64_t **steps, int *n)
 {
     struct stat info;
     *n = -1;
-    if (stat(path, &info) != 0)
-        MD_FAIL(MD_ERR_NOINPUT, "%s: there is no such checkpoint or folder", path);
+    if (stat(path, &info) != 0) {
+        if (errno == ENOENT)
+            MD_FAIL(MD_ERR_NOINPUT, "%s: there is no such checkpoint or folder", path);
+        MD_FAIL(MD_ERR_IO, "%s: cannot be looked at: %s", path, strerror(errno));
+    }
     return S_ISDIR(info.st_mode) ? md_checkpoint_list(path, steps, n) : MD_OK;
 }
 
@@ -328,12 +342,15 @@ md_status md_checkpoint_find(md_comm *c, const char *path, md_checkpoint_skip sk
     for (int i = 0; i < n && st == MD_OK && !found; i++) {
         char file[MD_CKPT_PATH];
         md_checkpoint_name(file, sizeof file, path, steps[i]);
-        md_status valid = open_whole(c, file, out);
-        found = valid == MD_OK;
-        if (!found && skip)
+        st = open_whole(c, file, out);
+        found = st == MD_OK;
+        if (st == MD_ERR_NOINPUT) /* the folder has its name, so this is not "none" */
+            st = md_error_set(MD_ERR_IO, "%s", md_error_text());
+        if (st != MD_ERR_DATA) /* other errors say nothing about the file */
+            continue;
+        if (skip)
             skip(arg, file, md_error_text());
-        if (valid == MD_ERR_MEMORY) /* says nothing about the file */
-            st = valid;
+        st = MD_OK;
     }
     md_free(steps);
     if (st != MD_OK || found)

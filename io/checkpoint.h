@@ -53,11 +53,13 @@ typedef struct md_checkpoint_args {
 } md_checkpoint_args;
 
 /* Collective(comm). Writes dir/step-%08d.h5: to a temporary name, synced, every byte read back and
- * compared, sealed, reopened, renamed; then LATEST names it and older ones go. A killed or failed
- * write leaves the older checkpoints as they were and no file that looks like one. Checkpoints of
- * later steps belong to a branch of the run that was given up: they get ".abandoned" behind their
- * names. MD_ERR_CREATE, MD_ERR_IO (disk full too), MD_ERR_MEMORY, MD_ERR_NUMERICS (a value is not
- * finite): the same on every rank, training can go on. */
+ * compared, sealed, reopened, renamed; then LATEST names it (for people and scripts; the program
+ * looks at the files themselves) and older ones go. A killed or failed write leaves the older
+ * checkpoints as they were and no file that looks like one. Checkpoints of later steps belong to a
+ * branch of the run that was given up: they get ".abandoned" behind their names, and the newest
+ * `keep` of those stay. What fails behind the rename is a warning. MD_ERR_CREATE, MD_ERR_IO (disk
+ * full too), MD_ERR_MEMORY, MD_ERR_NUMERICS (a value is not finite): the same on every rank,
+ * training can go on. */
 md_status md_checkpoint_write(const md_checkpoint_args *args);
 /* Collective(comm). The same to one path; `dir` and what is kept do not matter. */
 md_status md_checkpoint_write_file(const md_checkpoint_args *args, const char *path);
@@ -77,10 +79,13 @@ md_status md_checkpoint_verify(md_checkpoint *ck);
  * not matter. */
 md_status md_checkpoint_read(md_checkpoint *ck, const md_state_item *item, int items);
 
-/* Called on every rank for each file that was skipped, newest first. */
+/* Called on every rank for each damaged file that was skipped, newest first. */
 typedef void (*md_checkpoint_skip)(void *arg, const char *path, const char *reason);
 /* Collective(c). Opens the newest checkpoint of a folder that verifies, or the file `path` itself.
- * MD_ERR_NOINPUT: there is none; MD_ERR_DATA: there are some, but none is whole. */
+ * Only damaged or unfinished files are skipped (MD_ERR_DATA): one that cannot be read, say for lack
+ * of permission or memory, may be whole, and resuming an older one would give up its steps.
+ * MD_ERR_NOINPUT: there is none; MD_ERR_DATA: there are some, but none is whole; MD_ERR_IO,
+ * MD_ERR_MEMORY. */
 md_status md_checkpoint_find(md_comm *c, const char *path, md_checkpoint_skip skip, void *arg,
                              md_checkpoint **out);
 
@@ -103,12 +108,12 @@ const md_state_entry *md_checkpoint_entries(const md_checkpoint *ck, int *n); /*
 const md_state_entry *md_checkpoint_entry(const md_checkpoint *ck, const char *name);
 
 /* Steps of the checkpoints in a folder, newest first, whole or not; *steps is freed with md_free.
- * Local. MD_ERR_NOINPUT. */
+ * Local. MD_ERR_NOINPUT, MD_ERR_IO. */
 md_status md_checkpoint_list(const char *dir, int64_t **steps, int *n);
 /* Path of a step's file. Local. */
 void md_checkpoint_name(char *buf, size_t size, const char *dir, int64_t step);
-/* Deletes all but the newest `keep` and the multiples of keep_every (0: none). Local. *removed may
- * be NULL. MD_ERR_IO. */
+/* Deletes all but the newest `keep` and the multiples of keep_every (0: none), and of the abandoned
+ * ones all but the `keep` of the highest steps. Local. *removed may be NULL. MD_ERR_IO. */
 md_status md_checkpoint_prune(const char *dir, int keep, int64_t keep_every, int *removed);
 
 #endif

@@ -1,7 +1,7 @@
 /* checkpoint_dir: the names in a folder of checkpoints. "step-%08d.h5" is a checkpoint; behind that
- * name
- * ".partial" is one being written (or what a killed writer left) and ".abandoned" one of a branch
- * of the run that was given up; LATEST names the one written last. */
+ * name ".partial" is one being written (or what a killed writer left) and ".abandoned" one of a
+ * branch of the run that was given up. LATEST names the one written last, for people and scripts;
+ * the program looks at the files themselves. */
 #include "io/checkpoint_parts.h"
 
 #include <dirent.h>
@@ -13,6 +13,8 @@
 #include <unistd.h>
 
 #include "io/publish.h"
+
+#define ABANDONED ".abandoned"
 
 /* Step of a file name whose ending behind ".h5" is `ending`, else -1. */
 static int64_t step_of(const char *name, const char *ending)
@@ -36,8 +38,8 @@ static int newest_first(const void *a, const void *b)
     return (x < y) - (x > y);
 }
 
-/* Calls `visit` with the step of each file of this ending; returns how many there were, -1 when the
- * folder cannot be read. */
+/* Calls `visit` with the step of each file of this ending; returns how many there were, or -1 and
+ * errno when the folder cannot be read to its end. */
 static int for_steps(const char *dir, const char *ending, void (*visit)(void *arg, int64_t step),
                      void *arg)
 {
@@ -45,7 +47,8 @@ static int for_steps(const char *dir, const char *ending, void (*visit)(void *ar
     if (!d)
         return -1;
     int n = 0;
-    for (struct dirent *e; (e = readdir(d));) {
+    errno = 0;
+    for (struct dirent *e; (e = readdir(d)); errno = 0) {
         int64_t step = step_of(e->d_name, ending);
         if (step < 0)
             continue;
@@ -53,8 +56,10 @@ static int for_steps(const char *dir, const char *ending, void (*visit)(void *ar
         if (visit)
             visit(arg, step);
     }
+    int err = errno;
     closedir(d);
-    return n;
+    errno = err;
+    return err ? -1 : n;
 }
 
 typedef struct step_list {
@@ -69,17 +74,29 @@ static void append(void *arg, int64_t step)
         l->step[l->n++] = step;
 }
 
-md_status md_checkpoint_list(const char *dir, int64_t **steps, int *n)
+/* Steps of the files of this ending, newest first; freed with md_free. */
+static md_status list_steps(const char *dir, const char *ending, int64_t **steps, int *n)
 {
-    step_list l = {.capacity = for_steps(dir, "", NULL, NULL)};
-    if (l.capacity < 0)
-        MD_FAIL(MD_ERR_NOINPUT, "%s: cannot read the folder: %s", dir, strerror(errno));
-    MD_NEW(l.step, l.capacity + 1, "checkpoint list");
-    for_steps(dir, "", append, &l);
+    step_list l = {.capacity = for_steps(dir, ending, NULL, NULL)};
+    if (l.capacity >= 0) {
+        MD_NEW(l.step, l.capacity + 1, "checkpoint list");
+        if (for_steps(dir, ending, append, &l) < 0)
+            l.capacity = -1;
+    }
+    if (l.capacity < 0) {
+        md_free(l.step);
+        MD_FAIL(errno == ENOENT ? MD_ERR_NOINPUT : MD_ERR_IO, "%s: cannot read the folder: %s", dir,
+                strerror(errno));
+    }
     qsort(l.step, (size_t)l.n, sizeof *l.step, newest_first);
     *steps = l.step;
     *n = l.n;
     return MD_OK;
+}
+
+md_status md_checkpoint_list(const char *dir, int64_t **steps, int *n)
+{
+    return list_steps(dir, "", steps, n);
 }
 
 static void remove_partial(void *dir, int64_t step)
@@ -134,7 +151,7 @@ md_status md_ckpt_abandon(const char *dir, int64_t step)
     for (int i = 0; i < n && steps[i] > step && st == MD_OK; i++) {
         char path[MD_CKPT_PATH], aside[MD_CKPT_PATH + 16];
         md_checkpoint_name(path, sizeof path, dir, steps[i]);
-        snprintf(aside, sizeof aside, "%s.abandoned", path);
+        snprintf(aside, sizeof aside, "%s" ABANDONED, path);
         if (rename(path, aside) != 0)
             st = md_error_set(MD_ERR_IO, "%s: cannot be set aside: %s", path, strerror(errno));
     }
@@ -142,25 +159,37 @@ md_status md_ckpt_abandon(const char *dir, int64_t step)
     return st;
 }
 
-md_status md_checkpoint_prune(const char *dir, int keep, int64_t keep_every, int *removed)
+/* Deletes all files of this ending but the newest `keep` and the multiples of keep_every. */
+static md_status prune(const char *dir, const char *ending, int keep, int64_t keep_every,
+                       int *removed)
 {
     int64_t *steps;
-    int n, count = 0;
-    MD_ASSERT(keep >= 1, "keep %d", keep);
-    MD_TRY(md_checkpoint_list(dir, &steps, &n));
+    int n;
+    MD_TRY(list_steps(dir, ending, &steps, &n));
     md_status st = MD_OK;
     for (int i = keep; i < n && st == MD_OK; i++) {
         if (keep_every > 0 && steps[i] % keep_every == 0)
             continue;
-        char path[MD_CKPT_PATH];
-        md_checkpoint_name(path, sizeof path, dir, steps[i]);
+        char name[MD_CKPT_PATH], path[MD_CKPT_PATH + 16];
+        md_checkpoint_name(name, sizeof name, dir, steps[i]);
+        snprintf(path, sizeof path, "%s%s", name, ending);
         errno = EIO;
         if (md_fault("ckpt.prune") || unlink(path) != 0)
             st = md_error_set(MD_ERR_IO, "%s: cannot be deleted: %s", path, strerror(errno));
         else
-            count++;
+            ++*removed;
     }
     md_free(steps);
+    return st;
+}
+
+md_status md_checkpoint_prune(const char *dir, int keep, int64_t keep_every, int *removed)
+{
+    int count = 0;
+    MD_ASSERT(keep >= 1, "keep %d", keep);
+    md_status st = prune(dir, "", keep, keep_every, &count);
+    if (st == MD_OK)
+        st = prune(dir, ABANDONED, keep, 0, &count);
     if (removed)
         *removed = count;
     return st;

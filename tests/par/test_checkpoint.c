@@ -215,8 +215,8 @@ static void test_failing_phases(void **state)
         read_all(par_world, 1000, (int)k);
         md_comm_barrier(par_world);
     }
-    /* What fails behind the rename is told, but the checkpoint is there. */
-    assert_int_equal(write_all(par_world, 2000, 1), MD_ERR_IO);
+    /* What fails behind the rename is a warning: the checkpoint is there. */
+    assert_ok(write_all(par_world, 2000, 1));
     read_all(par_world, 2000, 0);
     assert_ok(write_all(par_world, 2001, 2));
     read_all(par_world, 2001, 0);

@@ -237,7 +237,8 @@ static void test_retention(void **st)
     assert_ok(write_step(50, 1, 0));
     assert_int_equal(newest(), 50);
     assert_int_equal(files(".h5"), 1);
-    assert_int_equal(files(".abandoned"), 2);
+    assert_int_equal(files("80.h5.abandoned"), 0); /* of 80 and 90 the newest `keep` stay */
+    assert_int_equal(files("90.h5.abandoned"), 1);
     char path[512], text[64] = "";
     snprintf(path, sizeof path, "%s/LATEST", dir);
     FILE *f = fopen(path, "r");
@@ -344,6 +345,41 @@ static void test_fallback(void **st)
     assert_int_equal(truncate(path, 0), 0);
     assert_int_equal(md_checkpoint_find(self, dir, NULL, NULL, &ck), MD_ERR_DATA);
     assert_int_equal(md_checkpoint_find(self, "/nonexistent", NULL, NULL, &ck), MD_ERR_NOINPUT);
+}
+
+/* A newest checkpoint that cannot be read (here: a link to itself, or to nothing) may be whole: it
+ * is not passed over for an older one. */
+static void test_unreadable_is_not_skipped(void **st)
+{
+    (void)st;
+    char path[512];
+    md_checkpoint *ck;
+    assert_ok(write_step(1, 9, 0));
+    md_checkpoint_name(path, sizeof path, dir, 2);
+    static const char *const target[] = {"step-00000002.h5", "nothing"};
+    for (size_t i = 0; i < MD_COUNT(target); i++) {
+        assert_int_equal(symlink(target[i], path), 0);
+        skips = 0;
+        assert_int_equal(md_checkpoint_find(self, dir, on_skip, NULL, &ck), MD_ERR_IO);
+        assert_non_null(strstr(md_error_text(), path));
+        assert_int_equal(skips, 0);
+        assert_int_equal(unlink(path), 0);
+    }
+    assert_int_equal(newest(), 1);
+}
+
+/* LATEST that cannot be replaced (it is a folder) does not fail the write. */
+static void test_untidy_is_a_warning(void **st)
+{
+    (void)st;
+    char path[512];
+    snprintf(path, sizeof path, "%s/LATEST", dir);
+    assert_int_equal(mkdir(path, 0777), 0);
+    assert_ok(write_step(1, 1, 0));
+    assert_ok(write_step(2, 1, 0));
+    assert_int_equal(newest(), 2);
+    assert_int_equal(files(".h5"), 1); /* what comes behind LATEST is done all the same */
+    assert_int_equal(files(".partial"), 0);
 }
 
 static void test_not_finite(void **st)
@@ -497,6 +533,8 @@ int main(int argc, char **argv)
         cmocka_unit_test_setup(test_every_flip_is_found, setup),
         cmocka_unit_test_setup(test_every_cut_is_found, setup),
         cmocka_unit_test_setup(test_fallback, setup),
+        cmocka_unit_test_setup(test_unreadable_is_not_skipped, setup),
+        cmocka_unit_test_setup(test_untidy_is_a_warning, setup),
         cmocka_unit_test_setup(test_not_finite, setup),
         cmocka_unit_test_setup(test_cannot_create, setup),
         cmocka_unit_test_setup(test_disk_full, setup),
