@@ -88,7 +88,8 @@ int md_weights_default_heads(int64_t width);
  * md_weights_write; MD_ERR_DATA when a value cannot be known or does not fit. */
 md_status md_weights_import(const md_weights_import_args *args, md_weights_import_report *report);
 
-/* How positions of the source and the resized table correspond. */
+/* How positions of the source and the resized table correspond; in the order of the key
+ * method.teacher.pos_interpolation. */
 typedef enum md_pos_rule {
     MD_POS_BEIT2, /* scale (g_dst + 0.1) / g_src (microsoft/unilm, beit2/vqkd_teacher/clip/model.py)
                    */

@@ -260,3 +260,15 @@ md_status md_config_find(const char *name, char *path, size_t size)
     }
     MD_FAIL(MD_ERR_NOINPUT, "no config file %s (looked in the working directory%s)", name, tried);
 }
+
+int md_config_choice(const char *key, const char *value)
+{
+    for (int i = 0; i < md_key_count; i++)
+        if (strcmp(md_keys[i].name, key) == 0) {
+            int k = md_choice_index(md_keys[i].unit, value);
+            MD_ASSERT(k >= 0, "%s = %s", key, value);
+            return k;
+        }
+    MD_ASSERT(false, "no key %s", key);
+    return -1;
+}

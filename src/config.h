@@ -82,6 +82,10 @@ const char *md_config_suggest(const char *name, char *buf, size_t size);
 /* "libconfig 1.5.0": the parser this was compiled with. */
 const char *md_config_library(void);
 
+/* Index of `value` among the choices of a CHOICE key, which is the order of the enum it stands for.
+ * Both must exist: values have passed the checks. Local. */
+int md_config_choice(const char *key, const char *value);
+
 /* Index of `value` in a CHOICE's comma separated list "a,b,c"; -1 when absent. Local. */
 int md_choice_index(const char *list, const char *value);
 

@@ -15,10 +15,9 @@
 
 #include "src/base.h"
 
+/* In the order of the key log.level. */
 typedef enum md_log_level { MD_LOG_DEBUG, MD_LOG_INFO, MD_LOG_WARN, MD_LOG_ERROR } md_log_level;
 
-/* Names in the order of md_log_level, as in the config key log.level. */
-#define MD_LOG_LEVELS "debug,info,warn,error"
 
 /* Least severe level that is printed; MD_LOG_INFO at start. Local. */
 void md_log_set(md_log_level least);

@@ -136,13 +136,14 @@ md_status md_teacher_load(md_comm *world, const md_config *c, md_method *m)
         if (st == MD_OK)
             st = md_weights_load(w, p->row[i].name, &src);
         if (st == MD_OK)
-            md_pos_resize(&(md_pos_resize_args){
-                .src = stored,
-                .dst = dst.data,
-                .g_src = info->grid,
-                .g_dst = md_vit_side(s),
-                .width = s->width,
-                .rule = (md_pos_rule)md_choice_index("beit2,exact", c->teacher_pos)});
+            md_pos_resize(
+                &(md_pos_resize_args){.src = stored,
+                                      .dst = dst.data,
+                                      .g_src = info->grid,
+                                      .g_dst = md_vit_side(s),
+                                      .width = s->width,
+                                      .rule = (md_pos_rule)md_config_choice(
+                                          "method.teacher.pos_interpolation", c->teacher_pos)});
         md_free(stored);
     }
     md_weights_close(w);

@@ -13,7 +13,7 @@ static md_vit_spec student_spec(const md_method *m)
         .layers = (int)c->model_layers,
         .heads = (int)c->model_heads,
         .mlp = (int)(c->model_mlp ? c->model_mlp : 4 * c->model_width),
-        .rel_pos = (md_rel_pos)md_choice_index("shared,per_layer,none", c->model_rel_pos),
+        .rel_pos = (md_rel_pos)md_config_choice("model.rel_pos", c->model_rel_pos),
         .abs_pos = c->model_abs_pos,
         .mask_token = m->mask.count > 0,
         .qv_bias = true,

@@ -5,7 +5,7 @@
 
 /* ---- vit ---- */
 
-static const char *const stages = "raw,ln_post,ln_post_proj";
+/* In the order of the key method.teacher.stage. */
 enum { STAGE_RAW, STAGE_LN_POST, STAGE_PROJ };
 
 static md_status vit_grid(md_method *m)
@@ -30,7 +30,7 @@ static md_status vit_declare(md_method *m, md_tag *out)
 {
     const md_config *c = m->config;
     md_vit_spec *t = &m->info.spec;
-    int stage = md_choice_index(stages, c->teacher_stage);
+    int stage = md_config_choice("method.teacher.stage", c->teacher_stage);
     MD_TRY(vit_grid(m));
     if (c->teacher_layers > t->layers)
         MD_FAIL(MD_ERR_CONFIG, "method.teacher.layers = %d but the teacher has %d blocks",
@@ -59,7 +59,7 @@ static md_status vit_declare(md_method *m, md_tag *out)
 static md_slot vit_build(md_method *m, md_graph *g, md_slot image, md_slot rows)
 {
     const int k = (int)m->config->teacher_layers;
-    const int stage = md_choice_index(stages, m->config->teacher_stage);
+    const int stage = md_config_choice("method.teacher.stage", m->config->teacher_stage);
     md_slot *out = md_alloc(sizeof *out * (size_t)k, "teacher outputs");
     if (!out) {
         g->status = MD_ERR_MEMORY;

@@ -80,7 +80,7 @@ static md_status load_config(run *r, int argc, char **argv)
         return md_usage_error("train", "which config file?");
     MD_TRY(md_config_find(argv[1], path, sizeof path));
     MD_TRY(md_config_load(&r->config, path, argc - 2, argv + 2));
-    md_log_set((md_log_level)md_choice_index(MD_LOG_LEVELS, r->config.log_level));
+    md_log_set((md_log_level)md_config_choice("log.level", r->config.log_level));
     choose_dir(r);
     if (!*r->config.data_train)
         MD_FAIL(MD_ERR_CONFIG, "data.train is not set: give the image store to train on, made by "

@@ -6,6 +6,7 @@
 
 #include "src/graph.h"
 
+/* In the order of the key model.rel_pos. */
 typedef enum md_rel_pos { MD_REL_SHARED, MD_REL_PER_LAYER, MD_REL_NONE } md_rel_pos;
 
 typedef struct md_vit_spec {

@@ -397,7 +397,44 @@ static void test_update(void **state)
     test_free(t);
 }
 
-/* ---- what does not fit is said in words ---- */
+/* ---- axes ---- */
+
+static bool has_row(const char *key, const char *name)
+{
+    if (strcmp(key, "method.teacher.kind") == 0)
+        return md_teacher_find(name);
+    if (strcmp(key, "method.target.norm") == 0)
+        return md_target_find(name);
+    if (strcmp(key, "method.mask.kind") == 0)
+        return md_mask_kind_find(name);
+    if (strcmp(key, "method.student.mode") == 0)
+        return md_student_find(name);
+    if (strcmp(key, "method.head.kind") == 0)
+        return md_head_find(name);
+    return strcmp(key, "method.loss.kind") != 0 || md_loss_find(name);
+}
+
+/* Every choice a key offers has its row in the axis table. */
+static void test_axis_tables(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *key, *choices;
+    } keys[] = {
+#define X(field, key, type, def, min, max, unit, help) {key, unit},
+#include "src/config_keys.h"
+#undef X
+    };
+    for (size_t i = 0; i < MD_COUNT(keys); i++) {
+        char list[256];
+        snprintf(list, sizeof list, "%s", keys[i].choices);
+        for (char *save, *name = strtok_r(list, ",", &save); name;
+             name = strtok_r(NULL, ",", &save))
+            if (!has_row(keys[i].key, name))
+                fail_msg("%s = %s has no row", keys[i].key, name);
+    }
+    assert_null(md_loss_find("l3"));
+}
 
 static void expect_refused(const char *words, int n, const char *const *overrides,
                            const md_teacher_info *info)
@@ -440,6 +477,7 @@ int main(void)
         cmocka_unit_test(test_accumulation),
         cmocka_unit_test(test_last_block),
         cmocka_unit_test(test_update),
+        cmocka_unit_test(test_axis_tables),
         cmocka_unit_test(test_axes_that_do_not_fit),
     };
     return cmocka_run_group_tests_name("model", tests, NULL, NULL);
