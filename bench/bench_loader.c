@@ -73,21 +73,10 @@ static void file_describe(void *ctx, int64_t i, md_image_kind *kind, int *w, int
     *label = -1;
 }
 
-static const char *file_name(void *ctx, int64_t i, char *buf, size_t cap)
-{
-    const file_list *f = ctx;
-    snprintf(buf, cap, "%s", f->path[i]);
-    return buf;
-}
-
 static md_source files_source(file_list *f, int n)
 {
-    md_source s = {.ctx = f,
-                   .count = n,
-                   .max_pixels = 1 << 20,
-                   .read = file_read,
-                   .describe = file_describe,
-                   .name = file_name};
+    md_source s = {
+        .ctx = f, .count = n, .max_pixels = 1 << 20, .read = file_read, .describe = file_describe};
     for (int i = 0; i < n; i++) {
         struct stat st;
         if (stat(f->path[i], &st) == 0 && (size_t)st.st_size > s.max_bytes)

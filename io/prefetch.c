@@ -439,11 +439,6 @@ static void dataset_describe(void *ctx, int64_t i, md_image_kind *kind, int *w, 
     *label = md_dataset_label(ctx, i);
 }
 
-static const char *dataset_name(void *ctx, int64_t i, char *buf, size_t cap)
-{
-    return md_dataset_name(ctx, i, buf, cap);
-}
-
 md_source md_dataset_source(md_dataset *d, bool hdf5)
 {
     return (md_source){.ctx = d,
@@ -452,8 +447,7 @@ md_source md_dataset_source(md_dataset *d, bool hdf5)
                        .max_pixels = md_dataset_max_pixels(d),
                        .main_thread = hdf5,
                        .read = hdf5 ? dataset_read_hdf5 : dataset_read,
-                       .describe = dataset_describe,
-                       .name = dataset_name};
+                       .describe = dataset_describe};
 }
 
 void md_loader_configure(md_loader_args *a, const md_config *c, int size2)

@@ -32,7 +32,6 @@ typedef struct md_source {
     bool main_thread;
     md_status (*read)(void *ctx, int64_t i, void *buf, size_t cap, size_t *len);
     void (*describe)(void *ctx, int64_t i, md_image_kind *kind, int *w, int *h, int32_t *label);
-    const char *(*name)(void *ctx, int64_t i, char *buf, size_t cap);
 } md_source;
 
 /* The images of an open store, which must outlive the loader. hdf5: by H5Dread on the main thread.

@@ -210,6 +210,7 @@ static void fault_parse(void)
 
 bool md_fault(const char *site)
 {
+    bool fails = false;
     call_once(&fault_once, fault_parse);
     for (int i = 0; i < fault_count; i++) {
         fault *f = &faults[i];
@@ -218,11 +219,12 @@ bool md_fault(const char *site)
         long pass = atomic_fetch_add(&f->seen, 1) + 1;
         if (f->pass && pass != f->pass)
             continue;
-        if (!f->action)
-            return true;
-        raise(f->action);
+        if (f->action)
+            raise(f->action);
+        else
+            fails = true;
     }
-    return false;
+    return fails;
 }
 
 double md_now(void)

@@ -42,6 +42,11 @@ const md_verb *md_verb_find(const char *name);
 md_status md_usage_error(const char *verb, const char *fmt, ...)
     __attribute__((format(printf, 2, 3)));
 
+/* Prints the error sentence of a verb that ends with st, on rank 0, unless that was done. A verb
+ * that used MPI calls it before MPI ends: some launchers kill every rank as soon as the first has
+ * gone. Local. */
+void md_cli_report(md_status st);
+
 md_status md_cmd_help(int argc, char **argv);
 
 #endif

@@ -134,6 +134,7 @@ static md_status cmd_convert(int argc, char **argv)
         st = md_mpi_start(&argc, &argv, &world);
     if (st == MD_OK) {
         st = convert(&o, world);
+        md_cli_report(st);
         md_mpi_stop(world);
     }
     md_free(o.sources);

@@ -81,10 +81,14 @@ static md_status run(int argc, char **argv)
     return is_config_file(first) ? v->run(argc, argv) : v->run(argc - 1, argv + 1);
 }
 
-/* The error a verb ended with; the usage behind it goes without "error:". */
-static void print_error(void)
+/* The usage behind a sentence goes without "error:". */
+void md_cli_report(md_status st)
 {
+    static bool done;
     const char *text = md_error_text(), *usage = strstr(text, "\nusage: ");
+    if (st == MD_OK || !*text || done)
+        return;
+    done = true;
     md_log_error("%.*s", (int)(usage ? (size_t)(usage - text) : strlen(text)), text);
     if (usage && md_base_rank() == 0)
         fprintf(stderr, "%s\n", usage + 1);
@@ -96,7 +100,6 @@ int main(int argc, char **argv)
     md_status st = run(argc, argv);
     if (st == MD_OK && (fflush(stdout) != 0 || ferror(stdout)))
         st = md_error_set(MD_ERR_IO, "writing to standard output failed");
-    if (st != MD_OK && *md_error_text())
-        print_error();
+    md_cli_report(st);
     return st;
 }

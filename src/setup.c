@@ -73,7 +73,9 @@ static bool info_from_name(const char *name, md_teacher_info *out)
 static md_status info_from_file(const md_config *c, md_teacher_info *out, char hash[17])
 {
     md_weights_info w;
-    MD_TRY(md_weights_info_read(c->teacher_weights, &w));
+    md_status st = md_weights_info_read(c->teacher_weights, &w);
+    if (st != MD_OK)
+        return md_error_prefix(st, "method.teacher.weights");
     out->spec = (md_vit_spec){.patch = w.patch,
                               .width = w.width,
                               .layers = w.layers,

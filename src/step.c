@@ -248,7 +248,7 @@ static md_status micro_pass(md_stepper *t, int64_t step, int micro, md_step_resu
     md_status st = md_graph_forward(&m->teacher_graph, t->args.backend);
     if (st == MD_OK)
         st = md_graph_forward(&m->student_graph, t->args.backend);
-    out->loss += t->loss;
+    out->loss += md_fault("step.nan") ? (double)NAN : t->loss;
     bool last = micro + 1 == t->args.accumulation;
     if (st == MD_OK)
         st = md_graph_backward(&m->student_graph, t->args.backend, micro > 0,
@@ -301,7 +301,7 @@ static md_status update(md_stepper *t, md_train_state *s, const double *v, md_st
             MD_FAIL(MD_ERR_NUMERICS,
                     "loss or gradients were not finite %lld steps in a row, up to "
                     "step %lld (optim.max_skipped)",
-                    (long long)s->skipped_in_row, (long long)s->step);
+                    (long long)s->skipped_in_row, (long long)s->step + 1);
         return MD_OK;
     }
     s->skipped_in_row = 0;
@@ -326,11 +326,12 @@ md_status md_step_run(md_stepper *t, md_train_state *s, bool stop_wanted, md_ste
         st = md_optim_grad_stats(t->args.backend, &t->args.method->params, &stats);
     double v[SUM_COUNT] = {
         [SUM_LOSS] = out->loss, [SUM_NORM] = stats.norm, [SUM_NONFINITE] = stats.nonfinite};
-    MD_TRY(share(t, st, stop_wanted, out->bad, v));
+    st = share(t, st, stop_wanted, out->bad, v);
+    out->bad = (int64_t)v[SUM_BAD];
+    MD_TRY(st);
     out->loss = v[SUM_LOSS];
     out->grad_norm = v[SUM_NORM];
     out->stop = v[SUM_STOP] > 0;
-    out->bad = (int64_t)v[SUM_BAD];
     MD_TRY(limit_bad(t, s, out->bad));
     MD_TRY(update(t, s, v, out));
     s->step++;

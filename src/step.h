@@ -19,7 +19,7 @@ typedef struct md_train_state {
 typedef struct md_step_result {
     double loss, grad_norm, learning_rate;
     double data_wait, comm_wait; /* seconds on this rank */
-    int64_t bad; /* images replaced in this step; over all ranks when the step has succeeded */
+    int64_t bad; /* images replaced in this step, on all ranks; also when it fails */
     bool skipped;
     bool stop; /* some rank wants to stop */
 } md_step_result;

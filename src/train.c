@@ -4,6 +4,7 @@
 #include "io/run_dir.h"
 #include "mpi/agree.h"
 #include "mpi/comm_mpi.h"
+#include "src/bad_images.h"
 #include "src/cli.h"
 #include "src/progress.h"
 #include "src/setup.h"
@@ -30,6 +31,7 @@ typedef struct run {
     md_dataset *data;
     md_loader *loader;
     md_stepper *stepper;
+    md_bad_images *bad;
     md_run_lock *lock;
     md_runlog *log;
     md_train_state state;
@@ -187,6 +189,7 @@ static md_status make_stepper(run *r)
                              .start_step = r->state.step};
     md_loader_configure(&loader, c, r->method.teacher_image);
     MD_TRY(md_loader_create(&r->loader, &loader));
+    MD_TRY(md_bad_images_create(r->world, r->data, r->loader, &r->bad));
     return md_stepper_create(&(md_stepper_args){.config = c,
                                                 .method = &r->method,
                                                 .backend = r->be,
@@ -304,19 +307,6 @@ static md_status save(run *r)
     return st;
 }
 
-static void report_bad_images(run *r)
-{
-    md_bad_image bad;
-    while (md_loader_next_bad(r->loader, &bad)) {
-        char name[256];
-        md_dataset_name(r->data, bad.sample, name, sizeof name);
-        md_log_rank(MD_LOG_WARN, "image %lld (%s) replaced: %s", (long long)bad.sample, name,
-                    bad.reason);
-        md_runlog_event(r->log, r->state.step, "bad_image", "image %lld (%s): %s",
-                        (long long)bad.sample, name, bad.reason);
-    }
-}
-
 /* Collective(world). All replicas must hold the same bits. */
 static md_status check_replicas(run *r)
 {
@@ -336,8 +326,10 @@ static md_status one_step(run *r, bool *stop)
     md_step_result result;
     md_metrics metrics;
     double start = md_now();
+    const int64_t step = r->state.step + 1; /* in logs, steps count from 1 */
     md_status st = md_step_run(r->stepper, &r->state, stop_signal != 0, &result);
-    report_bad_images(r);
+    if (result.bad > 0)
+        md_bad_images_tell(r->bad, step, r->log);
     MD_TRY(st);
     md_progress_step(&r->progress, &r->state, &result, md_now() - start, &metrics);
     md_runlog_metrics(r->log, &metrics);
@@ -395,6 +387,7 @@ static void close_logs(run *r, md_status st)
 static void tear_down(run *r, md_status st)
 {
     close_logs(r, st);
+    md_bad_images_free(r->bad);
     md_stepper_free(r->stepper);
     md_loader_destroy(r->loader);
     md_dataset_close(r->data);
@@ -413,6 +406,7 @@ static md_status cmd_train(int argc, char **argv)
     if (st == MD_OK)
         st = loop(&r);
     tear_down(&r, st);
+    md_cli_report(st);
     md_mpi_stop(r.world);
     return st;
 }

@@ -6,7 +6,7 @@
 export OMP_NUM_THREADS=1
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-log=$scratch/log rc=0
+log=$scratch/log rc=0 wrap=()
 
 fail() {
     echo "$(basename "$0" .sh): $*"
@@ -58,13 +58,14 @@ END
 store "$scratch/tiny.h5" 96
 
 # tiny RANKS RUN [key=value...]: trains in the run directory $scratch/RUN; $rc is the exit code, the
-# output is in $log. Ends a test when the run does not end.
+# output is in $log. Ends a test when the run does not end. Variables: config, a command that
+# starts the program (the array wrap), seconds until it must have ended (limit).
 tiny() {
     local n=$1 run=$2 end=$((SECONDS + ${limit:-60}))
     shift 2
     rc=0
-    timeout -k 5 "${limit:-60}" "$MPIRUN" -np "$n" "$MD_HPC" "$scratch/tiny.cfg" \
-        "run.dir=$scratch/$run" "$@" >"$log" 2>&1 </dev/null || rc=$?
+    timeout -k 5 "${limit:-60}" "$MPIRUN" -np "$n" "${wrap[@]}" "$MD_HPC" \
+        "$scratch/${config:-tiny.cfg}" "run.dir=$scratch/$run" "$@" >"$log" 2>&1 </dev/null || rc=$?
     [ $SECONDS -lt $end ] || fail "no end: $n ranks, $run $*"
 }
 

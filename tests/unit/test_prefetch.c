@@ -62,13 +62,6 @@ static void fake_describe(void *ctx, int64_t i, md_image_kind *kind, int *w, int
     *label = (int32_t)(i * 7 % 5);
 }
 
-static const char *fake_name(void *ctx, int64_t i, char *buf, size_t cap)
-{
-    (void)ctx;
-    snprintf(buf, cap, "fake/%d.raw", (int)i);
-    return buf;
-}
-
 static md_loader_args args_of(fake *f)
 {
     return (md_loader_args){
@@ -77,8 +70,7 @@ static md_loader_args args_of(fake *f)
                    .max_bytes = W * H * 3,
                    .max_pixels = W * H,
                    .read = fake_read,
-                   .describe = fake_describe,
-                   .name = fake_name},
+                   .describe = fake_describe},
         .rule = {.seed = 5,
                  .size = SIDE,
                  .size2 = SIDE2,
