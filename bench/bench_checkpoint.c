@@ -33,7 +33,7 @@ typedef struct bench {
     int64_t bytes, total;
 } bench;
 
-/* Every rank writes its part of the first dimension of every array. */
+/* Every rank writes its share of the arrays, as a training run does. */
 static md_status make_state(bench *b, int layers)
 {
     static const char *const kind[KINDS] = {"param", "m", "v"};
@@ -47,10 +47,11 @@ static md_status make_state(bench *b, int layers)
                 snprintf(b->name[i], MD_STATE_NAME, "%s/blocks.%d.%s.weight", kind[k], l, layer[p]);
                 md_tensor t = md_tensor_make(NULL, MD_F32, 2, dim[p]);
                 b->item[i] = md_state_item_make(b->name[i], &t);
-                md_state_item_cut(&b->item[i], md_comm_rank(b->world), md_comm_size(b->world));
-                b->bytes += b->item[i].count[0] * dim[p][1] * 4;
                 b->total += (int64_t)md_tensor_bytes(&t);
             }
+    md_state_items_share(b->item, b->items, md_comm_rank(b->world), md_comm_size(b->world));
+    for (int i = 0; i < b->items; i++)
+        b->bytes += b->item[i].count[0] * b->item[i].global[1] * 4;
     MD_NEW(b->data, b->bytes, "bench");
     float *x = (float *)(void *)b->data;
     for (int64_t i = 0; i < b->bytes / 4; i++)

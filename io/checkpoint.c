@@ -3,7 +3,6 @@
 #include "io/checkpoint_parts.h"
 
 #include <errno.h>
-#include <pthread.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -34,9 +33,10 @@ typedef struct writer {
     const md_checkpoint_args *args;
     const char *part; /* the temporary file */
     md_checkpoint *ck;
-    uint64_t *memory, *file; /* [blocks] hashes of what was meant and of what the file has */
+    int64_t *owned; /* [blocks] bytes that have a writer */
+    uint64_t *hash; /* [blocks] */
     int64_t blocks;
-    int fd, sync_error;
+    int fd;
 } writer;
 
 /* Lays the file out on rank 0 and tells all where the items lie. */
@@ -50,78 +50,70 @@ static md_status phase_create(writer *w)
     return md_agree(a->comm, md_ckpt_fd(w->part, true, &w->fd));
 }
 
-/* Every element must have exactly one writer. Overlaps that hide a gap are not seen. */
-static md_status check_cover(const writer *w, int64_t *owned)
+/* Every element must have exactly one writer. Overlaps that hide a gap in the same 1 MiB block are
+ * not seen. */
+static md_status check_cover(writer *w)
 {
     const md_checkpoint_args *a = w->args;
+    int64_t *owned = w->owned;
     for (int i = 0; i < a->items; i++) {
-        md_ckpt_runs r = md_ckpt_runs_of(&a->item[i]);
-        owned[i] = r.count * r.bytes;
+        md_ckpt_owned(&a->item[i], owned);
+        owned += md_ckpt_blocks(md_ckpt_item_bytes(&a->item[i]));
     }
-    md_comm_allreduce(a->comm, owned, a->items, MD_I64, MD_SUM);
-    for (int i = 0; i < a->items; i++)
-        if (owned[i] != md_ckpt_item_bytes(&a->item[i]))
-            MD_FAIL(MD_ERR_BUG, "checkpoint item %s: the ranks own %lld of %lld bytes",
-                    a->item[i].name, (long long)owned[i],
-                    (long long)md_ckpt_item_bytes(&a->item[i]));
+    md_comm_allreduce(a->comm, w->owned, w->blocks, MD_I64, MD_SUM);
+    owned = w->owned;
+    for (int i = 0; i < a->items; i++) {
+        int64_t bytes = md_ckpt_item_bytes(&a->item[i]);
+        for (int64_t at = 0; at < bytes; at += MD_CKPT_BLOCK, owned++)
+            if (*owned != MD_MIN(MD_CKPT_BLOCK, bytes - at))
+                MD_FAIL(MD_ERR_BUG, "checkpoint item %s: the ranks own %lld of %lld bytes at %lld",
+                        a->item[i].name, (long long)*owned,
+                        (long long)MD_MIN(MD_CKPT_BLOCK, bytes - at), (long long)at);
+    }
     return MD_OK;
 }
 
 static md_status phase_write(writer *w)
 {
     const md_checkpoint_args *a = w->args;
-    MD_TRY(md_agree(a->comm, md_ckpt_write_blocks(w->fd, a, w->ck, w->memory)));
-    md_comm_allreduce(a->comm, w->memory, w->blocks, MD_I64, MD_SUM);
+    MD_TRY(md_agree(a->comm, md_ckpt_write_blocks(w->fd, a, w->ck, w->hash)));
+    md_comm_allreduce(a->comm, w->hash, w->blocks, MD_I64, MD_SUM);
     return MD_OK;
 }
 
-/* Reads the file back, each block by one rank, and compares; the hashes become the items'. A block
- * of several writers has no hash of memory to compare with. */
+static md_status phase_sync(writer *w)
+{
+    md_status st = md_ckpt_sync(w->fd, w->part);
+    if (md_fault("ckpt.fsync"))
+        st = md_error_set(MD_ERR_IO, "%s: cannot sync: injected fault", w->part);
+    close(w->fd);
+    w->fd = -1;
+    return md_agree(w->args->comm, st);
+}
+
+static md_status reopen_and_compare(writer *w)
+{
+    MD_TRY(md_ckpt_fd(w->part, false, &w->fd));
+    if (md_fault("ckpt.verify"))
+        MD_FAIL(MD_ERR_IO, "%s: cannot be read back: injected fault", w->part);
+    return md_ckpt_compare(w->fd, w->args, w->ck);
+}
+
+/* All ranks have synced and closed the file: what is read now is what others will see, also where a
+ * file system promises no more than that. Each rank compares its own bytes with memory; blocks of
+ * several writers, which nobody could hash in memory, are then hashed from the file. */
 static md_status phase_verify(writer *w)
 {
     md_checkpoint *ck = w->ck;
-    md_status st = MD_OK;
-    if (md_fault("ckpt.verify"))
-        st = md_error_set(MD_ERR_IO, "%s: cannot be read back: injected fault", w->part);
-    MD_TRY(md_agree(ck->comm, st));
-    MD_TRY(md_ckpt_hash_file(ck, w->fd, w->file));
-    const uint64_t *memory = w->memory, *file = w->file;
+    MD_TRY(md_agree(ck->comm, reopen_and_compare(w)));
+    MD_TRY(md_ckpt_hash_file(ck, w->fd, w->hash));
+    const uint64_t *hash = w->hash;
     for (int i = 0; i < ck->entries; i++) {
         int64_t n = md_ckpt_blocks(ck->entry[i].bytes);
-        for (int64_t b = 0; b < n; b++)
-            if (memory[b] && memory[b] != file[b])
-                MD_FAIL(MD_ERR_IO, "%s: block %lld of %s is not what was written", w->part,
-                        (long long)b, ck->entry[i].name);
-        ck->entry[i].xxh3 = md_ckpt_hash(file, n);
-        memory += n;
-        file += n;
+        ck->entry[i].xxh3 = md_ckpt_hash(hash, n);
+        hash += n;
     }
     return MD_OK;
-}
-
-static void *sync_main(void *arg)
-{
-    writer *w = arg;
-    w->sync_error = fsync(w->fd) == 0 ? 0 : errno;
-    return NULL;
-}
-
-/* While a thread waits for the disk, this one reads back what the page cache holds. */
-static md_status phase_sync_and_verify(writer *w)
-{
-    pthread_t thread;
-    bool apart = pthread_create(&thread, NULL, sync_main, w) == 0;
-    md_status st = phase_verify(w);
-    if (apart)
-        pthread_join(thread, NULL);
-    else
-        sync_main(w);
-    MD_TRY(st);
-    if (md_fault("ckpt.fsync"))
-        w->sync_error = EIO;
-    if (w->sync_error)
-        st = md_error_set(MD_ERR_IO, "%s: cannot sync: %s", w->part, strerror(w->sync_error));
-    return md_agree(w->ck->comm, st);
 }
 
 /* Rank 0 seals the file and opens it as a reader would. */
@@ -139,13 +131,14 @@ static md_status seal_and_check(writer *w)
     return st;
 }
 
-static md_status run_phases(writer *w, int64_t *owned)
+static md_status run_phases(writer *w)
 {
     md_comm *c = w->args->comm;
-    MD_TRY(check_cover(w, owned));
+    MD_TRY(check_cover(w));
     MD_TRY(phase_create(w));
     MD_TRY(phase_write(w));
-    MD_TRY(phase_sync_and_verify(w));
+    MD_TRY(phase_sync(w));
+    MD_TRY(phase_verify(w));
     return md_agree(c, md_comm_rank(c) == 0 ? seal_and_check(w) : MD_OK);
 }
 
@@ -158,8 +151,8 @@ static md_status writer_open(writer *w, const char *part)
     for (int i = 0; i < a->items; i++)
         w->blocks += md_ckpt_blocks(md_ckpt_item_bytes(&a->item[i]));
     MD_NEW(w->ck->entry, a->items, "checkpoint entries");
-    MD_NEW(w->memory, w->blocks, "checkpoint hashes");
-    MD_NEW(w->file, w->blocks, "checkpoint hashes");
+    MD_NEW(w->owned, w->blocks, "checkpoint hashes");
+    MD_NEW(w->hash, w->blocks, "checkpoint hashes");
     return MD_OK;
 }
 
@@ -167,18 +160,16 @@ static md_status writer_open(writer *w, const char *part)
 static md_status write_part(const md_checkpoint_args *args, const char *part)
 {
     writer w = {.args = args, .part = part, .fd = -1};
-    int64_t *owned = md_alloc(sizeof *owned * (size_t)args->items, "checkpoint entries");
-    md_status st = md_agree(args->comm, owned ? writer_open(&w, part) : MD_ERR_MEMORY);
+    md_status st = md_agree(args->comm, writer_open(&w, part));
     if (st == MD_OK)
-        st = run_phases(&w, owned);
+        st = run_phases(&w);
     if (w.fd >= 0)
         close(w.fd);
     md_comm_barrier(args->comm); /* nobody has it open when it goes or gets its name */
     if (st != MD_OK && md_comm_rank(args->comm) == 0)
         unlink(part);
-    md_free(owned);
-    md_free(w.memory);
-    md_free(w.file);
+    md_free(w.owned);
+    md_free(w.hash);
     md_checkpoint_close(w.ck);
     return st;
 }

@@ -35,9 +35,10 @@ typedef struct md_state_item {
 
 /* A whole array as an item. */
 md_state_item md_state_item_make(const char *name, const md_tensor *t);
-/* Narrows the block to part `part` of `parts` of its first dimension, e.g. to spread replicated
- * arrays over the data-parallel ranks that write them. Local. */
-void md_state_item_cut(md_state_item *item, int part, int parts);
+/* Narrows whole arrays to part `part` of `parts` of all their bytes in this order, to the row:
+ * spreads replicated arrays over the ranks that write them. A part is one stretch of the file, so
+ * that few arrays are cut, however many parts there are. Local. */
+void md_state_items_share(md_state_item *item, int items, int part, int parts);
 
 typedef struct md_checkpoint_args {
     md_comm *comm;
@@ -52,14 +53,14 @@ typedef struct md_checkpoint_args {
     int64_t keep_every; /* and those at multiples of this step; 0 = none */
 } md_checkpoint_args;
 
-/* Collective(comm). Writes dir/step-%08d.h5: to a temporary name, synced, every byte read back and
- * compared, sealed, reopened, renamed; then LATEST names it (for people and scripts; the program
- * looks at the files themselves) and older ones go. A killed or failed write leaves the older
- * checkpoints as they were and no file that looks like one. Checkpoints of later steps belong to a
- * branch of the run that was given up: they get ".abandoned" behind their names, and the newest
- * `keep` of those stay. What fails behind the rename is a warning. MD_ERR_CREATE, MD_ERR_IO (disk
- * full too), MD_ERR_MEMORY, MD_ERR_NUMERICS (a value is not finite): the same on every rank,
- * training can go on. */
+/* Collective(comm). Writes dir/step-%08d.h5: to a temporary name, synced by every rank, reopened,
+ * every byte read back and compared with memory by the rank that wrote it, sealed, reopened,
+ * renamed; then LATEST names it (for people and scripts; the program looks at the files themselves)
+ * and older ones go. A killed or failed write leaves the older checkpoints as they were and no file
+ * that looks like one. Checkpoints of later steps belong to a branch of the run that was given up:
+ * they get ".abandoned" behind their names, and the newest `keep` of those stay. What fails behind
+ * the rename is a warning. MD_ERR_CREATE, MD_ERR_IO (disk full too), MD_ERR_MEMORY, MD_ERR_NUMERICS
+ * (a value is not finite): the same on every rank, training can go on. */
 md_status md_checkpoint_write(const md_checkpoint_args *args);
 /* Collective(comm). The same to one path; `dir` and what is kept do not matter. */
 md_status md_checkpoint_write_file(const md_checkpoint_args *args, const char *path);

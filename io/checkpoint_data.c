@@ -16,9 +16,9 @@
 
 #define WRITE_BYTES (8 * MD_CKPT_BLOCK) /* of one pwrite: half the time of 1 MiB on ext4 */
 
-/* Bytes [lo, hi) of an array, at `data` in memory. */
+/* Bytes [lo, hi) of an array, at `data` in memory; `done` bytes of the block lie in front of hi. */
 typedef struct piece {
-    int64_t lo, hi;
+    int64_t lo, hi, done;
     const char *data;
 } piece;
 
@@ -31,15 +31,29 @@ md_state_item md_state_item_make(const char *name, const md_tensor *t)
     return item;
 }
 
-void md_state_item_cut(md_state_item *item, int part, int parts)
+/* First of an array's rows that starts at byte `at` or behind. */
+static int64_t row_at(int64_t at, int64_t row, int64_t rows)
 {
-    int64_t rows = item->count[0], lo = rows * part / parts, hi = rows * (part + 1) / parts;
-    int64_t row = (int64_t)md_dtype_bytes(item->dtype);
-    for (int d = 1; d < item->rank; d++)
-        row *= item->count[d];
-    item->start[0] += lo;
-    item->count[0] = hi - lo;
-    item->data = (char *)item->data + lo * row;
+    return MD_MIN((MD_MAX(at, 0) + row - 1) / row, rows);
+}
+
+void md_state_items_share(md_state_item *item, int items, int part, int parts)
+{
+    int64_t total = 0, base = 0;
+    for (int i = 0; i < items; i++)
+        total += md_ckpt_item_bytes(&item[i]);
+    int64_t begin = total * part / parts, end = total * (part + 1) / parts;
+    for (int i = 0; i < items; i++) {
+        int64_t bytes = md_ckpt_item_bytes(&item[i]), rows = item[i].global[0];
+        int64_t row = bytes / MD_MAX(rows, 1);
+        if (row == 0)
+            continue;
+        int64_t lo = row_at(begin - base, row, rows), hi = row_at(end - base, row, rows);
+        item[i].start[0] = lo;
+        item[i].count[0] = hi - lo;
+        item[i].data = (char *)item[i].data + lo * row;
+        base += bytes;
+    }
 }
 
 int64_t md_ckpt_item_bytes(const md_state_item *item)
@@ -96,6 +110,27 @@ int64_t md_ckpt_run_offset(const md_state_item *item, int64_t run)
         stride *= item->global[d];
     }
     return at * (int64_t)md_dtype_bytes(item->dtype);
+}
+
+/* Steps to the block's next bytes that neither end a run nor cross a multiple of `unit`; a piece
+ * starts as zeros. False behind the last one. */
+static bool piece_next(const md_state_item *item, int64_t unit, piece *p)
+{
+    md_ckpt_runs runs = md_ckpt_runs_of(item);
+    if (p->done == runs.count * runs.bytes)
+        return false;
+    int64_t within = p->done % runs.bytes;
+    p->data = (const char *)item->data + p->done;
+    p->lo = md_ckpt_run_offset(item, p->done / runs.bytes) + within;
+    p->hi = MD_MIN(p->lo + runs.bytes - within, (p->lo / unit + 1) * unit);
+    p->done += p->hi - p->lo;
+    return true;
+}
+
+void md_ckpt_owned(const md_state_item *item, int64_t *owned)
+{
+    for (piece p = {0}; piece_next(item, MD_CKPT_BLOCK, &p);)
+        owned[p.lo / MD_CKPT_BLOCK] += p.hi - p.lo;
 }
 
 md_status md_ckpt_fd(const char *path, bool write, int *fd)
@@ -175,18 +210,21 @@ static md_status write_piece(int fd, const char *path, const md_state_entry *e, 
 static md_status write_item(int fd, const char *path, const md_state_entry *e,
                             const md_state_item *item, uint64_t *memory)
 {
-    md_ckpt_runs runs = md_ckpt_runs_of(item);
-    const char *data = item->data;
-    for (int64_t r = 0; r < runs.count; r++) {
-        int64_t lo = md_ckpt_run_offset(item, r), end = lo + runs.bytes;
-        while (lo < end) {
-            int64_t hi = MD_MIN(end, (lo / WRITE_BYTES + 1) * WRITE_BYTES);
-            MD_TRY(write_piece(fd, path, e, &(piece){lo, hi, data}, memory));
-            data += hi - lo;
-            lo = hi;
-        }
-    }
+    for (piece p = {0}; piece_next(item, WRITE_BYTES, &p);)
+        MD_TRY(write_piece(fd, path, e, &p, memory));
     return MD_OK;
+}
+
+/* Damages the middle one of this rank's bytes in the file, as a bad disk would. */
+static md_status flip_byte(int fd, const char *path, const md_state_entry *e,
+                           const md_state_item *item)
+{
+    md_ckpt_runs runs = md_ckpt_runs_of(item);
+    piece p = {.done = runs.count * runs.bytes / 2};
+    if (!piece_next(item, 1, &p))
+        return MD_OK;
+    char flipped = (char)~*p.data;
+    return md_ckpt_pwrite(fd, path, &flipped, 1, e->offset + p.lo);
 }
 
 md_status md_ckpt_write_blocks(int fd, const md_checkpoint_args *args, const md_checkpoint *ck,
@@ -194,6 +232,8 @@ md_status md_ckpt_write_blocks(int fd, const md_checkpoint_args *args, const md_
 {
     for (int i = 0; i < args->items; i++) {
         MD_TRY(write_item(fd, ck->path, &ck->entry[i], &args->item[i], memory));
+        if (md_fault("ckpt.flip"))
+            MD_TRY(flip_byte(fd, ck->path, &ck->entry[i], &args->item[i]));
         memory += md_ckpt_blocks(ck->entry[i].bytes);
     }
     if (md_fault("ckpt.write"))
@@ -201,24 +241,50 @@ md_status md_ckpt_write_blocks(int fd, const md_checkpoint_args *args, const md_
     return MD_OK;
 }
 
-/* Hashes the blocks [first, last) of the numbering through all items. */
+static md_status compare_item(int fd, const char *path, const md_state_entry *e,
+                              const md_state_item *item, char *buf)
+{
+    for (piece p = {0}; piece_next(item, MD_CKPT_BLOCK, &p);) {
+        MD_TRY(md_ckpt_pread(fd, path, buf, p.hi - p.lo, e->offset + p.lo));
+        if (memcmp(buf, p.data, (size_t)(p.hi - p.lo)) != 0)
+            MD_FAIL(MD_ERR_IO, "%s: block %lld of %s is not what was written", path,
+                    (long long)(p.lo / MD_CKPT_BLOCK), e->name);
+    }
+    return MD_OK;
+}
+
+md_status md_ckpt_compare(int fd, const md_checkpoint_args *args, const md_checkpoint *ck)
+{
+    char *buf;
+    MD_NEW(buf, MD_CKPT_BLOCK, "checkpoint buffer");
+    md_status st = MD_OK;
+    for (int i = 0; i < args->items && st == MD_OK; i++)
+        st = compare_item(fd, ck->path, &ck->entry[i], &args->item[i], buf);
+    md_free(buf);
+    return st;
+}
+
+/* Hashes the file's blocks [first, last) of those that have no hash yet. */
 static md_status hash_blocks(const md_checkpoint *ck, int fd, int64_t first, int64_t last,
                              uint64_t *hash)
 {
     char *buf;
     MD_NEW(buf, MD_CKPT_BLOCK, "checkpoint buffer");
     md_status st = MD_OK;
-    int64_t base = 0;
-    for (int i = 0; i < ck->entries && base < last && st == MD_OK; i++) {
+    int64_t unknown = 0, rank = md_comm_rank(ck->comm);
+    for (int i = 0; i < ck->entries && st == MD_OK; i++) {
         const md_state_entry *e = &ck->entry[i];
-        int64_t blocks = md_ckpt_blocks(e->bytes);
-        int64_t lo = MD_MAX(first - base, 0), hi = MD_MIN(last - base, blocks);
-        for (int64_t b = lo; b < hi && st == MD_OK; b++) {
-            int64_t n = MD_MIN(MD_CKPT_BLOCK, e->bytes - b * MD_CKPT_BLOCK);
-            st = md_ckpt_pread(fd, ck->path, buf, n, e->offset + b * MD_CKPT_BLOCK);
-            hash[base + b] = XXH3_64bits(buf, (size_t)n);
+        for (int64_t at = 0; at < e->bytes && st == MD_OK; at += MD_CKPT_BLOCK, hash++) {
+            if (*hash) {
+                *hash = rank == 0 ? *hash : 0; /* all ranks know it, the sum needs it once */
+                continue;
+            }
+            if (unknown++ < first || unknown > last)
+                continue;
+            int64_t n = MD_MIN(MD_CKPT_BLOCK, e->bytes - at);
+            st = md_ckpt_pread(fd, ck->path, buf, n, e->offset + at);
+            *hash = XXH3_64bits(buf, (size_t)n);
         }
-        base += blocks;
     }
     md_free(buf);
     return st;
@@ -226,12 +292,13 @@ static md_status hash_blocks(const md_checkpoint *ck, int fd, int64_t first, int
 
 md_status md_ckpt_hash_file(const md_checkpoint *ck, int fd, uint64_t *hash)
 {
-    int64_t blocks = 0, rank = md_comm_rank(ck->comm), size = md_comm_size(ck->comm);
+    int64_t blocks = 0, unknown = 0, rank = md_comm_rank(ck->comm), size = md_comm_size(ck->comm);
     for (int i = 0; i < ck->entries; i++)
         blocks += md_ckpt_blocks(ck->entry[i].bytes);
-    memset(hash, 0, (size_t)blocks * sizeof *hash);
-    md_status st = hash_blocks(ck, fd, blocks * rank / size, blocks * (rank + 1) / size, hash);
-    MD_TRY(md_agree(ck->comm, st));
+    for (int64_t b = 0; b < blocks; b++)
+        unknown += hash[b] == 0;
+    int64_t first = unknown * rank / size, last = unknown * (rank + 1) / size;
+    MD_TRY(md_agree(ck->comm, hash_blocks(ck, fd, first, last, hash)));
     md_comm_allreduce(ck->comm, hash, blocks, MD_I64, MD_SUM);
     return MD_OK;
 }

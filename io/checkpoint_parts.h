@@ -48,11 +48,16 @@ md_status md_ckpt_load(const char *path, md_checkpoint *ck);
 /* Frees what ck holds, not ck. */
 void md_ckpt_clear(md_checkpoint *ck);
 
+/* Local: adds the bytes of this rank's block to what is owned of each 1 MiB block of the array. */
+void md_ckpt_owned(const md_state_item *item, int64_t *owned);
 /* Local: writes this rank's blocks of all items; memory[b] gets the hash of each file block
  * (numbered through all items) that lies in one of this rank's blocks as a whole. */
 md_status md_ckpt_write_blocks(int fd, const md_checkpoint_args *args, const md_checkpoint *ck,
                                uint64_t *memory);
-/* Collective: hashes all blocks as the file has them, each read by one rank; all ranks get all. */
+/* Local: reads this rank's blocks back and compares every byte with memory. MD_ERR_IO. */
+md_status md_ckpt_compare(int fd, const md_checkpoint_args *args, const md_checkpoint *ck);
+/* Collective: replaces each 0 by the block's hash as the file has it, read by one rank. `hash` is
+ * the same on all ranks, before and after. */
 md_status md_ckpt_hash_file(const md_checkpoint *ck, int fd, uint64_t *hash);
 
 /* pread and pwrite of all bytes, or MD_ERR_IO (a short file: MD_ERR_DATA) naming the path. */

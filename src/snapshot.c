@@ -28,7 +28,7 @@ static void items_free(item_list *l)
     md_free(l->name);
 }
 
-/* Every array of the state as items; with parts > 1, each narrowed to this rank's share. */
+/* Every array of the state as items, narrowed to this part of them. */
 static md_status items_make(const md_snapshot *s, int part, int parts, item_list *l)
 {
     md_params *p = s->params;
@@ -44,11 +44,9 @@ static md_status items_make(const md_snapshot *s, int part, int parts, item_list
             md_tensor t = md_tensor_make(block[k] + row->offset, MD_F32, row->rank, row->global);
             char *name = l->name[l->count];
             snprintf(name, MD_STATE_NAME, "%s/%s", part_names[k], row->name);
-            md_state_item *item = &l->item[l->count++];
-            *item = md_state_item_make(name, &t);
-            if (parts > 1)
-                md_state_item_cut(item, part, parts);
+            l->item[l->count++] = md_state_item_make(name, &t);
         }
+    md_state_items_share(l->item, l->count, part, parts);
     return MD_OK;
 }
 

@@ -6,7 +6,7 @@
 
 #include "io/checkpoint.h"
 
-enum { ITEMS = 7 };
+enum { ITEMS = 7, FLIPPED = 3, ROWS = -1 };
 
 static char dir[256];
 
@@ -100,10 +100,10 @@ static void make_item(md_state_item *it, int i, md_comm *c, int cut, bool replic
     assert_non_null(it->data);
 }
 
-/* A cut for item i in round `k`: every dimension in turn, then none. */
+/* A cut for item i in round `k`: every dimension in turn, then none; round ROWS cuts the first. */
 static int cut_for(int i, int k)
 {
-    return (i + k) % (shape[i].rank + 1) - 1;
+    return k == ROWS ? 0 : (i + k) % (shape[i].rank + 1) - 1;
 }
 
 static void free_items(md_state_item *it)
@@ -199,6 +199,57 @@ static void test_any_layout(void **state)
     assert_int_equal(files_matching(".abandoned"), 2);
 }
 
+/* Every rank in turn has one byte of item FLIPPED changed behind its back, after it has written it.
+ * It finds it, whoever else owns a part of the same 1 MiB, and nothing stays of the write. */
+static void test_flipped_byte_is_found(void **state)
+{
+    (void)state;
+    for (int r = 0; r < md_comm_size(par_world); r++) {
+        assert_int_equal(write_all(par_world, 1 + r, ROWS), MD_ERR_IO);
+        assert_non_null(strstr(md_error_text(), "of m/big is not what was written"));
+        md_comm_barrier(par_world);
+        assert_int_equal(files_matching(".partial"), 0);
+        assert_int_equal(files_matching(".h5"), 0);
+        md_comm_barrier(par_world);
+    }
+}
+
+/* The shares of any number of parts cover every row once, in order, and differ by no more than the
+ * largest rows. */
+static void test_shares(void **state)
+{
+    (void)state;
+    for (int parts = 1; parts <= 70; parts += 3) {
+        int64_t next[ITEMS] = {0};
+        for (int part = 0; part < parts; part++) {
+            md_state_item it[ITEMS];
+            int64_t bytes = 0, all = 0;
+            int last = -1;
+            for (int i = 0; i < ITEMS; i++) {
+                md_tensor t = md_tensor_make(dir, shape[i].dtype, shape[i].rank, shape[i].dim);
+                it[i] = md_state_item_make(shape[i].name, &t);
+                all += (int64_t)md_tensor_bytes(&t);
+            }
+            md_state_items_share(it, ITEMS, part, parts);
+            for (int i = 0; i < ITEMS; i++) {
+                int64_t row = elements(shape[i].dim + 1, shape[i].rank - 1) *
+                              (int64_t)md_dtype_bytes(shape[i].dtype);
+                if (it[i].count[0] == 0)
+                    continue;
+                assert_int_equal(it[i].start[0], next[i]);
+                assert_ptr_equal(it[i].data, dir + next[i] * row);
+                assert_true(last < 0 || next[i] == 0); /* one stretch */
+                next[i] += it[i].count[0];
+                bytes += it[i].count[0] * row;
+                last = i;
+            }
+            assert_true(llabs(bytes - all / parts) <= 513 * 4 + 1);
+        }
+        for (int i = 0; i < ITEMS; i++)
+            assert_int_equal(next[i], shape[i].dim[0]);
+    }
+}
+
 /* Each phase fails once, on the rank that set_faults names: all ranks get the same status, the old
  * checkpoint stays the newest one and no temporary file stays. */
 static void test_failing_phases(void **state)
@@ -279,25 +330,31 @@ static int remove_dir(void **state)
     return rmdir(dir);
 }
 
-/* Each site fails at its second pass: the first write is good, the second fails at the first site,
- * the third passes that and fails at the next one, and so on. Set before anything asks for faults.
- */
+/* Behind the writes with a flipped byte, one a rank, comes a good one; the next one fails at the
+ * first site, the one behind it passes that and fails at the next site, and so on. Set before
+ * anything asks for faults. */
 __attribute__((constructor)) static void set_faults(void)
 {
-    const char *size = getenv("OMPI_COMM_WORLD_SIZE");
-    if (!size)
-        size = getenv("PMI_SIZE");
-    int last = size ? atoi(size) - 1 : 0;
-    char list[512];
-    snprintf(list, sizeof list,
-             "ckpt.create@rank0#2,ckpt.space@rank0#2,ckpt.write@rank%d#2,ckpt.verify@rank%d#2,"
-             "ckpt.fsync@rank%d#2,ckpt.seal@rank0#2,ckpt.rename@rank0#2,ckpt.latest@rank0#2",
-             last, last, last);
+    const char *env = getenv("OMPI_COMM_WORLD_SIZE");
+    if (!env)
+        env = getenv("PMI_SIZE");
+    int size = env ? atoi(env) : 1, last = size - 1, pass = size + 2;
+    char list[1024];
+    int n = snprintf(list, sizeof list,
+                     "ckpt.create@rank0#%d,ckpt.space@rank0#%d,ckpt.write@rank%d#%d,"
+                     "ckpt.verify@rank%d#%d,ckpt.fsync@rank%d#%d,"
+                     "ckpt.seal@rank0#2,ckpt.rename@rank0#2,ckpt.latest@rank0#2",
+                     pass, pass, last, pass, last, pass, last, pass);
+    for (int r = 0; r < size; r++)
+        n += snprintf(list + n, sizeof list - (size_t)n, ",ckpt.flip@rank%d#%d", r,
+                      r * ITEMS + FLIPPED + 1);
     setenv("MD_FAULT", list, 1);
 }
 
 static const struct CMUnitTest tests[] = {
-    cmocka_unit_test_setup(test_failing_phases, make_dir),
+    cmocka_unit_test_setup(test_flipped_byte_is_found, make_dir),
+    cmocka_unit_test(test_shares),
+    cmocka_unit_test(test_failing_phases),
     cmocka_unit_test(test_not_finite_is_refused),
     cmocka_unit_test(test_gap_is_a_bug),
     cmocka_unit_test_teardown(test_any_layout, remove_dir),
