@@ -111,6 +111,21 @@ static void read_settings(loader *l, const char *text, const char *path)
     config_destroy(&lib);
 }
 
+md_status md_config_read_written(md_config *c, const char *text, const char *path)
+{
+    loader l = {.c = c};
+    config_t lib;
+    config_init(&lib);
+    md_status st = MD_OK;
+    if (config_read_string(&lib, text))
+        walk(&l, config_root_setting(&lib), path, "");
+    else
+        st = md_error_set(MD_ERR_DATA, "%s:%d: %s", path, config_error_line(&lib),
+                          config_error_text(&lib));
+    config_destroy(&lib);
+    return st;
+}
+
 /* ---- files ---- */
 
 /* The file as a C string; errors are added to l->e and leave *text NULL. */

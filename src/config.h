@@ -59,6 +59,16 @@ md_status md_config_check(const md_config *c);
  * origin behind it. origins false: values only. Local. */
 md_status md_config_write(const md_config *c, FILE *f, bool origins);
 
+/* What md_config_compare found: was and now as md_config_write writes them. `experiment`: the key
+ * is part of what the run is (model, method, pictures, seed); else it may be tuned under way. */
+typedef void (*md_config_differ)(void *arg, bool experiment, const char *key, const char *was,
+                                 const char *now);
+/* Compares c with the text md_config_write once wrote, by any version: a key the text lacks had its
+ * default, one that is no key any more is left out. Keys that any job of a run may change (paths,
+ * layout, logs, checkpoints, length) do not count. Local. MD_ERR_DATA: no config text. */
+md_status md_config_compare(const md_config *c, const char *text, md_config_differ differ,
+                            void *arg);
+
 /* The reference of all keys (default, range, unit, help) as a commented config file. Local. */
 md_status md_config_reference(FILE *f);
 /* The help of one key or of all keys whose name starts with `prefix`; false when there is none. */

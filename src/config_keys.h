@@ -99,7 +99,7 @@ X(parallel_overlap, "parallel.overlap", BOOL, "true", 0, 0, "", "Reduce gradient
 X(checkpoint_every, "checkpoint.every", INT, "0", 0, 1000000000, "steps", "Steps between checkpoints; 0 = once an epoch. One is always written at the end and when stopped.")
 X(checkpoint_keep, "checkpoint.keep", INT, "2", 1, 1000, "files", "Newest checkpoints kept.")
 X(checkpoint_keep_every, "checkpoint.keep_every", INT, "0", 0, 1000000000, "steps", "Checkpoints at multiples of this step are kept for ever; 0 = none.")
-X(checkpoint_resume, "checkpoint.resume", STR, "auto", 0, 0, "", "auto = newest valid one of the run directory, none = start new, or a checkpoint's path.")
+X(checkpoint_resume, "checkpoint.resume", STR, "auto", 0, 0, "", "Where a run directory without checkpoints starts: auto or none = anew, or a checkpoint's path. Once it has checkpoints, its newest valid one goes first; none is then refused.")
 X(log_every, "log.every", INT, "10", 1, 1000000, "steps", "Steps between progress lines; metrics.jsonl has every step.")
 X(log_level, "log.level", CHOICE, "info", 0, 0, "debug,info,warn,error", "Least severe message shown.")
 X(check_every, "check.every", INT, "0", 0, 1000000000, "steps", "Steps between checks that all replicas hold the same parameters; 0 = off.")

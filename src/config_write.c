@@ -186,6 +186,54 @@ md_status md_config_diff(const md_config *c, FILE *f)
     return written(f);
 }
 
+/* How a key may change in the course of a run: by the first row that its name starts with. */
+typedef enum key_change { CHANGE_FREE, CHANGE_TUNED, CHANGE_EXPERIMENT } key_change;
+
+static key_change change_of(const char *key)
+{
+    static const struct {
+        const char *front;
+        key_change change;
+    } rules[] = {
+        {"model.last_block", CHANGE_FREE},       /* the same numbers by another way */
+        {"method.teacher.arch", CHANGE_FREE},    /* planning only */
+        {"method.teacher.weights", CHANGE_FREE}, /* a path: contents are compared by hash */
+        {"model.", CHANGE_EXPERIMENT},
+        {"method.", CHANGE_EXPERIMENT},
+        {"augment.", CHANGE_EXPERIMENT},
+        {"image.", CHANGE_EXPERIMENT},
+        {"data.split", CHANGE_EXPERIMENT},
+        {"run.seed", CHANGE_EXPERIMENT},
+        {"train.max_steps", CHANGE_FREE},
+        {"train.micro_batch", CHANGE_FREE}, /* layout */
+        {"train.", CHANGE_TUNED},
+        {"optim.", CHANGE_TUNED},
+    };
+    for (size_t i = 0; i < MD_COUNT(rules); i++)
+        if (strncmp(key, rules[i].front, strlen(rules[i].front)) == 0)
+            return rules[i].change;
+    return CHANGE_FREE;
+}
+
+md_status md_config_compare(const md_config *c, const char *text, md_config_differ differ,
+                            void *arg)
+{
+    md_config old;
+    MD_TRY(md_config_init(&old));
+    md_status st = md_config_read_written(&old, text, "the config in the checkpoint");
+    for (int i = 0; i < md_key_count && st == MD_OK; i++) {
+        const md_key *k = &md_keys[i];
+        const key_change change = change_of(k->name);
+        char was[VALUE_SIZE], now[VALUE_SIZE];
+        value_text(&old, k, was);
+        value_text(c, k, now);
+        if (change != CHANGE_FREE && strcmp(was, now) != 0)
+            differ(arg, change == CHANGE_EXPERIMENT, k->name, was, now);
+    }
+    md_config_free(&old);
+    return st;
+}
+
 bool md_config_help(const char *prefix, FILE *f)
 {
     bool found = false;

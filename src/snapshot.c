@@ -92,43 +92,68 @@ static void facts_make(const md_snapshot *s, fact_list *l)
     l->fact[l->count++] = (md_fact){"program", "md_hpc " MD_VERSION};
 }
 
-/* Differences between a checkpoint and this run that would silently make another experiment. */
-static md_status compare_facts(const md_snapshot *s, const md_checkpoint *ck)
+/* ---- the same experiment? ---- */
+
+/* A checkpoint and this run. */
+typedef struct comparison {
+    const md_checkpoint *ck;
+    bool own; /* of this run directory; else a new run starts from it, and may differ */
+    char text[3072];
+    size_t used;
+} comparison;
+
+static md_status compare_facts(const md_snapshot *s, const comparison *d)
 {
     static const struct {
         const char *name, *what;
-    } must[] = {{"model", "another model (parameters of other names or shapes)"},
-                {"data", "another image store than data.train"},
-                {"teacher", "another teacher than method.teacher.weights"}};
+        bool always; /* it could not be read */
+    } must[] = {{"model", "another model (parameters of other names or shapes)", true},
+                {"data", "another image store than data.train", false},
+                {"teacher", "another teacher than method.teacher.weights", false}};
+    const char *path = md_checkpoint_path(d->ck);
     fact_list now;
     facts_make(s, &now);
     for (size_t i = 0; i < MD_COUNT(must); i++)
         for (int k = 0; k < now.count; k++) {
-            const char *then = md_checkpoint_fact(ck, must[i].name);
+            const char *then = md_checkpoint_fact(d->ck, must[i].name);
             if (strcmp(now.fact[k].name, must[i].name) != 0 ||
                 (then && strcmp(then, now.fact[k].value) == 0))
                 continue;
-            MD_FAIL(MD_ERR_CONFIG,
-                    "%s was trained with %s: choose another run.dir, or "
-                    "checkpoint.resume=none to start anew",
-                    md_checkpoint_path(ck), must[i].what);
+            if (d->own || must[i].always)
+                MD_FAIL(MD_ERR_CONFIG, "%s was trained with %s%s", path, must[i].what,
+                        d->own ? ": choose another run.dir" : "");
+            md_log_warn("%s was trained with %s", path, must[i].what);
         }
     return MD_OK;
 }
 
-static void warn_differences(const md_snapshot *s, const md_checkpoint *ck)
+static void note_difference(void *arg, bool experiment, const char *key, const char *was,
+                            const char *now)
 {
-    const struct {
-        const char *fact, *key;
-        long long now;
-    } loose[] = {{"seed", "run.seed", (long long)s->config->run_seed},
-                 {"batch", "train.batch", (long long)s->config->train_batch}};
-    for (size_t i = 0; i < MD_COUNT(loose); i++) {
-        const char *then = md_checkpoint_fact(ck, loose[i].fact);
-        if (then && atoll(then) != loose[i].now)
-            md_log_warn("%s was %s and is now %lld: the run goes on with other images a step",
-                        loose[i].key, then, loose[i].now);
+    comparison *d = arg;
+    if (!experiment || !d->own) {
+        md_log_warn("%s was %s and is now %s", key, was, now);
+        return;
     }
+    size_t room = sizeof d->text - d->used;
+    int n = snprintf(d->text + d->used, room, "\n    %s was %s and is now %s", key, was, now);
+    d->used += MD_MIN((size_t)n, room - 1);
+}
+
+/* Local, the same on all ranks. Within a run directory, what would silently make another experiment
+ * is refused; what may be tuned is warned about. */
+static md_status compare(const md_snapshot *s, comparison *d)
+{
+    const char *config = md_checkpoint_config(d->ck);
+    MD_TRY(compare_facts(s, d));
+    if (*config)
+        MD_TRY(md_config_compare(s->config, config, note_difference, d));
+    if (d->used)
+        MD_FAIL(MD_ERR_CONFIG,
+                "%s belongs to another experiment: choose another run.dir, or set the values it "
+                "was trained with:%s",
+                md_checkpoint_path(d->ck), d->text);
+    return MD_OK;
 }
 
 static md_status read_counters(md_train_state *state, const md_checkpoint *ck)
@@ -198,10 +223,11 @@ static void warn_skipped(void *arg, const char *path, const char *reason)
     md_log_warn("checkpoint skipped: %s%s%s", named ? "" : path, named ? "" : ": ", reason);
 }
 
-static md_status read_state(const md_snapshot *s, md_checkpoint *ck)
+static md_status read_state(const md_snapshot *s, md_checkpoint *ck, bool own)
 {
     item_list items = {0};
-    md_status st = compare_facts(s, ck);
+    comparison d = {.ck = ck, .own = own};
+    md_status st = compare(s, &d);
     if (st == MD_OK)
         st = items_make(s, 0, 1, &items);
     st = md_agree(s->comm, st);
@@ -209,25 +235,46 @@ static md_status read_state(const md_snapshot *s, md_checkpoint *ck)
         st = md_checkpoint_read(ck, items.item, items.count);
     items_free(&items);
     MD_TRY(st);
-    warn_differences(s, ck);
     return read_counters(s->state, ck);
+}
+
+/* Collective(comm). A new run may not begin over the checkpoints of another one. */
+static md_status expect_none(const md_snapshot *s, const char *dir)
+{
+    md_status st = MD_OK;
+    int64_t *steps = NULL;
+    int n = 0;
+    if (md_comm_rank(s->comm) == 0 && md_checkpoint_list(dir, &steps, &n) == MD_OK && n > 0)
+        st = md_error_set(MD_ERR_CONFIG,
+                          "checkpoint.resume = none, but %s holds checkpoints up to step %lld: "
+                          "choose another run.dir to start anew, or checkpoint.resume = auto to go "
+                          "on",
+                          dir, (long long)steps[0]);
+    md_free(steps);
+    return md_agree(s->comm, st);
 }
 
 md_status md_snapshot_resume(const md_snapshot *s, char *path, size_t size)
 {
     const char *where = s->config->checkpoint_resume;
+    const bool automatic = strcmp(where, "auto") == 0;
     char dir[1024];
     md_checkpoint *ck;
     path[0] = 0;
-    if (strcmp(where, "none") == 0)
-        return MD_OK;
-    bool automatic = strcmp(where, "auto") == 0;
     MD_TRY(md_agree(s->comm, checkpoint_dir(s, dir, sizeof dir, false)));
-    md_status st = md_checkpoint_find(s->comm, automatic ? dir : where, warn_skipped, NULL, &ck);
-    if (st == MD_ERR_NOINPUT && automatic)
+    if (strcmp(where, "none") == 0)
+        return expect_none(s, dir);
+    md_status st = md_checkpoint_find(s->comm, dir, warn_skipped, NULL, &ck);
+    const bool own = st != MD_ERR_NOINPUT;
+    if (!own && automatic)
         return MD_OK;
+    if (!own)
+        st = md_checkpoint_find(s->comm, where, warn_skipped, NULL, &ck);
     MD_TRY(st);
-    st = read_state(s, ck);
+    if (own && !automatic)
+        md_log_info("checkpoint.resume = %s is not used: %s has checkpoints of its own", where,
+                    s->dir);
+    st = read_state(s, ck, own);
     if (st == MD_OK)
         snprintf(path, size, "%s", md_checkpoint_path(ck));
     md_checkpoint_close(ck);

@@ -22,9 +22,12 @@ typedef struct md_snapshot {
  * gets its name. Errors as md_checkpoint_write; older checkpoints stay. */
 md_status md_snapshot_write(const md_snapshot *s, char *path, size_t size);
 
-/* Collective(comm). Follows checkpoint.resume: reads the newest valid checkpoint (path gets its
- * name), or leaves the initial state (path ""). An invalid one is named in a warning and skipped.
- * MD_ERR_CONFIG when it holds another model, or was trained on other images or another teacher. */
+/* Collective(comm). Reads the newest valid checkpoint of the run directory or, where there is none
+ * yet, the one that checkpoint.resume names (path gets its name); else leaves the initial state
+ * (path ""). An invalid one is named in a warning and skipped. So the same command, run again, goes
+ * on from where it was. MD_ERR_CONFIG: checkpoint.resume = none in a run directory with
+ * checkpoints; another model; or, in the run directory's own, another experiment (images, teacher
+ * or a key that md_config_compare calls one). */
 md_status md_snapshot_resume(const md_snapshot *s, char *path, size_t size);
 
 #endif

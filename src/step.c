@@ -272,22 +272,22 @@ static md_status share(md_stepper *t, md_status st, bool stop_wanted, int64_t ba
     return v[SUM_FAILED] > 0 ? md_agree(t->args.dp, st) : MD_OK;
 }
 
-/* Counted over all ranks, so that the run ends at the same step on any layout. */
+/* Counted over all ranks, so that the run ends at the same step on any layout. *s changes on
+ * success only: it is then still the state of the step before. */
 static md_status limit_bad(const md_stepper *t, md_train_state *s, int64_t bad)
 {
     const int64_t of_epoch = t->args.steps_per_epoch;
     const double images = (double)(of_epoch * t->args.config->train_batch);
     const double limit = MD_MAX(10.0, t->args.config->data_max_bad * images);
-    if (s->step % of_epoch == 0)
-        s->bad_in_epoch = 0;
-    s->bad_images += bad;
-    s->bad_in_epoch += bad;
-    if (bad > 0 && (double)s->bad_in_epoch > limit)
+    const int64_t of_this = bad + (s->step % of_epoch == 0 ? 0 : s->bad_in_epoch);
+    if (bad > 0 && (double)of_this > limit)
         MD_FAIL(MD_ERR_DATA,
                 "%lld of the %.0f images of epoch %lld could not be read or decoded, more than "
                 "data.max_bad = %g allows; events.jsonl names them",
-                (long long)s->bad_in_epoch, images, (long long)(s->step / of_epoch),
+                (long long)of_this, images, (long long)(s->step / of_epoch),
                 t->args.config->data_max_bad);
+    s->bad_images += bad;
+    s->bad_in_epoch = of_this;
     return MD_OK;
 }
 

@@ -1,6 +1,7 @@
 /* train: a whole run: set up, resume, loop, stop, report. Everything it holds is in one struct,
  * zero at first, so that tear_down can end it from any point of set_up. */
 #include "io/h5.h"
+#include "io/publish.h"
 #include "io/run_dir.h"
 #include "mpi/agree.h"
 #include "mpi/comm_mpi.h"
@@ -224,19 +225,32 @@ static void write_run_json(run *r)
     md_free((void *)hosts);
 }
 
+/* run.dir/config.cfg: a whole one at any moment. */
+static md_status write_config(const run *r)
+{
+    char path[MD_CONFIG_STR + 16], part[MD_CONFIG_STR + 32];
+    snprintf(path, sizeof path, "%s/config.cfg", r->dir);
+    snprintf(part, sizeof part, "%s.partial", path);
+    FILE *f = fopen(part, "w");
+    if (!f)
+        MD_FAIL(MD_ERR_CREATE, "cannot write %s: %s", part, strerror(errno));
+    md_status st = md_config_write(&r->config, f, true);
+    if (st != MD_OK)
+        md_error_prefix(st, "%s", part);
+    if (fclose(f) != 0 && st == MD_OK)
+        st = md_error_set(MD_ERR_IO, "cannot write %s: %s", part, strerror(errno));
+    if (st == MD_OK)
+        return md_publish(part, path);
+    unlink(part);
+    return st;
+}
+
 /* Writes the resolved config and opens the logs (rank 0). */
 static md_status open_logs(run *r)
 {
     if (md_comm_rank(r->world) != 0)
         return MD_OK;
-    char path[MD_CONFIG_STR + 16];
-    snprintf(path, sizeof path, "%s/config.cfg", r->dir);
-    FILE *f = fopen(path, "w");
-    if (!f)
-        MD_FAIL(MD_ERR_CREATE, "cannot write %s", path);
-    md_status st = md_config_write(&r->config, f, true);
-    fclose(f);
-    MD_TRY(st);
+    MD_TRY(write_config(r));
     return md_runlog_open(r->dir, r->state.step, &r->log);
 }
 
@@ -320,6 +334,16 @@ static md_status check_replicas(run *r)
     return MD_OK;
 }
 
+/* Collective(world). Data that cannot be used ends the run before the step has touched parameters
+ * or counters: what came before is kept, and the reason stays the error. */
+static md_status save_before(run *r, md_status st)
+{
+    char reason[1024];
+    snprintf(reason, sizeof reason, "%s", md_error_text());
+    save(r);
+    return md_error_set(st, "%s", reason);
+}
+
 static md_status one_step(run *r, bool *stop)
 {
     const md_config *c = &r->config;
@@ -330,6 +354,8 @@ static md_status one_step(run *r, bool *stop)
     md_status st = md_step_run(r->stepper, &r->state, stop_signal != 0, &result);
     if (result.bad > 0)
         md_bad_images_tell(r->bad, step, r->log);
+    if (st == MD_ERR_DATA && r->state.step > 0)
+        return save_before(r, st);
     MD_TRY(st);
     md_progress_step(&r->progress, &r->state, &result, md_now() - start, &metrics);
     md_runlog_metrics(r->log, &metrics);

@@ -78,15 +78,15 @@ bad 78 'grid' $teacher $weights="$scratch/clip.h5" method.teacher.image_size=32
 bad 78 'method.teacher.layers = 3' $teacher $weights="$scratch/clip.h5" method.teacher.layers=3
 
 # ---- the run directory ----
+bad 66 'none.h5: there is no such checkpoint' checkpoint.resume="$scratch/none.h5"
+bad 65 'text: not a checkpoint' checkpoint.resume="$scratch/text"
+bad 65 'tiny.h5: not a checkpoint' checkpoint.resume="$scratch/tiny.h5"
 run=kept
 done_well 2 kept train.max_steps=6
 before=$(ls -l "$scratch/kept/checkpoints")
 bad 78 'step-00000006.h5 was trained with another model' model.width=64
 store "$scratch/other.h5" 97
 bad 78 'step-00000006.h5 was trained with another image store' data.train="$scratch/other.h5"
-bad 66 'none.h5: there is no such checkpoint' checkpoint.resume="$scratch/none.h5"
-bad 65 'text: not a checkpoint' checkpoint.resume="$scratch/text"
-bad 65 'tiny.h5: not a checkpoint' checkpoint.resume="$scratch/tiny.h5"
 bad 65 'step-00000006.h5: ' data.train="$scratch/kept/checkpoints/step-00000006.h5"
 bad 65 'step-00000006.h5: ' $teacher $weights="$scratch/kept/checkpoints/step-00000006.h5"
 rm -rf "$scratch/dir" && mkdir "$scratch/dir" && echo >"$scratch/dir/file"

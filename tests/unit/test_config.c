@@ -176,6 +176,69 @@ static char *text_of(FILE *f)
     return buf;
 }
 
+typedef struct differences {
+    int experiment, tuned;
+    char text[4096];
+} differences;
+
+static void count(void *arg, bool experiment, const char *key, const char *was, const char *now)
+{
+    differences *d = arg;
+    experiment ? d->experiment++ : d->tuned++;
+    if (strlen(d->text) < sizeof d->text / 2)
+        sprintf(strchr(d->text, 0), "%s: %.99s -> %.99s\n", key, was, now);
+}
+
+static differences compared(const md_config *c, const char *text)
+{
+    differences d = {0};
+    assert_int_equal(md_config_compare(c, text, count, &d), MD_OK);
+    return d;
+}
+
+static void a_run_is_compared_with_its_past(void **state)
+{
+    (void)state;
+    md_config c, other;
+    accepted(&c, NULL, "optim.lr=0.25");
+    FILE *f = tmpfile();
+    assert_int_equal(md_config_write(&c, f, false), MD_OK);
+    const char *same = text_of(f);
+    assert_string_equal(compared(&c, same).text, "");
+    /* What a key had before it existed, and keys that are no more. */
+    assert_string_equal(compared(&c, "optim = { lr = 0.25; old = 1; }; gone = { x = 2; };").text,
+                        "");
+    assert_string_equal(compared(&c, "method = { mask = { ratio = 0.75; }; };").text,
+                        "method.mask.ratio: 0.75 -> 0.4\noptim.lr: 0.0015 -> 0.25\n");
+    differences d = {0};
+    assert_int_equal(md_config_compare(&c, "optim = {", count, &d), MD_ERR_DATA);
+    md_config_free(&c);
+    /* Every key at another value: each counts as its group says. A choice of one has no other. */
+    fill(&other);
+    d = compared(&other, same);
+    int experiment = 0, tuned = 0;
+    for (int i = 0; i < md_key_count; i++) {
+        const md_key *k = &md_keys[i];
+        static const char *const may[] = {"train.max_steps", "train.micro_batch",
+                                          "model.last_block", "method.teacher.arch",
+                                          "method.teacher.weights"};
+        bool free = k->type == MD_KEY_CHOICE && !strchr(k->unit, ',');
+        for (size_t j = 0; j < MD_COUNT(may); j++)
+            free |= strcmp(k->name, may[j]) == 0;
+        if (free)
+            continue;
+        static const char *const groups[] = {"model.", "method.",    "augment.",
+                                             "image.", "data.split", "run.seed"};
+        for (size_t j = 0; j < MD_COUNT(groups); j++)
+            experiment += strncmp(k->name, groups[j], strlen(groups[j])) == 0;
+        tuned += strncmp(k->name, "optim.", 6) == 0 || strncmp(k->name, "train.", 6) == 0;
+    }
+    assert_in_range(experiment, 30, 100);
+    assert_int_equal(d.experiment, experiment);
+    assert_int_equal(d.tuned, tuned);
+    md_config_free(&other);
+}
+
 static void reference_is_current_and_complete(void **state)
 {
     (void)state;
@@ -296,6 +359,7 @@ int main(void)
         cmocka_unit_test(each_key_keeps_its_range),
         cmocka_unit_test(each_key_is_suggested_for_a_typo),
         cmocka_unit_test(written_config_reads_back_equal),
+        cmocka_unit_test(a_run_is_compared_with_its_past),
         cmocka_unit_test(reference_is_current_and_complete),
         cmocka_unit_test(shipped_configs_are_valid),
         cmocka_unit_test(help_and_diff_walk_the_table),
