@@ -92,6 +92,7 @@ TEST_CFLAGS := $(call dep_cflags,$(CMOCKA_HOME),cmocka)
 TEST_LIBS   := $(call dep_libs,$(CMOCKA_HOME),cmocka,-lcmocka)
 
 CFLAGS_ALL := $(strip $(CSTD) $(WARN) $(OPT) -fopenmp -pthread $(CFLAGS) $(SANFLAGS))
+EXTRA      := # of single files, by target
 COMPILE    := $(CC) -I. $(strip $(DEP_CFLAGS)) $(CPPFLAGS) $(CFLAGS_ALL)
 SANOBJ     := $(if $(SAN),$(BUILD)/tests/san/keep_modules.o)
 LIBS_ALL   := $(LDFLAGS) $(strip $(DEP_LIBS))
@@ -147,16 +148,16 @@ $(BUILD)/build_stamp.h: FORCE
 	    '$(BUILD_SOURCE)' '$(CFLAGS_ALL)' > $@.new
 	@cmp -s $@.new $@ && rm -f $@.new || mv $@.new $@
 $(BUILD)/src/log.o: $(BUILD)/build_stamp.h
-$(BUILD)/src/log.o: private CPPFLAGS += -I$(BUILD)
+$(BUILD)/src/log.o: private EXTRA += -I$(BUILD)
 
 # Fused multiply-adds where tolerances hold; elsewhere (pictures, schedules) bits must not depend on
 # the processor, and C11 mode keeps products unfused.
-$(BUILD)/kernels/cpu/%.o: private CPPFLAGS += -ffp-contract=fast
+$(BUILD)/kernels/cpu/%.o: private EXTRA += -ffp-contract=fast
 
 $(BUILD)/%.o: %.c $(BUILD)/flags
 	$(say) CC $<
 	@mkdir -p $(@D)
-	$(Q)$(COMPILE) $(CPPFLAGS) -MMD -MP -c $< -o $@
+	$(Q)$(COMPILE) $(EXTRA) -MMD -MP -c $< -o $@
 
 $(LIB): $(filter-out $(BUILD)/src/main.o,$(OBJ))
 	$(say) AR $@

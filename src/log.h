@@ -18,7 +18,6 @@
 /* In the order of the key log.level. */
 typedef enum md_log_level { MD_LOG_DEBUG, MD_LOG_INFO, MD_LOG_WARN, MD_LOG_ERROR } md_log_level;
 
-
 /* Least severe level that is printed; MD_LOG_INFO at start. Local. */
 void md_log_set(md_log_level least);
 

@@ -1,6 +1,7 @@
 /* The converter: folders, splits, order, rejects, and what a failure leaves. One rank, no MPI. */
 #include "tests/unit/convert_source.h"
 
+#include <signal.h>
 #include <sys/resource.h>
 
 /* --- folders ------------------------------------------------------------------------------- */
@@ -195,6 +196,7 @@ static void test_full_disk(void **state)
         put_golden(name, i);
     }
     getrlimit(RLIMIT_FSIZE, &limit);
+    signal(SIGXFSZ, SIG_IGN); /* as main does */
     for (rlim_t bytes = 64; bytes <= 8192; bytes *= 2) {
         small = (struct rlimit){bytes, limit.rlim_max};
         setrlimit(RLIMIT_FSIZE, &small);
