@@ -168,9 +168,12 @@ void md_grad_reduce_reset(md_grad_reduce *g)
     g->begun = g->done = 0;
 }
 
+/* Starts the next buckets that are complete, as far as few enough are under way. */
 static void begin_complete(md_grad_reduce *g)
 {
-    for (; g->begun < g->buckets && g->bucket[g->begun].waiting == 0; g->begun++) {
+    for (; g->begun < g->buckets && g->bucket[g->begun].waiting == 0 &&
+           g->begun - g->done < MD_GRAD_REDUCE_FLYING;
+         g->begun++) {
         const bucket *b = &g->bucket[g->begun];
         md_comm_allreduce_begin(g->dp, g->flat + b->lo, b->hi - b->lo, MD_F32, MD_SUM,
                                 &g->request[g->begun]);
@@ -184,7 +187,6 @@ void md_grad_reduce_ready(md_grad_reduce *g, int i)
     g->bucket[g->bucket_of[i]].waiting--;
     if (!g->overlap)
         return;
-    begin_complete(g);
     md_grad_reduce_poll(g);
 }
 
@@ -192,6 +194,8 @@ void md_grad_reduce_poll(md_grad_reduce *g)
 {
     while (g->done < g->begun && md_comm_poll(g->dp, &g->request[g->done], 1))
         md_comm_wait(g->dp, &g->request[g->done++]);
+    if (g->overlap)
+        begin_complete(g);
 }
 
 double md_grad_reduce_finish(md_grad_reduce *g)
@@ -199,8 +203,9 @@ double md_grad_reduce_finish(md_grad_reduce *g)
     for (int i = 0; i < g->spans; i++)
         MD_ASSERT(g->ready[i], "no gradient came for span %d of %d", i, g->spans);
     double start = md_now();
-    begin_complete(g);
-    for (; g->done < g->begun; g->done++)
-        md_comm_wait(g->dp, &g->request[g->done]);
+    while (g->done < g->buckets) {
+        begin_complete(g);
+        md_comm_wait(g->dp, &g->request[g->done++]);
+    }
     return md_now() - start;
 }

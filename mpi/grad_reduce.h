@@ -15,6 +15,9 @@
 
 #include "mpi/comm.h"
 
+/* Buckets under way at once: MPI keeps a copy of each, which must not grow with the model. */
+#define MD_GRAD_REDUCE_FLYING 4
+
 typedef struct md_grad_reduce md_grad_reduce;
 
 /* One parameter's gradient: elements [offset, offset + count) of the flat block. */
