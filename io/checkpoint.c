@@ -3,6 +3,7 @@
 #include "io/checkpoint_parts.h"
 
 #include <errno.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -36,7 +37,7 @@ typedef struct writer {
     int64_t *owned; /* [blocks] bytes that have a writer */
     uint64_t *hash; /* [blocks] */
     int64_t blocks;
-    int fd;
+    int fd, sync_error;
 } writer;
 
 /* Lays the file out on rank 0 and tells all where the items lie. */
@@ -81,31 +82,48 @@ static md_status phase_write(writer *w)
     return MD_OK;
 }
 
-static md_status phase_sync(writer *w)
+static void *sync_main(void *arg)
 {
-    md_status st = md_ckpt_sync(w->fd, w->part);
+    writer *w = arg;
+    w->sync_error = fsync(w->fd) == 0 ? 0 : errno;
+    return NULL;
+}
+
+/* Each rank syncs the file and compares every byte of its own with memory; while a thread waits for
+ * the disk, this one reads. Nobody reads what another rank wrote before all have synced and closed
+ * the file: some file systems promise no more than that. */
+static md_status phase_sync_and_compare(writer *w)
+{
+    pthread_t thread;
+    bool apart = pthread_create(&thread, NULL, sync_main, w) == 0;
+    md_status st = md_ckpt_compare(w->fd, w->args, w->ck);
+    if (apart)
+        pthread_join(thread, NULL);
+    else
+        sync_main(w);
     if (md_fault("ckpt.fsync"))
-        st = md_error_set(MD_ERR_IO, "%s: cannot sync: injected fault", w->part);
+        w->sync_error = EIO;
+    if (st == MD_OK && w->sync_error)
+        st = md_error_set(MD_ERR_IO, "%s: cannot sync: %s", w->part, strerror(w->sync_error));
     close(w->fd);
     w->fd = -1;
     return md_agree(w->args->comm, st);
 }
 
-static md_status reopen_and_compare(writer *w)
+static md_status reopen(writer *w)
 {
     MD_TRY(md_ckpt_fd(w->part, false, &w->fd));
     if (md_fault("ckpt.verify"))
         MD_FAIL(MD_ERR_IO, "%s: cannot be read back: injected fault", w->part);
-    return md_ckpt_compare(w->fd, w->args, w->ck);
+    return MD_OK;
 }
 
-/* All ranks have synced and closed the file: what is read now is what others will see, also where a
- * file system promises no more than that. Each rank compares its own bytes with memory; blocks of
- * several writers, which nobody could hash in memory, are then hashed from the file. */
-static md_status phase_verify(writer *w)
+/* The items' hashes. A block of one writer has the hash of memory, which the file was compared
+ * with; one of several writers, which nobody could hash in memory, gets it from the file. */
+static md_status phase_hash(writer *w)
 {
     md_checkpoint *ck = w->ck;
-    MD_TRY(md_agree(ck->comm, reopen_and_compare(w)));
+    MD_TRY(md_agree(ck->comm, reopen(w)));
     MD_TRY(md_ckpt_hash_file(ck, w->fd, w->hash));
     const uint64_t *hash = w->hash;
     for (int i = 0; i < ck->entries; i++) {
@@ -137,8 +155,8 @@ static md_status run_phases(writer *w)
     MD_TRY(check_cover(w));
     MD_TRY(phase_create(w));
     MD_TRY(phase_write(w));
-    MD_TRY(phase_sync(w));
-    MD_TRY(phase_verify(w));
+    MD_TRY(phase_sync_and_compare(w));
+    MD_TRY(phase_hash(w));
     return md_agree(c, md_comm_rank(c) == 0 ? seal_and_check(w) : MD_OK);
 }
 

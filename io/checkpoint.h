@@ -53,8 +53,8 @@ typedef struct md_checkpoint_args {
     int64_t keep_every; /* and those at multiples of this step; 0 = none */
 } md_checkpoint_args;
 
-/* Collective(comm). Writes dir/step-%08d.h5: to a temporary name, synced by every rank, reopened,
- * every byte read back and compared with memory by the rank that wrote it, sealed, reopened,
+/* Collective(comm). Writes dir/step-%08d.h5: to a temporary name, synced by every rank while it
+ * compares every byte it wrote with memory, hashed, sealed, reopened,
  * renamed; then LATEST names it (for people and scripts; the program looks at the files themselves)
  * and older ones go. A killed or failed write leaves the older checkpoints as they were and no file
  * that looks like one. Checkpoints of later steps belong to a branch of the run that was given up:
