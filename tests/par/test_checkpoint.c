@@ -342,9 +342,9 @@ __attribute__((constructor)) static void set_faults(void)
     char list[1024];
     int n = snprintf(list, sizeof list,
                      "ckpt.create@rank0#%d,ckpt.space@rank0#%d,ckpt.write@rank%d#%d,"
-                     "ckpt.verify@rank%d#%d,ckpt.fsync@rank%d#%d,"
+                     "ckpt.fsync@rank%d#%d,ckpt.verify@rank%d#2,"
                      "ckpt.seal@rank0#2,ckpt.rename@rank0#2,ckpt.latest@rank0#2",
-                     pass, pass, last, pass, last, pass, last, pass);
+                     pass, pass, last, pass, last, pass, last);
     for (int r = 0; r < size; r++)
         n += snprintf(list + n, sizeof list - (size_t)n, ",ckpt.flip@rank%d#%d", r,
                       r * ITEMS + FLIPPED + 1);
