@@ -120,7 +120,8 @@ Q := @
 say := @$(if $(findstring s,$(filter-out --%,$(firstword -$(MAKEFLAGS)))),:,printf '  %-5s %s\n')
 endif
 
-.PHONY: all tests benches test bench-cpu lint format demo deps info install uninstall clean FORCE
+.PHONY: all tests benches test bench-cpu bench-loader bench-checkpoint bench-memory \
+        lint format demo deps info install uninstall clean FORCE
 
 all: $(PROG)
 	@cmp -s $(PROG) md_hpc || cp -f $(PROG) md_hpc
@@ -206,6 +207,19 @@ demo:
 bench-cpu:
 	@$(call need_deps,build) $(MAKE) --no-print-directory all
 	@BUILD='$(BUILD)' bench/bench_cpu.sh $(CASES)
+
+# Loader stages and reads against a bare pread loop: PHOTOS="store.h5" or JPEG files.
+bench-loader: $(BUILD)/bench/bench_loader
+	$< $(PHOTOS)
+
+# Checkpoint writes against plain parallel writes and fsync of the same bytes, in DIR.
+bench-checkpoint: $(BUILD)/bench/bench_checkpoint
+	. tests/env.sh && $(MPIRUN) -np 2 $< $(or $(DIR),.) 5
+
+# Peak memory as `plan` predicts it against short runs.
+bench-memory:
+	@$(call need_deps,build demo) $(MAKE) --no-print-directory all
+	@BUILD='$(BUILD)' MPIRUN='$(MPIRUN)' OMP_NUM_THREADS=1 bench/bench_memory.sh
 
 lint:
 	@tests/lint/run.sh

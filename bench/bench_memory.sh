@@ -1,0 +1,39 @@
+#!/bin/bash
+# Peak memory of a rank as `md_hpc plan` predicts it, against what short runs on Fashion-MNIST measure
+# (VmHWM after three steps). One line a case: ranks, predicted and measured MiB, their ratio.
+#
+#   bench/bench_memory.sh        Environment: BUILD (folder), MPIRUN
+set -eu
+cd "$(dirname "$0")/.." || exit 1
+md_hpc=${BUILD:-build}/md_hpc
+# shellcheck source=tests/env.sh
+. tests/env.sh
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+store=$scratch/fashion_mnist.h5
+"$md_hpc" convert --out "$store" /usr/share/datasets/fashion-mnist >/dev/null
+
+peak() { # RUN_DIR: most bytes of rank 0
+    sed -n 's/.*"memory_bytes":\([0-9]*\).*/\1/p' "$1/metrics.jsonl" | tail -n 1
+}
+
+case_of() { # RANKS NAME key=value...
+    local ranks=$1 name=$2 planned measured
+    shift 2
+    planned=$("$md_hpc" plan demo.cfg --ranks "$ranks" data.train="$store" "$@" |
+        awk '$1 == "peak" { print $2 * 1024 }')
+    "${MPIRUN:-mpirun}" --bind-to none --oversubscribe -np "$ranks" "$md_hpc" demo.cfg \
+        data.train="$store" run.dir="$scratch/$name" train.max_steps=3 log.level=warn "$@"
+    measured=$(peak "$scratch/$name")
+    awk -v n="$name" -v r="$ranks" -v p="$planned" -v m="$measured" \
+        'BEGIN { m /= 1048576; printf "%-10s %d ranks  plan %7.1f MiB  measured %7.1f MiB  ratio %.3f\n",
+                 n, r, p, m, p / m }'
+}
+
+case_of 1 demo
+case_of 2 demo2
+case_of 2 wide model.width=256 model.layers=8 train.batch=256
+case_of 1 vit_b16 model.width=768 model.layers=12 model.heads=12 image.size=224 model.patch=16 \
+    method.mask.min_block=16 train.batch=4
+case_of 2 vit_b16x2 model.width=768 model.layers=12 model.heads=12 image.size=224 model.patch=16 \
+    method.mask.min_block=16 train.batch=4
