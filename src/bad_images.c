@@ -54,9 +54,10 @@ static void gather(md_bad_images *b)
     md_comm_allgather(b->comm, b->mine, b->all, sizeof b->mine);
 }
 
-void md_bad_images_tell(md_bad_images *b, int64_t step, md_runlog *log)
+/* Tells what was gathered. True when some rank may have more: the same on every rank. */
+static bool tell(const md_bad_images *b, int64_t step, md_runlog *log)
 {
-    gather(b);
+    bool more = false;
     for (int i = 0; i < md_comm_size(b->comm) * NOTES; i++) {
         const note *n = &b->all[i];
         if (n->sample < 0)
@@ -64,5 +65,14 @@ void md_bad_images_tell(md_bad_images *b, int64_t step, md_runlog *log)
         md_log_warn("image %lld (%s) replaced: %s", (long long)n->sample, n->name, n->reason);
         md_runlog_event(log, step, "bad_image", "image %lld (%s): %s", (long long)n->sample,
                         n->name, n->reason);
+        more |= i % NOTES == NOTES - 1;
     }
+    return more;
+}
+
+void md_bad_images_tell(md_bad_images *b, int64_t step, md_runlog *log)
+{
+    do
+        gather(b);
+    while (tell(b, step, log));
 }

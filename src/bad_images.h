@@ -13,7 +13,7 @@ md_status md_bad_images_create(md_comm *c, const md_dataset *data, md_loader *lo
 void md_bad_images_free(md_bad_images *b);
 
 /* Collective(c), after a step in which images were replaced on any rank: rank 0 warns of each and
- * notes it in log (NULL elsewhere). More than 4 of a rank wait for the next call. */
+ * notes it in log (NULL elsewhere), in the order of the ranks, at most 4 of a rank at a time. */
 void md_bad_images_tell(md_bad_images *b, int64_t step, md_runlog *log);
 
 #endif

@@ -71,13 +71,16 @@ says "warning: run.seed was 3 and is now 4" "another image store" "resumed from 
 [ "$(curve fork | cut -d' ' -f1 | tr '\n' ' ')" = "23 24 " ] || fail "the fork's steps"
 
 # ---- an end for want of data keeps what there is ----
-# 15 pictures are damaged (their bytes are those of sources, with many a `const`); the 11th to come up
-# ends the run before its first checkpoint is due.
-cp "$scratch/tiny.h5" "$scratch/broken.h5"
-grep -abo const "$scratch/tiny.h5" | cut -d: -f1 |
-    awk '$1 - last >= 256 { print; last = $1 }' | head -n 15 | while read -r at; do
-    printf 'xx' | dd of="$scratch/broken.h5" bs=1 seek="$at" conv=notrunc status=none
-done
+# damage WORD COUNT: in as many pictures (their bytes are those of sources), one with this word.
+damage() {
+    cp "$scratch/tiny.h5" "$scratch/broken.h5"
+    grep -abo "$1" "$scratch/tiny.h5" | cut -d: -f1 |
+        awk '$1 - last >= 256 { print; last = $1 }' | head -n "$2" | while read -r at; do
+        printf 'xx' | dd of="$scratch/broken.h5" bs=1 seek="$at" conv=notrunc status=none
+    done
+}
+# The 11th bad picture to come up ends the run before its first checkpoint is due.
+damage const 15
 broken() {
     tiny "$1" "$2" data.train="$scratch/broken.h5" checkpoint.every=100 "${@:3}"
 }
@@ -97,6 +100,17 @@ says "more than data.max_bad" "resumed from $scratch/moved/checkpoints/step-0000
 broken 2 moved data.max_bad=1
 [ "$rc" = 0 ] || fail "exit code $rc"
 same unmoved moved # the counts of bad images too
+
+# Every picture is named, however many there are in a step: here some 40 in 6 steps.
+damage ' = ' 40
+for n in 1 2; do
+    broken "$n" "many_$n" data.max_bad=1 train.max_steps=6 train.micro_batch=4
+    [ "$rc" = 0 ] || fail "exit code $rc"
+    counted=$(curve "many_$n" | tail -n 1 | cut -d' ' -f4)
+    events=$(grep -c '"event":"bad_image"' "$scratch/many_$n/events.jsonl")
+    [ "$counted" -gt 30 ] || fail "only $counted bad pictures"
+    [ "$events" -ge "$counted" ] || fail "$events of $counted bad pictures are named"
+done
 
 # ---- config.cfg is whole at any moment ----
 before=$(cat "$scratch/moved/config.cfg")
