@@ -261,7 +261,9 @@ struct md_backend {
     /* Scratch bytes this op needs with these arguments (a is the whole args struct; data pointers
      * may be NULL). Also the place where a backend prepares what depends on shapes only, so that
      * the op itself allocates nothing; an op whose scratch was never asked for prepares itself at
-     * its first run. May be NULL: no op needs scratch. */
+     * its first run. MD_NO_SCRATCH with the error sentence set: out of memory. May be NULL: no op
+     * needs scratch. */
+#define MD_NO_SCRATCH SIZE_MAX
     size_t (*scratch_bytes)(md_backend *be, md_op op, const md_operands *a);
     void (*destroy)(md_backend *be);
     /* Set by whoever plans memory, at least the largest scratch_bytes; 64-byte aligned. */

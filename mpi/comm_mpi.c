@@ -285,8 +285,10 @@ static md_status wrap(md_comm *parent, MPI_Comm handle, md_comm **out)
         md_free(m);
         return st;
     }
-    if (!m)
+    if (!m) {
+        MPI_Comm_free(&handle);
         return MD_ERR_MEMORY;
+    }
     m->base.ops = &mpi_ops;
     m->handle = handle;
     MPI_Comm_rank(handle, &m->base.rank);
@@ -320,7 +322,16 @@ md_status md_mpi_start(int *argc, char ***argv, md_comm **world)
         MD_FAIL(MD_ERR_DEVICE, "this MPI library supports no threads beside the one that calls it");
     MPI_Comm handle; /* own context: messages of other libraries cannot be mistaken for ours */
     MPI_Comm_dup(MPI_COMM_WORLD, &handle);
-    return wrap(NULL, handle, world);
+    md_status st = wrap(NULL, handle, world);
+    int failed = st != MD_OK;
+    MPI_Allreduce(MPI_IN_PLACE, &failed, 1, MPI_INT, MPI_MAX, MPI_COMM_WORLD);
+    if (!failed)
+        return MD_OK;
+    if (st == MD_OK)
+        md_comm_free(*world);
+    md_base_set_abort_hook(NULL);
+    MPI_Finalize();
+    return st != MD_OK ? st : md_error_set(MD_ERR_MEMORY, "another rank has no memory to start");
 }
 
 void md_mpi_stop(md_comm *world)

@@ -54,9 +54,8 @@ md_status md_method_resolve(md_method *m, const md_config *c, const md_teacher_i
     m->target_width = target.width;
     m->teacher_cls = target.tokens == MD_TOKENS_WITH_CLS;
     MD_TRY(m->head->declare(m, &encoded, target.width));
-    md_params_seal(&m->params);
-    md_params_seal(&m->teacher_params);
-    return MD_OK;
+    MD_TRY(md_params_seal(&m->params));
+    return md_params_seal(&m->teacher_params);
 }
 
 static md_status build_teacher(md_method *m)

@@ -38,6 +38,7 @@ int md_params_add(md_params *p, const md_param *row)
     if (p->count == p->capacity) {
         int capacity = p->capacity ? 2 * p->capacity : 64;
         md_param *bigger = md_alloc(sizeof *bigger * (size_t)capacity, "parameter table");
+        p->incomplete |= !bigger;
         if (!bigger)
             return -1;
         if (p->count)
@@ -66,12 +67,15 @@ static int64_t place_group(md_params *p, bool decay, int64_t at)
     return at;
 }
 
-void md_params_seal(md_params *p)
+md_status md_params_seal(md_params *p)
 {
     MD_ASSERT(!p->sealed);
+    if (p->incomplete)
+        return MD_ERR_MEMORY;
     p->decay_end = place_group(p, true, 0);
     p->elements = place_group(p, false, p->decay_end);
     p->sealed = true;
+    return MD_OK;
 }
 
 int64_t md_params_total(const md_params *p)

@@ -34,7 +34,7 @@ typedef struct md_param {
 typedef struct md_params {
     md_param *row;
     int count, capacity;
-    bool sealed;
+    bool sealed, incomplete;     /* incomplete: no memory for a row */
     int64_t elements;            /* of a flat block, padding included */
     int64_t decay_end;           /* elements of the group with weight decay: [0, decay_end) */
     float *value, *grad, *m, *v; /* flat blocks; NULL until md_params_allocate asks for them */
@@ -44,12 +44,13 @@ void md_params_init(md_params *p);
 void md_params_free(md_params *p);
 
 /* Adds one row; name, shape, init, decay and layer_id are taken from `row`. Returns its index, or
- * -1 with the error sentence set (out of memory, duplicate name). Local. */
+ * -1 when out of memory, which md_params_seal reports. A name twice is a bug. Local. */
 int md_params_add(md_params *p, const md_param *row);
 /* Index of a name, -1 when absent. Local. */
 int md_params_find(const md_params *p, const char *name);
-/* Fixes the layout. No rows can be added afterwards. Local. */
-void md_params_seal(md_params *p);
+/* Fixes the layout. No rows can be added afterwards. MD_ERR_MEMORY: a row could not be added.
+ * Local. */
+md_status md_params_seal(md_params *p);
 
 /* Elements of all rows, without padding. */
 int64_t md_params_total(const md_params *p);

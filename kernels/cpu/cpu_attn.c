@@ -80,7 +80,7 @@ size_t cpu_attention_scratch(md_backend *be, const md_attention_args *a)
     cpu_mm *mm[MM_COUNT];
     size_t pad;
     if (plan_all(be, &d, MM_PV, mm, &pad) != MD_OK)
-        return 0;
+        return MD_NO_SCRATCH;
     return (size_t)be->threads * thread_bytes(&d, 1, pad);
 }
 
@@ -231,7 +231,7 @@ size_t cpu_attention_bwd_scratch(md_backend *be, const md_attention_bwd_args *a)
     cpu_mm *mm[MM_COUNT];
     size_t pad;
     if (plan_all(be, &d, MM_DV, mm, &pad) != MD_OK)
-        return 0;
+        return MD_NO_SCRATCH;
     return (size_t)be->threads * thread_bytes(&d, 2, pad) + partial_bytes(&d, a->drel != NULL);
 }
 

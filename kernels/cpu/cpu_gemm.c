@@ -27,7 +27,7 @@ size_t cpu_gemm_scratch(md_backend *be, const md_gemm_args *a)
     cpu_mm *mm;
     if (s.m == 0 || s.n == 0 || s.k == 0)
         return 0;
-    return cpu_mm_plan(cpu_mm_of(be), &s, &mm) == MD_OK ? cpu_mm_scratch(mm) : 0;
+    return cpu_mm_plan(cpu_mm_of(be), &s, &mm) == MD_OK ? cpu_mm_scratch(mm) : MD_NO_SCRATCH;
 }
 
 static void act_forward(const md_backend *be, const float *x, float *y, int64_t n, md_act act)

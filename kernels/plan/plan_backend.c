@@ -48,6 +48,8 @@ static md_status plan_op(md_backend *be, md_op op, const void *args)
     p->total.launches++;
     if (p->target && p->target->scratch_bytes) {
         size_t scratch = p->target->scratch_bytes(p->target, op, a);
+        if (scratch == MD_NO_SCRATCH)
+            return MD_ERR_MEMORY;
         p->total.scratch = MD_MAX(p->total.scratch, scratch);
     }
     return MD_OK;

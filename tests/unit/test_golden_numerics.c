@@ -127,7 +127,7 @@ static void two_rows(md_params *p, int64_t n)
     md_param vector = {.name = "vector", .rank = 1, .global = {n}, .cut_dim = -1, .cut_parts = 1};
     assert_int_equal(md_params_add(p, &matrix), 0);
     assert_int_equal(md_params_add(p, &vector), 1);
-    md_params_seal(p);
+    GOLDEN_OK(md_params_seal(p));
     GOLDEN_OK(md_params_allocate(p, true, true));
 }
 
