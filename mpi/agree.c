@@ -5,7 +5,7 @@
 #include <stdio.h>
 #include <string.h>
 
-#define TEXT_SIZE 1024
+#define TEXT_SIZE 4096 /* a whole error sentence: a config may have many errors */
 
 /* Length of the front "rank 12: " that an earlier md_agree has given a sentence, else 0. */
 static size_t front_length(const char *text)

@@ -338,7 +338,7 @@ static md_status check_replicas(run *r)
  * or counters: what came before is kept, and the reason stays the error. */
 static md_status save_before(run *r, md_status st)
 {
-    char reason[1024];
+    char reason[4096]; /* save sets others */
     snprintf(reason, sizeof reason, "%s", md_error_text());
     save(r);
     return md_error_set(st, "%s", reason);

@@ -229,6 +229,12 @@ static void test_agree_on_one_sentence(void **state)
         assert_int_equal(st, MD_ERR_CONFIG);
         assert_string_equal(md_error_text(), "no such key");
     }
+    char list[3900]; /* as long as a list of config errors may be */
+    memset(list, 'x', sizeof list - 1);
+    list[sizeof list - 1] = 0;
+    st = md_agree(par_world, md_error_set(MD_ERR_CONFIG, "%s", list));
+    assert_int_equal(st, MD_ERR_CONFIG);
+    assert_string_equal(md_error_text(), list);
 }
 
 static void test_agree_same(void **state)
