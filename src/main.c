@@ -89,7 +89,10 @@ void md_cli_report(md_status st)
     if (st == MD_OK || !*text || done)
         return;
     done = true;
-    md_log_error("%.*s", (int)(usage ? (size_t)(usage - text) : strlen(text)), text);
+    if (st == MD_STOPPED) /* asked for, and nothing is lost */
+        md_log_warn("%s", text);
+    else
+        md_log_error("%.*s", (int)(usage ? (size_t)(usage - text) : strlen(text)), text);
     if (usage && md_base_rank() == 0)
         fprintf(stderr, "%s\n", usage + 1);
 }
