@@ -397,10 +397,10 @@ static md_status loop(run *r)
     md_progress_summary(&r->progress, r->world, r->checkpoint);
     if (r->state.step == r->total_steps)
         return MD_OK;
-    MD_FAIL(MD_STOPPED,
-            "stopped at step %lld of %lld with a checkpoint: the same command goes on "
-            "from there",
-            (long long)r->state.step, (long long)r->total_steps);
+    bool automatic = strcmp(r->config.checkpoint_resume, "auto") == 0;
+    MD_FAIL(MD_STOPPED, "stopped at step %lld of %lld with a checkpoint: %s goes on from there",
+            (long long)r->state.step, (long long)r->total_steps,
+            automatic ? "the same command" : "checkpoint.resume=auto");
 }
 
 static void close_logs(run *r, md_status st)

@@ -9,6 +9,10 @@ whole one 20
 curve one | awk 'NR == 1 { first = $2 } END { exit !($2 > 0 && $2 < 0.95 * first) }' ||
     fail "the loss does not fall"
 
+# Without mpirun: one rank.
+"$MD_HPC" "$scratch/tiny.cfg" "run.dir=$scratch/alone" >"$log" 2>&1 || fail "alone"
+same one alone
+
 # Another layout sums in another order: near.
 done_well 2 two
 done_well 4 four

@@ -63,6 +63,18 @@ done_well 2 usr1 train.max_steps=3
 [ "$before" = "$(cat "$scratch/usr1/metrics.jsonl" && ls "$scratch/usr1/checkpoints")" ] ||
     fail "a finished run was changed"
 
+# From a checkpoint of another run, which stays as it is. Starting anew is refused where something
+# would be lost.
+from=$scratch/usr1/checkpoints/step-$(printf %08d $((steps - 5))).h5
+done_well 2 fork checkpoint.resume="$from"
+says "resumed from $from"
+diff <(curve base | tail -n 5) <(curve fork) || fail "the fork is another run"
+tiny 2 fork checkpoint.resume=none
+[ "$rc" = 78 ] || fail "exit code $rc: the fork starts anew"
+says "holds checkpoints up to step $steps"
+[ "$before" = "$(cat "$scratch/usr1/metrics.jsonl" && ls "$scratch/usr1/checkpoints")" ] ||
+    fail "the other run was changed"
+
 # kill -9 of one rank or of all at any moment.
 for victim in 1 2 '1,2'; do
     run=kill_$victim
