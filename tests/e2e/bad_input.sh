@@ -122,6 +122,8 @@ for n in 1 2 4; do
     [ "$events" = "$counted" ] || fail "$events events, $counted counted"
     [ "$events" -ge 6 ] || fail "only $events bad images"
 done
+done_well 2 bad_images_hdf5 data.train="$store" data.reader=hdf5
+same bad_images_2 bad_images_hdf5
 if (near bad_images_1 kept >/dev/null); then fail "a replaced picture changes nothing"; fi
 scratch_at const
 bad 65 'images of epoch 0 could not be read or decoded, more than data.max_bad = 0.1 allows' \

@@ -36,6 +36,17 @@ same two hdf5
 done_well 1 checked backend=check
 same one checked
 
+# A trained teacher that sees the picture at another size than the student (16 instead of 8).
+"$MD_HPC" weights import --out "$scratch/clip.h5" tests/golden/clip_hf >"$log"
+sed 's/"pixel"/"vit"/; s/size = 16/size = 8/; s/patch = 4/patch = 2/' "$scratch/tiny.cfg" \
+    >"$scratch/vit.cfg"
+config=vit.cfg
+teacher=(method.teacher.weights="$scratch/clip.h5" method.target.norm=layernorm)
+done_well 1 vit_one "${teacher[@]}"
+done_well 4 vit_four train.micro_batch=2 "${teacher[@]}"
+near vit_one vit_four
+config=tiny.cfg
+
 # The comparison can fail.
 done_well 1 other run.seed=4
 if (near one other >/dev/null); then fail "another seed gives the same curve"; fi
