@@ -5,7 +5,6 @@ tests_dir=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$tests_dir/../scripts/mpi_env.sh"
 
 # Sanitizers: leaks inside MPI, HDF5 and their helpers are not ours.
-# Whole stacks, also through libraries without frame pointers: suppressions go by library.
-export ASAN_OPTIONS=detect_leaks=1:fast_unwind_on_malloc=0:allocator_may_return_null=1:${ASAN_OPTIONS:-}
+export ASAN_OPTIONS=detect_leaks=1:allocator_may_return_null=1:${ASAN_OPTIONS:-}
 export LSAN_OPTIONS=suppressions=$tests_dir/san/lsan.supp:print_suppressions=0:${LSAN_OPTIONS:-}
 export UBSAN_OPTIONS=print_stacktrace=1:${UBSAN_OPTIONS:-}

@@ -72,6 +72,10 @@ for source in tests/unit/test_*.c tests/ops/test_*.c; do
     OMP_NUM_THREADS=2 run "$name" 300 "$build/tests/$name"
 done
 
+# Under MPI whole stacks are needed, also through libraries without frame pointers, for suppressions
+# that go by library; they cost time.
+ASAN_OPTIONS=$ASAN_OPTIONS:fast_unwind_on_malloc=0
+
 for source in tests/par/test_*.c; do
     name=${source#tests/} name=${name%.c}
     for np in $ranks; do
