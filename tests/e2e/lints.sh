@@ -29,6 +29,7 @@ $long
 END
 echo 'int x;' >src/nowhere.h
 printf '#!/bin/bash\ncd %s\n' "\$1" >scripts/bad.sh
+for name in bad.sbatch bad.pbs; do cp scripts/bad.sh "scripts/$name"; done
 
 expect() { # LINT TEXT...
     local lint=$1 text rc=0
@@ -50,7 +51,7 @@ fi
 expect size 'src/vit.c:3: 7 parameters' 'src/vit.c:4: function of 10'
 expect coverage 'op gemm has no case'
 expect style 'src/vit.c'
-expect shell 'scripts/bad.sh:2'
+expect shell 'scripts/bad.sh:2' 'scripts/bad.sbatch:2' 'scripts/bad.pbs:2'
 expect text 'src/vit.c:9: trailing blank' 'unfinished'
 expect headers 'src/vit.c:1: begins with no comment' 'src/nowhere.h:1: no include guard'
 echo ok

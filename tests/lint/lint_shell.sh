@@ -4,5 +4,5 @@
 command -v shellcheck >/dev/null || { echo 'shellcheck is not installed' && exit 77; }
 while read -r file; do
     shellcheck -x -f gcc "$file" || errors=$((errors + 1))
-done < <(files '*.sh' '.ci/*')
+done < <(files '*.sh' '*.sbatch' '*.pbs' '*.env' '.ci/*')
 finish
