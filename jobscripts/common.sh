@@ -161,8 +161,8 @@ run_program() {
 go_on() {
     local step
     step=$(status_value step)
-    [ "$stop_by" != TERM ] || die 75 "stopped by TERM at step $step with a checkpoint: whoever" \
-        "ended the job decides; the same job goes on from there"
+    [ "$stop_by" != TERM ] || die 75 "stopped by TERM at step $step with a checkpoint: the job was" \
+        "cancelled or preempted, and is not queued again from here"
     [ $((step - $1)) -ge "$MIN_STEPS" ] || die 75 "no progress: the run went from step $1 to step" \
         "$step, and a job has to make MIN_STEPS=$MIN_STEPS; not started again. Is the time limit" \
         "too short for the signal before its end?"
@@ -208,7 +208,7 @@ job_main() {
     old=$(cat "$run_dir/status.json" 2>/dev/null) old_step=$(status_value step)
     say "$ranks ranks on $nodes nodes, $cpus_per_rank cores a rank, $restarts restarts, $run_dir at" \
         "step ${old_step:-0}"
-    say "$(printf ' %q' "${LAUNCH[@]}" "$MD_HPC" "$CONFIG" "${OVERRIDES[@]}")"
+    say "starts$(printf ' %q' "${LAUNCH[@]}" "$MD_HPC" "$CONFIG" "${OVERRIDES[@]}")"
     start_timer
     run_program
     decide "$old" "${old_step:-0}"

@@ -1,6 +1,6 @@
 #!/bin/bash
 # The job scripts with made-up schedulers: what they launch, how they end, when they go on. At last a
-# run under the real mpirun is stopped by the timer of the PBS script and goes on in its next job.
+# run under the real mpirun is stopped through the PBS script and goes on in its next job.
 # shellcheck disable=SC2016 # the stubs expand their variables themselves
 set -eu
 cd "$(dirname "$0")/../.."
@@ -74,7 +74,7 @@ script() {
         inside { if (/^\)/) inside = 0; next }
         { print }' "$1" |
         sed -e "s|^MD_HPC=.*|MD_HPC=$program|" -e "s|^CONFIG=.*|CONFIG=$config|" \
-            -e "s|^SITE=.*|SITE=$site|" -e "s|^STOP_BEFORE=.*|STOP_BEFORE=${before:-300}|"
+            -e "s|^SITE=.*|SITE=$site|" -e "s|^SCRIPT=.*|SCRIPT=${named:-train.pbs}|"
 }
 # The scripts look for common.sh beside the program.
 program=$FAKE/install/bin/md_hpc
@@ -82,19 +82,30 @@ mkdir -p "$FAKE/install/bin" "$FAKE/install/share/md_hpc"
 cp -r jobscripts "$FAKE/install/share/md_hpc/"
 ln -s "$MD_HPC" "$program"
 
-# slurm [key=value...], pbs: runs the job on 16 nodes; $rc, and its output in $log.
-slurm() {
+# slurm [key=value...], pbs: a job on 16 nodes; $rc, and its output in $log. slurm_start and pbs_start
+# leave it in the background; $job is its process.
+slurm_start() {
     script jobscripts/slurm/train.sbatch >"$FAKE/script"
-    rc=0
     SLURM_JOB_ID=7 SLURM_JOB_NUM_NODES=16 SLURM_NTASKS=64 SLURM_CPUS_PER_TASK=16 \
-        SLURM_GPUS_ON_NODE=4 timeout 60 bash "$FAKE/script" "$@" >"$log" 2>&1 || rc=$?
+        SLURM_GPUS_ON_NODE=4 bash "$FAKE/script" "$@" >"$log" 2>&1 &
+    job=$!
 }
 for ((i = 0; i < 64; i++)); do echo "node$((i / 4))"; done >"$FAKE/nodes"
-pbs() {
+pbs_start() {
     script jobscripts/pbs/train.pbs >"$FAKE/on login/train.pbs"
-    rc=0
     PBS_JOBID=7.server PBS_O_WORKDIR="$FAKE/on login" PBS_NODEFILE=${nodes:-$FAKE/nodes} NCPUS=64 \
-        timeout 60 bash "$FAKE/on login/train.pbs" >"$log" 2>&1 || rc=$?
+        bash "$FAKE/on login/train.pbs" >"$log" 2>&1 &
+    job=$!
+}
+slurm() {
+    slurm_start "$@"
+    rc=0
+    wait "$job" || rc=$?
+}
+pbs() {
+    pbs_start
+    rc=0
+    wait "$job" || rc=$?
 }
 
 # called NAME WORDS...: once, with these words among others.
@@ -257,56 +268,53 @@ says "no site file"
 program=$scratch/none slurm
 ends 66
 says "no program $scratch/none"
-(config=$scratch/tiny.cfg && sed 's|^SCRIPT=.*|SCRIPT=other.pbs|' jobscripts/pbs/train.pbs >"$FAKE/pbs" &&
-    sed "s|^MD_HPC=.*|MD_HPC=$program|" "$FAKE/pbs" >"$FAKE/script")
-rc=0
-PBS_JOBID=7 PBS_O_WORKDIR=$scratch PBS_NODEFILE=$FAKE/nodes NCPUS=64 bash "$FAKE/script" \
-    >"$log" 2>&1 || rc=$?
+named=other.pbs pbs
 ends 66
 says "SCRIPT=other.pbs is not there"
 not_called srun mpirun
 
 # ---- signals ----
-fresh
-status running 0 0 >"$FAKE/status"
-status requeue 50 75 >"$FAKE/on_usr1"
-echo 0:05:01 >"$FAKE/walltime"
-pbs # the timer, after a second
-ends 0
-[ "$(cat "$FAKE/signals")" = USR1 ] || fail "not one USR1"
+# asked JOB: starts one (slurm_start, pbs_start) whose launcher waits for USR1.
+asked() {
+    fresh
+    status running 0 0 >"$FAKE/status"
+    status requeue 50 75 >"$FAKE/on_usr1"
+    [ -z "${walltime:-}" ] || echo "$walltime" >"$FAKE/walltime"
+    "$1"
+    until_true 10 test -e "$FAKE/started"
+}
+# stopped CODE: it got one USR1, and ends so.
+stopped() {
+    ended "$1"
+    [ "$(cat "$FAKE/signals")" = USR1 ] || fail "the launcher had not one USR1"
+}
+asked slurm_start
+kill -USR1 "$job"
+stopped 0
+called scontrol requeue 7
+asked slurm_start
+kill -TERM "$job" # scancel
+stopped 75
+says "stopped by TERM"
+not_called scontrol
+walltime=0:05:03 asked pbs_start # the timer, after three seconds
+stopped 0
 says "USR1 came" "the next job is 8.server"
+asked pbs_start
+kill -TERM "$job" # qdel
+stopped 75
+not_called qsub
+
+fresh
 echo 0:05:00 >"$FAKE/walltime"
 pbs
 ends 78
 says "the walltime is shorter than STOP_BEFORE"
 echo >"$FAKE/walltime"
-rm "$FAKE/on_usr1"
 status finished 60 0 >"$FAKE/status"
 pbs
 ends 0
 says "warning: qstat tells no walltime"
-
-# asked SIGNAL: a Slurm job whose script gets it while the run is on.
-asked() {
-    fresh
-    status running 0 0 >"$FAKE/status"
-    status requeue 50 75 >"$FAKE/on_usr1"
-    script jobscripts/slurm/train.sbatch >"$FAKE/script"
-    SLURM_JOB_ID=7 SLURM_JOB_NUM_NODES=16 SLURM_NTASKS=64 bash "$FAKE/script" >"$log" 2>&1 &
-    job=$!
-    until_true 10 test -e "$FAKE/started"
-    kill "-$1" "$job"
-    rc=0
-    wait "$job" || rc=$?
-    [ "$(cat "$FAKE/signals")" = USR1 ] || fail "srun had no USR1"
-}
-asked USR1
-ends 0
-called scontrol requeue 7
-asked TERM
-ends 75
-says "stopped by TERM at step 50"
-not_called scontrol
 
 # ---- a real run ----
 fresh
@@ -316,17 +324,17 @@ rm "$bin/mpirun" "$bin/nvidia-smi"
 hash -r
 "$MPIRUN" --version 2>&1 | grep -q 'Open MPI' || { echo ok && exit; }
 { cat "$site" && echo 'LAUNCH=(mpirun -np 2 -x OMP_NUM_THREADS) THREADS=1'; } >"$scratch/two.env"
-nodes=$FAKE/two site=$scratch/two.env before=300
+nodes=$FAKE/two site=$scratch/two.env
 printf '%s\n' "$HOSTNAME" "$HOSTNAME" >"$nodes"
 long=("data.train=$scratch/tiny.h5" "run.dir=$run" train.epochs=1e6 checkpoint.every=100000)
-overrides=("${long[@]}" train.max_steps=1000000)
-echo 0:05:02 >"$FAKE/walltime"
-pbs
-ends 0
+overrides=("${long[@]}" train.max_steps=100000000)
+pbs_start
+until_true 60 at_step 'a run' 20
+kill -USR1 "$job"
+ended 0
 says "USR1 came" "stopped at step" "the next job is 8.server"
 step=$(curve 'a run' | tail -n 1 | cut -d' ' -f1)
 overrides=("${long[@]}" train.max_steps=$((step + 3)))
-echo 1:00:00 >"$FAKE/walltime"
 MD_CHAIN=1 pbs
 ends 0
 says "resumed from $run/checkpoints" "finished at step $((step + 3))"

@@ -7,9 +7,8 @@
 #   mpirun    2 ranks on two nodes: the same
 #   cancelled scancel while it runs: a checkpoint, and the job must not come back
 #
-# Takes about eight minutes, most of them Slurm's delay before a requeued job starts. Needs
-# slurm-wlm and munge installed; exits with 77 where they are not. Run as root it is certain to work;
-# it is no part of `make test`.
+# Takes about six minutes, most of them Slurm's delay before a requeued job starts. Needs
+# slurm-wlm and munge installed, and root; exits with 77 otherwise. No part of `make test`.
 #
 #   tests/slurm/run.sh [FOLDER]    FOLDER keeps logs and runs; without it they are removed
 set -eu
@@ -17,6 +16,7 @@ cd "$(dirname "$0")/../.."
 for tool in slurmctld slurmd munged sbatch; do
     PATH=$PATH:/usr/sbin command -v "$tool" >/dev/null || { echo "$tool is not installed" && exit 77; }
 done
+[ "$(id -u)" = 0 ] || { echo 'it is run as root' && exit 77; }
 MD_HPC=$(realpath "${BUILD:-build}/md_hpc") MPIRUN=${MPIRUN:-mpirun}
 export MD_HPC PATH=$PATH:/usr/sbin
 . tests/tiny_run.sh
@@ -155,9 +155,9 @@ until_true 120 over "$cancelled"
 report cancelled "$cancelled"
 [ "$(field "$cancelled" JobState)" = CANCELLED ] || fail "the cancelled job came back"
 grep -q '"state": "requeue"' "$scratch/cancelled/status.json" || fail "the cancelled job left no checkpoint"
-finished srun "$one"
-
 # Ranks of two nodes share no memory.
-two=$(job mpirun 'LAUNCHER=openmpi && export OMPI_MCA_btl=self,tcp OMPI_MCA_btl_tcp_if_include=lo' 1 --nodes=2 --time=2 --signal=B:USR1@60)
+two=$(job mpirun 'LAUNCHER=openmpi && export OMPI_MCA_btl=self,tcp OMPI_MCA_btl_tcp_if_include=lo' 1 \
+    --nodes=2 --time=2 --signal=B:USR1@60)
+finished srun "$one"
 finished mpirun "$two"
 echo ok
