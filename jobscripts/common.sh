@@ -197,7 +197,7 @@ job_main() {
     trap 'signals=$((signals + 1)); on_signal USR1' USR1
     trap 'signals=$((signals + 1)); on_signal TERM' TERM
     site_file=$SITE
-    [ -e "$site_file" ] || site_file=$(dirname "${BASH_SOURCE[0]}")/site/$SITE.env
+    [ -f "$site_file" ] || site_file=$(dirname "${BASH_SOURCE[0]}")/site/$SITE.env
     [ -r "$site_file" ] || die 66 "no site file $site_file (SITE=$SITE)"
     # shellcheck source=/dev/null
     . "$site_file"

@@ -216,6 +216,12 @@ status requeue 60 75 >"$FAKE/status"
 pbs
 ends 75
 says "qsub train.pbs failed"
+{ cat "$site" && grep -h 'qsub()' jobscripts/site/generic.env | cut -c2-; } >"$scratch/login.env"
+stub ssh <<<'echo 9.server'
+status requeue 90 75 >"$FAKE/status"
+site=$scratch/login.env pbs
+ends 0
+called ssh LOGIN_NODE "cd $(printf %q "$FAKE/on login") && qsub -v MD_CHAIN=5 train.pbs"
 
 # ---- other ends ----
 fresh
