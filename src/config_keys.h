@@ -92,6 +92,7 @@ X(train_micro_batch, "train.micro_batch", INT, "0", 0, 65536, "images", "Images 
 
 /* parallel */
 X(parallel_tensor, "parallel.tensor", INT, "1", 1, 1, "ranks", "Ranks that share one model (tensor parallel).")
+X(parallel_tensor_across_nodes, "parallel.tensor_across_nodes", BOOL, "false", 0, 0, "", "Let ranks that share one model be on several nodes; each layer then waits for the network.")
 X(parallel_bucket_mib, "parallel.bucket_mib", INT, "4", 1, 4096, "MiB", "Size of a gradient bucket of the data-parallel reduction; four are under way at once.")
 X(parallel_overlap, "parallel.overlap", BOOL, "true", 0, 0, "", "Reduce gradient buckets while the backward pass goes on.")
 
