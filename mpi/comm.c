@@ -1,7 +1,10 @@
 /* comm: see comm.h. Checks and counts here, transport in the carrier's row of functions. */
 #include "mpi/comm_ops.h"
 
+#include <stdatomic.h>
 #include <stdio.h>
+
+static atomic_llong entered; /* read by other threads */
 
 _Noreturn void md_comm_die(const md_comm *c, const char *what, const char *why)
 {
@@ -11,13 +14,42 @@ _Noreturn void md_comm_die(const md_comm *c, const char *what, const char *why)
 }
 
 /* Counts a collective and passes its fault site. Returns false when there is nothing to move. */
-static bool comm_enter(md_comm *c, const char *site, int64_t bytes)
+static bool comm_enter(md_comm *c, const char *site, int64_t bytes, double sent)
 {
     MD_ASSERT(bytes >= 0, "%s: %lld bytes", site, (long long)bytes);
+    atomic_fetch_add_explicit(&entered, 1, memory_order_relaxed);
     if (md_fault(site))
         md_comm_die(c, site, "injected fault");
-    c->bytes += bytes;
+    c->count.calls++;
+    c->count.bytes += bytes;
+    c->count.sent += sent;
     return bytes > 0;
+}
+
+/* What a rank sends of a buffer of so many bytes by the algorithms that send least: every rank
+ * passes on all parts but one. An all-reduce does it twice; of a broadcast it is the mean. */
+static double one_pass(const md_comm *c, int64_t bytes)
+{
+    return (double)bytes * (c->size - 1) / c->size;
+}
+
+static double gathered(const md_comm *c, int64_t bytes)
+{
+    return one_pass(c, c->size * bytes);
+}
+
+static void check_idle(const md_comm_request *req)
+{
+    MD_ASSERT(!req->work, "the request still carries a collective");
+    for (size_t i = 0; i < MD_COUNT(req->impl); i++)
+        MD_ASSERT(!req->impl[i], "the request still carries a collective");
+}
+
+static void check_parts(const md_comm *c, int64_t n, md_dtype dtype)
+{
+    MD_ASSERT(n % c->size == 0, "%lld elements over %d ranks", (long long)n, c->size);
+    MD_ASSERT(dtype == MD_F32 || dtype == MD_F64 || dtype == MD_I32 || dtype == MD_I64,
+              "no reduce-scatter of %s", md_dtype_name(dtype));
 }
 
 static int64_t elements_bytes(int64_t n, md_dtype dtype)
@@ -53,49 +85,73 @@ md_status md_comm_split_node(md_comm *c, md_comm **out)
 
 void md_comm_barrier(md_comm *c)
 {
-    comm_enter(c, "comm.barrier", 0);
+    comm_enter(c, "comm.barrier", 0, 0);
     c->ops->barrier(c);
 }
 
 void md_comm_allreduce(md_comm *c, void *buf, int64_t n, md_dtype dtype, md_reduce op)
 {
-    if (comm_enter(c, "comm.allreduce", elements_bytes(n, dtype)))
+    int64_t bytes = elements_bytes(n, dtype);
+    if (comm_enter(c, "comm.allreduce", bytes, 2 * one_pass(c, bytes)))
         c->ops->allreduce(c, buf, n, dtype, op);
 }
 
 void md_comm_bcast(md_comm *c, void *buf, int64_t bytes, int root)
 {
     MD_ASSERT(root >= 0 && root < c->size, "root %d of %d ranks", root, c->size);
-    if (comm_enter(c, "comm.bcast", bytes))
+    if (comm_enter(c, "comm.bcast", bytes, one_pass(c, bytes)))
         c->ops->bcast(c, buf, bytes, root);
 }
 
 void md_comm_allgather(md_comm *c, const void *send, void *recv, int64_t bytes)
 {
-    if (comm_enter(c, "comm.allgather", bytes))
+    if (comm_enter(c, "comm.allgather", bytes, gathered(c, bytes)))
         c->ops->allgather(c, send, recv, bytes);
 }
 
-void md_comm_reduce_scatter(md_comm *c, const float *send, float *recv, int64_t n)
+void md_comm_reduce_scatter(md_comm *c, const void *send, void *recv, int64_t n, md_dtype dtype)
 {
-    MD_ASSERT(n % c->size == 0, "%lld elements over %d ranks", (long long)n, c->size);
-    if (comm_enter(c, "comm.reduce_scatter", elements_bytes(n, MD_F32)))
-        c->ops->reduce_scatter(c, send, recv, n);
+    int64_t bytes = elements_bytes(n, dtype);
+    check_parts(c, n, dtype);
+    if (comm_enter(c, "comm.reduce_scatter", bytes, one_pass(c, bytes)))
+        c->ops->reduce_scatter(c, send, recv, n, dtype);
 }
 
 int64_t md_comm_exscan(md_comm *c, int64_t value)
 {
-    comm_enter(c, "comm.exscan", (int64_t)sizeof value);
+    comm_enter(c, "comm.exscan", (int64_t)sizeof value, c->size > 1 ? sizeof value : 0);
     return c->ops->exscan(c, value);
 }
 
 void md_comm_allreduce_begin(md_comm *c, void *buf, int64_t n, md_dtype dtype, md_reduce op,
                              md_comm_request *req)
 {
-    for (size_t i = 0; i < MD_COUNT(req->impl); i++)
-        MD_ASSERT(!req->impl[i], "the request still carries a collective");
-    if (comm_enter(c, "comm.allreduce_begin", elements_bytes(n, dtype)))
+    int64_t bytes = elements_bytes(n, dtype);
+    check_idle(req);
+    if (comm_enter(c, "comm.allreduce_begin", bytes, 2 * one_pass(c, bytes)))
         c->ops->allreduce_begin(c, buf, n, dtype, op, req);
+}
+
+void md_comm_allgather_begin(md_comm *c, void *buf, int64_t bytes, md_comm_request *req)
+{
+    check_idle(req);
+    if (comm_enter(c, "comm.allgather_begin", bytes, gathered(c, bytes)))
+        c->ops->allgather_begin(c, buf, bytes, req);
+}
+
+void md_comm_reduce_scatter_begin(md_comm *c, const void *send, void *recv, int64_t n,
+                                  md_dtype dtype, md_comm_request *req)
+{
+    int64_t bytes = elements_bytes(n, dtype);
+    check_idle(req);
+    check_parts(c, n, dtype);
+    if (comm_enter(c, "comm.reduce_scatter_begin", bytes, one_pass(c, bytes)))
+        c->ops->reduce_scatter_begin(c, send, recv, n, dtype, req);
+}
+
+md_status md_comm_reserve(md_comm *c, int64_t bytes, int requests)
+{
+    return c->ops->reserve(c, (size_t)bytes, requests);
 }
 
 bool md_comm_poll(md_comm *c, md_comm_request *req, int n)
@@ -108,13 +164,19 @@ bool md_comm_poll(md_comm *c, md_comm_request *req, int n)
 
 void md_comm_wait(md_comm *c, md_comm_request *req)
 {
-    comm_enter(c, "comm.wait", 0);
+    if (md_fault("comm.wait"))
+        md_comm_die(c, "comm.wait", "injected fault");
     c->ops->wait(c, req);
 }
 
-int64_t md_comm_bytes(const md_comm *c)
+md_comm_count md_comm_counted(const md_comm *c)
 {
-    return c->bytes;
+    return c->count;
+}
+
+int64_t md_comm_sequence(void)
+{
+    return atomic_load_explicit(&entered, memory_order_relaxed);
 }
 
 md_status md_comm_shared(md_comm *c, size_t bytes, void **out)

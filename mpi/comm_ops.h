@@ -1,7 +1,7 @@
 /* comm_ops: what stands behind md_comm. One row of functions per carrier: self (comm_self.c), MPI
- * (comm_mpi.c); a further carrier is a further row. comm.c is the only caller: it counts bytes,
- * passes the fault sites and skips empty calls, so a row holds nothing but the transport. Private
- * to mpi/. */
+ * (comm_mpi.c), plan (comm_plan.c); a further carrier is a further row. comm.c is the only caller:
+ * it counts, passes the fault sites and skips empty calls, so a row holds nothing but the
+ * transport. Private to mpi/. */
 #ifndef MD_COMM_OPS_H
 #define MD_COMM_OPS_H
 
@@ -16,10 +16,14 @@ typedef struct md_comm_ops {
     void (*allreduce)(md_comm *c, void *buf, int64_t n, md_dtype dtype, md_reduce op);
     void (*bcast)(md_comm *c, void *buf, int64_t bytes, int root);
     void (*allgather)(md_comm *c, const void *send, void *recv, int64_t bytes);
-    void (*reduce_scatter)(md_comm *c, const float *send, float *recv, int64_t n);
+    void (*reduce_scatter)(md_comm *c, const void *send, void *recv, int64_t n, md_dtype dtype);
     int64_t (*exscan)(md_comm *c, int64_t value);
     void (*allreduce_begin)(md_comm *c, void *buf, int64_t n, md_dtype dtype, md_reduce op,
                             md_comm_request *req);
+    void (*allgather_begin)(md_comm *c, void *buf, int64_t bytes, md_comm_request *req);
+    void (*reduce_scatter_begin)(md_comm *c, const void *send, void *recv, int64_t n,
+                                 md_dtype dtype, md_comm_request *req);
+    md_status (*reserve)(md_comm *c, size_t bytes, int requests);
     bool (*poll)(md_comm *c, md_comm_request *req);
     void (*wait)(md_comm *c, md_comm_request *req);
     md_status (*shared)(md_comm *c, size_t bytes, void **out);
@@ -29,7 +33,7 @@ typedef struct md_comm_ops {
 struct md_comm {
     const md_comm_ops *ops;
     int rank, size;
-    int64_t bytes; /* handed to collectives so far */
+    md_comm_count count;
 };
 
 /* Reports a dead collective on stderr and ends the job with MD_ERR_DEVICE. */

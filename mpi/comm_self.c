@@ -59,10 +59,10 @@ static void self_allgather(md_comm *c, const void *send, void *recv, int64_t byt
     memmove(recv, send, (size_t)bytes);
 }
 
-static void self_reduce_scatter(md_comm *c, const float *send, float *recv, int64_t n)
+static void self_reduce_scatter(md_comm *c, const void *send, void *recv, int64_t n, md_dtype dtype)
 {
     (void)c;
-    memmove(recv, send, (size_t)n * sizeof *recv);
+    memmove(recv, send, (size_t)n * md_dtype_bytes(dtype));
 }
 
 static int64_t self_exscan(md_comm *c, int64_t value)
@@ -75,6 +75,24 @@ static void self_allreduce_begin(md_comm *c, void *buf, int64_t n, md_dtype dtyp
                                  md_comm_request *req)
 {
     (void)c, (void)buf, (void)n, (void)dtype, (void)op, (void)req;
+}
+
+static void self_allgather_begin(md_comm *c, void *buf, int64_t bytes, md_comm_request *req)
+{
+    (void)c, (void)buf, (void)bytes, (void)req;
+}
+
+static void self_reduce_scatter_begin(md_comm *c, const void *send, void *recv, int64_t n,
+                                      md_dtype dtype, md_comm_request *req)
+{
+    (void)req;
+    self_reduce_scatter(c, send, recv, n, dtype);
+}
+
+static md_status self_reserve(md_comm *c, size_t bytes, int requests)
+{
+    (void)c, (void)bytes, (void)requests;
+    return MD_OK;
 }
 
 static bool self_poll(md_comm *c, md_comm_request *req)
@@ -116,6 +134,9 @@ static const md_comm_ops self_ops = {
     .reduce_scatter = self_reduce_scatter,
     .exscan = self_exscan,
     .allreduce_begin = self_allreduce_begin,
+    .allgather_begin = self_allgather_begin,
+    .reduce_scatter_begin = self_reduce_scatter_begin,
+    .reserve = self_reserve,
     .poll = self_poll,
     .wait = self_wait,
     .shared = self_shared,
