@@ -1,12 +1,14 @@
 #!/bin/bash
 # Runs the test suite: tests/unit and tests/ops on one process with 2 threads, every program of
-# tests/par under mpirun on 1, 2 and 4 ranks, every tests/e2e/*.sh. One line a test with its time, the
-# output of those that fail, and a last line "N passed, N failed".
+# tests/par under mpirun on 1, 2 and 4 ranks (collectives and the process grid also on 8), every
+# tests/e2e/*.sh. One line a test with its time, the output of those that fail, and a last line
+# "N passed, N failed".
 #
 #   tests/run.sh [PATTERN...]    only tests whose name holds one of the patterns
 #
-# Environment: BUILD (folder), SAN (its sanitizers), MPIRUN, MD_TEST_RANKS ("1 2 4"), MD_TEST_SCALE
-# (time limits times this), MD_TALLY (file that gets "passed failed skipped").
+# Environment: BUILD (folder), SAN (its sanitizers), MPIRUN, MD_TEST_RANKS ("1 2 4", for all of
+# tests/par), MD_TEST_SCALE (time limits times this), MD_TALLY (file that gets "passed failed
+# skipped").
 # Exit status of an e2e script: 0 passed, 77 skipped (its last line says why), else failed.
 set -u
 cd "$(dirname "$0")/.." || exit 1
@@ -14,7 +16,6 @@ cd "$(dirname "$0")/.." || exit 1
 san=${SAN:-}
 build=${BUILD:-build${san:+-${san//,/-}}}
 scale=${MD_TEST_SCALE:-$([ -n "$san" ] && echo 6 || echo 1)}
-ranks=${MD_TEST_RANKS:-1 2 4}
 patterns=("$@")
 passed=0 failed=0 skipped=0
 scratch=$(mktemp -d)
@@ -78,7 +79,11 @@ ASAN_OPTIONS=$ASAN_OPTIONS:fast_unwind_on_malloc=0
 
 for source in tests/par/test_*.c; do
     name=${source#tests/} name=${name%.c}
-    for np in $ranks; do
+    case $name in
+    par/test_comm* | par/test_topo) ranks="1 2 4 8" ;;
+    *) ranks="1 2 4" ;;
+    esac
+    for np in ${MD_TEST_RANKS:-$ranks}; do
         selected "$source" "$name on $np" || continue
         OMP_NUM_THREADS=1 run "$name on $np" 180 "$MPIRUN" -np "$np" "$build/tests/$name"
     done
