@@ -30,18 +30,8 @@ void md_checkpoint_close(md_checkpoint *ck)
 
 /* ---- writing ---- */
 
-typedef struct writer {
-    const md_checkpoint_args *args;
-    const char *part; /* the temporary file */
-    md_checkpoint *ck;
-    int64_t *owned; /* [blocks] bytes that have a writer */
-    uint64_t *hash; /* [blocks] */
-    int64_t blocks;
-    int fd, sync_error;
-} writer;
-
 /* Lays the file out on rank 0 and tells all where the items lie. */
-static md_status phase_create(writer *w)
+static md_status phase_create(md_ckpt_writer *w)
 {
     const md_checkpoint_args *a = w->args;
     md_checkpoint *ck = w->ck;
@@ -51,40 +41,52 @@ static md_status phase_create(writer *w)
     return md_agree(a->comm, md_ckpt_fd(w->part, true, &w->fd));
 }
 
-/* Every element must have exactly one writer. Overlaps that hide a gap in the same 1 MiB block are
- * not seen. */
-static md_status check_cover(writer *w)
+/* Every element must have exactly one writer. */
+static md_status check_cover(const md_ckpt_writer *w)
 {
     const md_checkpoint_args *a = w->args;
-    int64_t *owned = w->owned;
+    for (int i = 0; i < a->items; i++)
+        w->cover[i] = md_ckpt_cover_block(&a->item[i]);
+    md_comm_allreduce(a->comm, w->cover, 2 * (int64_t)a->items, MD_I64, MD_SUM);
     for (int i = 0; i < a->items; i++) {
-        md_ckpt_owned(&a->item[i], owned);
-        owned += md_ckpt_blocks(md_ckpt_item_bytes(&a->item[i]));
-    }
-    md_comm_allreduce(a->comm, w->owned, w->blocks, MD_I64, MD_SUM);
-    owned = w->owned;
-    for (int i = 0; i < a->items; i++) {
-        int64_t bytes = md_ckpt_item_bytes(&a->item[i]);
-        for (int64_t at = 0; at < bytes; at += MD_CKPT_BLOCK, owned++)
-            if (*owned != MD_MIN(MD_CKPT_BLOCK, bytes - at))
-                MD_FAIL(MD_ERR_BUG, "checkpoint item %s: the ranks own %lld of %lld bytes at %lld",
-                        a->item[i].name, (long long)*owned,
-                        (long long)MD_MIN(MD_CKPT_BLOCK, bytes - at), (long long)at);
+        md_ckpt_cover have = w->cover[i], want = md_ckpt_cover_whole(&a->item[i]);
+        if (have.bytes != want.bytes)
+            MD_FAIL(MD_ERR_BUG, "checkpoint item %s: the ranks own %lld of %lld bytes",
+                    a->item[i].name, (long long)have.bytes, (long long)want.bytes);
+        if ((have.ends & MD_CKPT_COVER_MASK) != want.ends)
+            MD_FAIL(MD_ERR_BUG, "checkpoint item %s: some bytes have no owner and others several",
+                    a->item[i].name);
     }
     return MD_OK;
 }
 
-static md_status phase_write(writer *w)
+/* Who writes what: each rank its own, but for blocks in which some rank has short pieces. */
+static md_status phase_plan(const md_ckpt_writer *w)
 {
     const md_checkpoint_args *a = w->args;
-    MD_TRY(md_agree(a->comm, md_ckpt_write_blocks(w->fd, a, w->ck, w->hash)));
-    md_comm_allreduce(a->comm, w->hash, w->blocks, MD_I64, MD_SUM);
+    uint8_t *mixed = w->mixed;
+    MD_TRY(check_cover(w));
+    for (int i = 0; i < a->items; i++) {
+        md_ckpt_mark_mixed(&a->item[i], mixed);
+        mixed += md_ckpt_blocks(md_ckpt_item_bytes(&a->item[i]));
+    }
+    md_comm_allreduce(a->comm, w->mixed, w->blocks, MD_U8, MD_MAX_OP);
+    return MD_OK;
+}
+
+static md_status phase_write(const md_ckpt_writer *w)
+{
+    md_comm *c = w->args->comm;
+    MD_TRY(md_agree(c, md_ckpt_write_blocks(w)));
+    MD_TRY(md_ckpt_write_mixed(w));
+    MD_TRY(md_agree(c, md_ckpt_flip(w)));
+    md_comm_allreduce(c, w->hash, w->blocks, MD_I64, MD_SUM);
     return MD_OK;
 }
 
 static void *sync_main(void *arg)
 {
-    writer *w = arg;
+    md_ckpt_writer *w = arg;
     w->sync_error = fsync(w->fd) == 0 ? 0 : errno;
     return NULL;
 }
@@ -92,11 +94,11 @@ static void *sync_main(void *arg)
 /* Each rank syncs the file and compares every byte of its own with memory; while a thread waits for
  * the disk, this one reads. Nobody reads what another rank wrote before all have synced and closed
  * the file: some file systems promise no more than that. */
-static md_status phase_sync_and_compare(writer *w)
+static md_status phase_sync_and_compare(md_ckpt_writer *w)
 {
     pthread_t thread;
     bool apart = pthread_create(&thread, NULL, sync_main, w) == 0;
-    md_status st = md_ckpt_compare(w->fd, w->args, w->ck);
+    md_status st = md_ckpt_compare(w);
     if (apart)
         pthread_join(thread, NULL);
     else
@@ -110,7 +112,7 @@ static md_status phase_sync_and_compare(writer *w)
     return md_agree(w->args->comm, st);
 }
 
-static md_status reopen(writer *w)
+static md_status reopen(md_ckpt_writer *w)
 {
     MD_TRY(md_ckpt_fd(w->part, false, &w->fd));
     if (md_fault("ckpt.verify"))
@@ -118,9 +120,10 @@ static md_status reopen(writer *w)
     return MD_OK;
 }
 
-/* The items' hashes. A block of one writer has the hash of memory, which the file was compared
- * with; one of several writers, which nobody could hash in memory, gets it from the file. */
-static md_status phase_hash(writer *w)
+/* The items' hashes. A block of one writer, or gathered on one, has the hash of memory, which the
+ * file was compared with; one of several writers, which nobody could hash in memory, gets it from
+ * the file. */
+static md_status phase_hash(md_ckpt_writer *w)
 {
     md_checkpoint *ck = w->ck;
     MD_TRY(md_agree(ck->comm, reopen(w)));
@@ -135,7 +138,7 @@ static md_status phase_hash(writer *w)
 }
 
 /* Rank 0 seals the file and opens it as a reader would. */
-static md_status seal_and_check(writer *w)
+static md_status seal_and_check(md_ckpt_writer *w)
 {
     md_checkpoint again = {0};
     MD_TRY(md_ckpt_seal(w->ck));
@@ -149,10 +152,10 @@ static md_status seal_and_check(writer *w)
     return st;
 }
 
-static md_status run_phases(writer *w)
+static md_status run_phases(md_ckpt_writer *w)
 {
     md_comm *c = w->args->comm;
-    MD_TRY(check_cover(w));
+    MD_TRY(phase_plan(w));
     MD_TRY(phase_create(w));
     MD_TRY(phase_write(w));
     MD_TRY(phase_sync_and_compare(w));
@@ -160,16 +163,19 @@ static md_status run_phases(writer *w)
     return md_agree(c, md_comm_rank(c) == 0 ? seal_and_check(w) : MD_OK);
 }
 
-static md_status writer_open(writer *w, const char *part)
+static md_status writer_open(md_ckpt_writer *w, const char *part)
 {
     const md_checkpoint_args *a = w->args;
     MD_TRY(ckpt_new(a->comm, &w->ck));
     snprintf(w->ck->path, sizeof w->ck->path, "%s", part);
     w->ck->entries = a->items;
-    for (int i = 0; i < a->items; i++)
+    for (int i = 0; i < a->items; i++) {
+        MD_TRY(md_ckpt_item_check(&a->item[i]));
         w->blocks += md_ckpt_blocks(md_ckpt_item_bytes(&a->item[i]));
+    }
     MD_NEW(w->ck->entry, a->items, "checkpoint entries");
-    MD_NEW(w->owned, w->blocks, "checkpoint hashes");
+    MD_NEW(w->cover, a->items, "checkpoint entries");
+    MD_NEW(w->mixed, w->blocks, "checkpoint hashes");
     MD_NEW(w->hash, w->blocks, "checkpoint hashes");
     return MD_OK;
 }
@@ -177,7 +183,7 @@ static md_status writer_open(writer *w, const char *part)
 /* Writes, verifies and seals `part`; removes it on failure. */
 static md_status write_part(const md_checkpoint_args *args, const char *part)
 {
-    writer w = {.args = args, .part = part, .fd = -1};
+    md_ckpt_writer w = {.args = args, .part = part, .fd = -1};
     md_status st = md_agree(args->comm, writer_open(&w, part));
     if (st == MD_OK)
         st = run_phases(&w);
@@ -186,7 +192,8 @@ static md_status write_part(const md_checkpoint_args *args, const char *part)
     md_comm_barrier(args->comm); /* nobody has it open when it goes or gets its name */
     if (st != MD_OK && md_comm_rank(args->comm) == 0)
         unlink(part);
-    md_free(w.owned);
+    md_free(w.cover);
+    md_free(w.mixed);
     md_free(w.hash);
     md_checkpoint_close(w.ck);
     return st;
@@ -214,8 +221,10 @@ static void warn_untidy(const md_checkpoint_args *args, md_status st)
 static void tidy(const md_checkpoint_args *args)
 {
     warn_untidy(args, md_ckpt_latest(args->dir, args->step));
-    warn_untidy(args, md_ckpt_abandon(args->dir, args->step));
-    warn_untidy(args, md_checkpoint_prune(args->dir, args->keep, args->keep_every, NULL));
+    md_status st = md_ckpt_abandon(args->dir, args->step);
+    warn_untidy(args, st);
+    if (st == MD_OK) /* else later steps would stay in place of this one */
+        warn_untidy(args, md_checkpoint_prune(args->dir, args->keep, args->keep_every, NULL));
 }
 
 md_status md_checkpoint_write(const md_checkpoint_args *args)
@@ -237,6 +246,7 @@ md_status md_checkpoint_write(const md_checkpoint_args *args)
 /* Rank 0's scalars; what they count follows. */
 typedef struct header {
     int64_t step, file_bytes, table_offset, text_bytes, config_bytes;
+    uint64_t state_hash;
     int32_t entries, facts;
 } header;
 
@@ -245,6 +255,7 @@ static md_status share_alloc(md_checkpoint *ck, const header *h)
     ck->step = h->step;
     ck->file_bytes = h->file_bytes;
     ck->table_offset = h->table_offset;
+    ck->state_hash = h->state_hash;
     ck->text_bytes = h->text_bytes;
     ck->entries = h->entries;
     ck->facts = h->facts;
@@ -266,6 +277,7 @@ static md_status share(md_checkpoint *ck)
                 .table_offset = ck->table_offset,
                 .text_bytes = ck->text_bytes,
                 .config_bytes = ck->config ? (int64_t)strlen(ck->config) + 1 : 0,
+                .state_hash = ck->state_hash,
                 .entries = ck->entries,
                 .facts = ck->facts};
     md_comm_bcast(c, &h, sizeof h, 0);
@@ -283,13 +295,22 @@ static md_status share(md_checkpoint *ck)
     return MD_OK;
 }
 
+/* Rank 0 loads what all will share. */
+static md_status load(const char *path, md_checkpoint *ck)
+{
+    if (md_fault("ckpt.open"))
+        MD_FAIL(MD_ERR_IO, "%s: cannot open: injected fault", path);
+    MD_TRY(md_ckpt_load(path, ck));
+    return md_ckpt_hash_state(ck->entry, ck->entries, &ck->state_hash);
+}
+
 md_status md_checkpoint_open(md_comm *c, const char *path, md_checkpoint **out)
 {
     md_checkpoint *ck = NULL;
     md_status st = md_agree(c, ckpt_new(c, &ck));
     if (st == MD_OK) {
         snprintf(ck->path, sizeof ck->path, "%s", path);
-        st = md_agree(c, md_comm_rank(c) == 0 ? md_ckpt_load(path, ck) : MD_OK);
+        st = md_agree(c, md_comm_rank(c) == 0 ? load(path, ck) : MD_OK);
     }
     if (st == MD_OK)
         st = share(ck);
@@ -382,6 +403,11 @@ int64_t md_checkpoint_step(const md_checkpoint *ck)
 int64_t md_checkpoint_bytes(const md_checkpoint *ck)
 {
     return ck->file_bytes;
+}
+
+uint64_t md_checkpoint_state_hash(const md_checkpoint *ck)
+{
+    return ck->state_hash;
 }
 
 const char *md_checkpoint_config(const md_checkpoint *ck)

@@ -9,7 +9,8 @@
  * XXH3-64 of all bytes outside of items, "extent" and the user block, XXH3-64 of "extent", XXH3-64
  * of these seven. It is written last. An item's hash is XXH3-64 over the XXH3-64 of its 1 MiB
  * blocks, so it does not depend on who wrote it. All of this is checked with plain reads before
- * HDF5 sees a byte.
+ * HDF5 sees a byte. The state hash is XXH3-64 over all items in the order of their names: name,
+ * NUL, type's name, NUL, rank, dimensions (4, those behind the rank are 0) and hash as i64.
  *
  * HDF5 lays the file out (rank 0); the ranks write and read item bytes themselves at their offsets.
  */
@@ -21,23 +22,26 @@
 
 #define MD_STATE_NAME 128 /* bytes of an item's name, the NUL included */
 
-/* One array of the state and this rank's block of it. For writing, the blocks of all ranks are
- * disjoint and cover the array; for reading, any block, also the same on several ranks. A count of
- * 0 in the first dimension owns nothing; start and count are then ignored. */
+/* One array of the state and this rank's block of it: a stretch of its part of the array. For
+ * writing, the blocks of all ranks are disjoint and cover the array; for reading, any block, also
+ * the same on several ranks. */
 typedef struct md_state_item {
     const char *name; /* a path: "param/blocks.0.attn.qkv.weight" */
     md_dtype dtype;   /* F32, F64, I32, I64 or U8 */
     int rank;         /* 1..4 */
     int64_t global[MD_MAX_RANK];
-    int64_t start[MD_MAX_RANK], count[MD_MAX_RANK];
-    void *data; /* the block, dense, host memory, the caller's */
+    md_view view;      /* this rank's part of the array */
+    int64_t lo, count; /* elements [lo, lo + count) of the part are the block; a count of 0 owns
+                          nothing, lo and view are then ignored */
+    void *data;        /* the block, dense, element lo first; host memory, the caller's */
 } md_state_item;
 
 /* A whole array as an item. */
 md_state_item md_state_item_make(const char *name, const md_tensor *t);
-/* Narrows whole arrays to part `part` of `parts` of all their bytes in this order, to the row:
- * spreads replicated arrays over the ranks that write them. A part is one stretch of the file, so
- * that few arrays are cut, however many parts there are. Local. */
+/* Narrows whole arrays (others are a bug) to part `part` of `parts` of all their bytes in this
+ * order: spreads replicated arrays over the ranks that write them. A part is one stretch of the
+ * file, so that few arrays are cut, however many parts there are; cuts lie between the 1 MiB blocks
+ * that are hashed, so that each is hashed in memory by the one rank that has it. Local. */
 void md_state_items_share(md_state_item *item, int items, int part, int parts);
 
 typedef struct md_checkpoint_args {
@@ -107,6 +111,10 @@ const char *md_checkpoint_fact(const md_checkpoint *ck, const char *name); /* NU
 const md_fact *md_checkpoint_facts(const md_checkpoint *ck, int *n);
 const md_state_entry *md_checkpoint_entries(const md_checkpoint *ck, int *n); /* file order */
 const md_state_entry *md_checkpoint_entry(const md_checkpoint *ck, const char *name);
+/* One hash of names, types, shapes and values of all items, whatever their order in the file and
+ * whoever wrote them: equal states have equal hashes. Taken from the items' recorded hashes, which
+ * md_checkpoint_verify checks. */
+uint64_t md_checkpoint_state_hash(const md_checkpoint *ck);
 
 /* Steps of the checkpoints in a folder, newest first, whole or not; *steps is freed with md_free.
  * Local. MD_ERR_NOINPUT, MD_ERR_IO. */

@@ -14,125 +14,6 @@
 
 #include "mpi/agree.h"
 
-#define WRITE_BYTES (8 * MD_CKPT_BLOCK) /* of one pwrite: half the time of 1 MiB on ext4 */
-
-/* Bytes [lo, hi) of an array, at `data` in memory; `done` bytes of the block lie in front of hi. */
-typedef struct piece {
-    int64_t lo, hi, done;
-    const char *data;
-} piece;
-
-md_state_item md_state_item_make(const char *name, const md_tensor *t)
-{
-    md_state_item item = {.name = name, .dtype = (md_dtype)t->dtype, .rank = t->rank};
-    item.data = t->data;
-    for (int d = 0; d < t->rank; d++)
-        item.global[d] = item.count[d] = t->dim[d];
-    return item;
-}
-
-/* First of an array's rows that starts at byte `at` or behind. */
-static int64_t row_at(int64_t at, int64_t row, int64_t rows)
-{
-    return MD_MIN((MD_MAX(at, 0) + row - 1) / row, rows);
-}
-
-void md_state_items_share(md_state_item *item, int items, int part, int parts)
-{
-    int64_t total = 0, base = 0;
-    for (int i = 0; i < items; i++)
-        total += md_ckpt_item_bytes(&item[i]);
-    int64_t begin = total * part / parts, end = total * (part + 1) / parts;
-    for (int i = 0; i < items; i++) {
-        int64_t bytes = md_ckpt_item_bytes(&item[i]), rows = item[i].global[0];
-        int64_t row = bytes / MD_MAX(rows, 1);
-        if (row == 0)
-            continue;
-        int64_t lo = row_at(begin - base, row, rows), hi = row_at(end - base, row, rows);
-        item[i].start[0] = lo;
-        item[i].count[0] = hi - lo;
-        item[i].data = (char *)item[i].data + lo * row;
-        base += bytes;
-    }
-}
-
-int64_t md_ckpt_item_bytes(const md_state_item *item)
-{
-    int64_t bytes = (int64_t)md_dtype_bytes(item->dtype);
-    for (int d = 0; d < item->rank; d++)
-        bytes *= item->global[d];
-    return bytes;
-}
-
-int64_t md_ckpt_blocks(int64_t bytes)
-{
-    return (bytes + MD_CKPT_BLOCK - 1) / MD_CKPT_BLOCK;
-}
-
-uint64_t md_ckpt_hash(const uint64_t *block, int64_t blocks)
-{
-    return XXH3_64bits(block, (size_t)blocks * sizeof *block);
-}
-
-/* Dimensions behind the last cut one are whole: their elements and the cut dimension's make one
- * run. */
-static int cut_dimension(const md_state_item *item)
-{
-    int d = item->rank - 1;
-    while (d > 0 && item->count[d] == item->global[d])
-        d--;
-    return d;
-}
-
-md_ckpt_runs md_ckpt_runs_of(const md_state_item *item)
-{
-    md_ckpt_runs r = {0, 0};
-    if (item->count[0] == 0)
-        return r;
-    int cut = cut_dimension(item);
-    r = (md_ckpt_runs){1, (int64_t)md_dtype_bytes(item->dtype)};
-    for (int d = 0; d < item->rank; d++)
-        *(d < cut ? &r.count : &r.bytes) *= item->count[d];
-    return r;
-}
-
-int64_t md_ckpt_run_offset(const md_state_item *item, int64_t run)
-{
-    int64_t at = 0, stride = 1;
-    int cut = cut_dimension(item);
-    for (int d = item->rank - 1; d >= 0; d--) {
-        int64_t index = item->start[d];
-        if (d < cut) {
-            index += run % item->count[d];
-            run /= item->count[d];
-        }
-        at += index * stride;
-        stride *= item->global[d];
-    }
-    return at * (int64_t)md_dtype_bytes(item->dtype);
-}
-
-/* Steps to the block's next bytes that neither end a run nor cross a multiple of `unit`; a piece
- * starts as zeros. False behind the last one. */
-static bool piece_next(const md_state_item *item, int64_t unit, piece *p)
-{
-    md_ckpt_runs runs = md_ckpt_runs_of(item);
-    if (p->done == runs.count * runs.bytes)
-        return false;
-    int64_t within = p->done % runs.bytes;
-    p->data = (const char *)item->data + p->done;
-    p->lo = md_ckpt_run_offset(item, p->done / runs.bytes) + within;
-    p->hi = MD_MIN(p->lo + runs.bytes - within, (p->lo / unit + 1) * unit);
-    p->done += p->hi - p->lo;
-    return true;
-}
-
-void md_ckpt_owned(const md_state_item *item, int64_t *owned)
-{
-    for (piece p = {0}; piece_next(item, MD_CKPT_BLOCK, &p);)
-        owned[p.lo / MD_CKPT_BLOCK] += p.hi - p.lo;
-}
-
 md_status md_ckpt_fd(const char *path, bool write, int *fd)
 {
     *fd = open(path, (write ? O_RDWR : O_RDONLY) | O_CLOEXEC);
@@ -190,78 +71,104 @@ static bool all_finite(const void *data, int64_t bytes, md_dtype dtype)
     return !bad;
 }
 
-/* Bytes [lo, hi) of entry e's array, which lie at `data`: each block's values are checked and, when
- * the block is all there, hashed; then all is written at once. */
-static md_status write_piece(int fd, const char *path, const md_state_entry *e, const piece *p,
-                             uint64_t *memory)
+md_status md_ckpt_write_piece(const md_ckpt_writer *w, const md_state_entry *e,
+                              const md_ckpt_piece *p, uint64_t *hash)
 {
     for (int64_t lo = p->lo; lo < p->hi;) {
         int64_t hi = MD_MIN(p->hi, (lo / MD_CKPT_BLOCK + 1) * MD_CKPT_BLOCK);
         const char *data = p->data + (lo - p->lo);
         if (!all_finite(data, hi - lo, (md_dtype)e->dtype))
-            MD_FAIL(MD_ERR_NUMERICS, "%s: %s has a value that is not finite", path, e->name);
+            MD_FAIL(MD_ERR_NUMERICS, "%s: %s has a value that is not finite", w->part, e->name);
         if (lo % MD_CKPT_BLOCK == 0 && (hi - lo == MD_CKPT_BLOCK || hi == e->bytes))
-            memory[lo / MD_CKPT_BLOCK] = XXH3_64bits(data, (size_t)(hi - lo));
+            hash[lo / MD_CKPT_BLOCK] = XXH3_64bits(data, (size_t)(hi - lo));
         lo = hi;
     }
-    return md_ckpt_pwrite(fd, path, p->data, p->hi - p->lo, e->offset + p->lo);
+    return md_ckpt_pwrite(w->fd, w->part, p->data, p->hi - p->lo, e->offset + p->lo);
 }
 
-static md_status write_item(int fd, const char *path, const md_state_entry *e,
-                            const md_state_item *item, uint64_t *memory)
+/* md_ckpt_piece_next without what lies in mixed blocks: only a run's first and last block can be
+ * such, the others are all its own. A piece may be left empty. */
+static bool own_next(const md_state_item *item, const uint8_t *mixed, int64_t unit,
+                     md_ckpt_piece *own, md_ckpt_piece *p)
 {
-    for (piece p = {0}; piece_next(item, WRITE_BYTES, &p);)
-        MD_TRY(write_piece(fd, path, e, &p, memory));
-    return MD_OK;
+    if (!md_ckpt_piece_next(item, unit, p))
+        return false;
+    *own = *p;
+    if (mixed[own->lo / MD_CKPT_BLOCK])
+        own->lo = MD_MIN(own->hi, (own->lo / MD_CKPT_BLOCK + 1) * MD_CKPT_BLOCK);
+    if (own->lo < own->hi && mixed[(own->hi - 1) / MD_CKPT_BLOCK])
+        own->hi = (own->hi - 1) / MD_CKPT_BLOCK * MD_CKPT_BLOCK;
+    own->data += own->lo - p->lo;
+    return true;
 }
 
-/* Damages the middle one of this rank's bytes in the file, as a bad disk would. */
-static md_status flip_byte(int fd, const char *path, const md_state_entry *e,
-                           const md_state_item *item)
+md_status md_ckpt_write_blocks(const md_ckpt_writer *w)
 {
-    md_ckpt_runs runs = md_ckpt_runs_of(item);
-    piece p = {.done = runs.count * runs.bytes / 2};
-    if (!piece_next(item, 1, &p))
-        return MD_OK;
-    char flipped = (char)~*p.data;
-    return md_ckpt_pwrite(fd, path, &flipped, 1, e->offset + p.lo);
-}
-
-md_status md_ckpt_write_blocks(int fd, const md_checkpoint_args *args, const md_checkpoint *ck,
-                               uint64_t *memory)
-{
-    for (int i = 0; i < args->items; i++) {
-        MD_TRY(write_item(fd, ck->path, &ck->entry[i], &args->item[i], memory));
-        if (md_fault("ckpt.flip"))
-            MD_TRY(flip_byte(fd, ck->path, &ck->entry[i], &args->item[i]));
-        memory += md_ckpt_blocks(ck->entry[i].bytes);
+    int64_t block = 0;
+    for (int i = 0; i < w->args->items; i++) {
+        const md_state_entry *e = &w->ck->entry[i];
+        md_ckpt_piece own, p = {0};
+        while (own_next(&w->args->item[i], w->mixed + block, MD_CKPT_CHUNK, &own, &p))
+            if (own.lo < own.hi)
+                MD_TRY(md_ckpt_write_piece(w, e, &own, w->hash + block));
+        block += md_ckpt_blocks(e->bytes);
     }
     if (md_fault("ckpt.write"))
-        MD_FAIL(MD_ERR_IO, "%s: cannot write: %s", ck->path, strerror(ENOSPC));
+        MD_FAIL(MD_ERR_IO, "%s: cannot write: %s", w->part, strerror(ENOSPC));
     return MD_OK;
 }
 
-static md_status compare_item(int fd, const char *path, const md_state_entry *e,
-                              const md_state_item *item, char *buf)
+/* The middle one of this rank's bytes, as a bad disk would. */
+static md_status flip_byte(const md_ckpt_writer *w, const md_state_entry *e,
+                           const md_state_item *item)
 {
-    for (piece p = {0}; piece_next(item, MD_CKPT_BLOCK, &p);) {
-        MD_TRY(md_ckpt_pread(fd, path, buf, p.hi - p.lo, e->offset + p.lo));
-        if (memcmp(buf, p.data, (size_t)(p.hi - p.lo)) != 0)
-            MD_FAIL(MD_ERR_IO, "%s: block %lld of %s is not what was written", path,
-                    (long long)(p.lo / MD_CKPT_BLOCK), e->name);
+    int64_t bytes = item->count * (int64_t)md_dtype_bytes(item->dtype);
+    md_ckpt_piece p = {.done = bytes / 2};
+    if (!md_ckpt_piece_next(item, 1, &p))
+        return MD_OK;
+    char flipped = (char)~*p.data;
+    return md_ckpt_pwrite(w->fd, w->part, &flipped, 1, e->offset + p.lo);
+}
+
+md_status md_ckpt_flip(const md_ckpt_writer *w)
+{
+    for (int i = 0; i < w->args->items; i++)
+        if (md_fault("ckpt.flip"))
+            MD_TRY(flip_byte(w, &w->ck->entry[i], &w->args->item[i]));
+    return MD_OK;
+}
+
+static md_status compare_piece(const md_ckpt_writer *w, const md_state_entry *e,
+                               const md_ckpt_piece *p, char *buf)
+{
+    MD_TRY(md_ckpt_pread(w->fd, w->part, buf, p->hi - p->lo, e->offset + p->lo));
+    if (memcmp(buf, p->data, (size_t)(p->hi - p->lo)) != 0)
+        MD_FAIL(MD_ERR_IO, "%s: block %lld of %s is not what was written", w->part,
+                (long long)(p->lo / MD_CKPT_BLOCK), e->name);
+    return MD_OK;
+}
+
+static md_status compare_blocks(const md_ckpt_writer *w, char *buf)
+{
+    int64_t block = 0;
+    for (int i = 0; i < w->args->items; i++) {
+        const md_state_entry *e = &w->ck->entry[i];
+        md_ckpt_piece own, p = {0};
+        while (own_next(&w->args->item[i], w->mixed + block, MD_CKPT_BLOCK, &own, &p))
+            if (own.lo < own.hi)
+                MD_TRY(compare_piece(w, e, &own, buf));
+        block += md_ckpt_blocks(e->bytes);
     }
     return MD_OK;
 }
 
-md_status md_ckpt_compare(int fd, const md_checkpoint_args *args, const md_checkpoint *ck)
+md_status md_ckpt_compare(const md_ckpt_writer *w)
 {
     char *buf;
     MD_NEW(buf, MD_CKPT_BLOCK, "checkpoint buffer");
-    md_status st = MD_OK;
-    for (int i = 0; i < args->items && st == MD_OK; i++)
-        st = compare_item(fd, ck->path, &ck->entry[i], &args->item[i], buf);
+    md_status st = compare_blocks(w, buf);
     md_free(buf);
-    return st;
+    return st == MD_OK ? md_ckpt_compare_mixed(w) : st;
 }
 
 /* Hashes the file's blocks [first, last) of those that have no hash yet. */

@@ -83,6 +83,10 @@ static md_status list_steps(const char *dir, const char *ending, int64_t **steps
         if (for_steps(dir, ending, append, &l) < 0)
             l.capacity = -1;
     }
+    if (md_fault("ckpt.list")) {
+        l.capacity = -1;
+        errno = EIO;
+    }
     if (l.capacity < 0) {
         md_free(l.step);
         MD_FAIL(errno == ENOENT ? MD_ERR_NOINPUT : MD_ERR_IO, "%s: cannot read the folder: %s", dir,
@@ -152,7 +156,8 @@ md_status md_ckpt_abandon(const char *dir, int64_t step)
         char path[MD_CKPT_PATH], aside[MD_CKPT_PATH + 16];
         md_checkpoint_name(path, sizeof path, dir, steps[i]);
         snprintf(aside, sizeof aside, "%s" ABANDONED, path);
-        if (rename(path, aside) != 0)
+        errno = EIO;
+        if (md_fault("ckpt.abandon") || rename(path, aside) != 0)
             st = md_error_set(MD_ERR_IO, "%s: cannot be set aside: %s", path, strerror(errno));
     }
     md_free(steps);

@@ -70,7 +70,7 @@ static md_status reserve(const char *path, int64_t bytes)
     errno = 0;
     bool refused =
         fallocate(fd, 0, 0, bytes) != 0 && (errno == ENOSPC || errno == EDQUOT || errno == EFBIG);
-    int err = errno;
+    int err = refused ? errno : ENOSPC;
     close(fd);
     if (refused || md_fault("ckpt.space"))
         MD_FAIL(MD_ERR_IO, "%s: no room for a checkpoint of %lld MiB: %s", path,

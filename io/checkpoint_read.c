@@ -11,15 +11,13 @@
 
 #include "mpi/agree.h"
 
-#define CHUNK (8 * MD_CKPT_BLOCK)
-
 typedef struct reader {
     md_checkpoint *ck;
     int fd;
     const md_state_item *item;
     const md_state_entry **entry; /* [items] of the file */
     int items;
-    char *mine, *other; /* [CHUNK] */
+    char *mine, *other; /* [MD_CKPT_CHUNK] */
     uint64_t *hash;     /* [blocks] of the wanted items */
     int64_t chunks, blocks;
 } reader;
@@ -33,7 +31,7 @@ typedef struct chunk {
 
 static int64_t chunks_of(int64_t bytes)
 {
-    return (bytes + CHUNK - 1) / CHUNK;
+    return (bytes + MD_CKPT_CHUNK - 1) / MD_CKPT_CHUNK;
 }
 
 /* Steps to the next chunk; chunks are visited in order. */
@@ -47,39 +45,19 @@ static void chunk_next(const reader *r, chunk *c)
         c->lo = 0;
     }
     if (c->i < r->items)
-        c->hi = MD_MIN(r->entry[c->i]->bytes, c->lo + CHUNK);
+        c->hi = MD_MIN(r->entry[c->i]->bytes, c->lo + MD_CKPT_CHUNK);
 }
 
 static md_status chunk_read(reader *r, const chunk *c)
 {
     const md_state_entry *e = r->entry[c->i];
+    if (md_fault("ckpt.read"))
+        MD_FAIL(MD_ERR_IO, "%s: cannot read: injected fault", r->ck->path);
     MD_TRY(md_ckpt_pread(r->fd, r->ck->path, r->mine, c->hi - c->lo, e->offset + c->lo));
     for (int64_t at = c->lo; at < c->hi; at += MD_CKPT_BLOCK)
         r->hash[c->block + (at - c->lo) / MD_CKPT_BLOCK] =
             XXH3_64bits(r->mine + (at - c->lo), (size_t)MD_MIN(MD_CKPT_BLOCK, c->hi - at));
     return MD_OK;
-}
-
-/* Copies what this rank wants of the array's bytes [lo, hi) at buf. Runs lie at rising offsets. */
-static void scatter(const md_state_item *item, const chunk *c, const char *buf)
-{
-    md_ckpt_runs runs = md_ckpt_runs_of(item);
-    int64_t low = 0, high = runs.count;
-    while (low < high) { /* the first run that ends behind lo */
-        int64_t mid = (low + high) / 2;
-        if (md_ckpt_run_offset(item, mid) + runs.bytes > c->lo)
-            high = mid;
-        else
-            low = mid + 1;
-    }
-    for (int64_t r = low; r < runs.count; r++) {
-        int64_t at = md_ckpt_run_offset(item, r);
-        if (at >= c->hi)
-            break;
-        int64_t lo = MD_MAX(at, c->lo), hi = MD_MIN(at + runs.bytes, c->hi);
-        memcpy((char *)item->data + r * runs.bytes + (lo - at), buf + (lo - c->lo),
-               (size_t)(hi - lo));
-    }
 }
 
 /* One round: each rank reads its chunk, then each in turn hands it to all. */
@@ -97,7 +75,7 @@ static md_status read_round(reader *r, chunk *next)
     for (int s = 0; s < size && all.i < r->items; s++) {
         char *buf = s == rank ? r->mine : r->other;
         md_comm_bcast(c, buf, all.hi - all.lo, s);
-        scatter(&r->item[all.i], &all, buf);
+        md_ckpt_scatter(&r->item[all.i], all.lo, all.hi, buf);
         chunk_next(r, &all);
     }
     *next = all;
@@ -121,6 +99,7 @@ static md_status match(reader *r)
 {
     for (int i = 0; i < r->items; i++) {
         const md_state_item *want = &r->item[i];
+        MD_TRY(md_ckpt_item_check(want));
         const md_state_entry *e = md_checkpoint_entry(r->ck, want->name);
         if (!e)
             MD_FAIL(MD_ERR_DATA, "%s: has no %s", r->ck->path, want->name);
@@ -145,8 +124,8 @@ static md_status reader_open(reader *r)
 {
     MD_NEW(r->entry, r->items + 1, "checkpoint buffer");
     MD_TRY(match(r));
-    MD_NEW(r->mine, CHUNK, "checkpoint buffer");
-    MD_NEW(r->other, CHUNK, "checkpoint buffer");
+    MD_NEW(r->mine, MD_CKPT_CHUNK, "checkpoint buffer");
+    MD_NEW(r->other, MD_CKPT_CHUNK, "checkpoint buffer");
     MD_NEW(r->hash, r->blocks + 1, "checkpoint buffer");
     return md_ckpt_fd(r->ck->path, false, &r->fd);
 }
@@ -156,7 +135,7 @@ static md_status read_items(reader *r)
     md_comm *c = r->ck->comm;
     chunk next = {0};
     if (r->items > 0)
-        next.hi = MD_MIN(CHUNK, r->entry[0]->bytes);
+        next.hi = MD_MIN(MD_CKPT_CHUNK, r->entry[0]->bytes);
     while (next.i < r->items)
         MD_TRY(read_round(r, &next));
     md_comm_allreduce(c, r->hash, r->blocks, MD_I64, MD_SUM);
@@ -176,6 +155,14 @@ md_status md_checkpoint_read(md_checkpoint *ck, const md_state_item *item, int i
     md_free(r.other);
     md_free(r.hash);
     return st;
+}
+
+static md_status verify_open(const md_checkpoint *ck, int *fd)
+{
+    MD_TRY(md_ckpt_fd(ck->path, false, fd));
+    if (md_fault("ckpt.hash"))
+        MD_FAIL(MD_ERR_IO, "%s: cannot be read and hashed: injected fault", ck->path);
+    return MD_OK;
 }
 
 static md_status verify(md_checkpoint *ck, int fd, uint64_t *hash)
@@ -198,7 +185,7 @@ md_status md_checkpoint_verify(md_checkpoint *ck)
         blocks += md_ckpt_blocks(ck->entry[i].bytes);
     uint64_t *hash = md_alloc((size_t)blocks * sizeof *hash, "checkpoint hashes");
     int fd = -1;
-    md_status st = hash ? md_ckpt_fd(ck->path, false, &fd) : MD_ERR_MEMORY;
+    md_status st = hash ? verify_open(ck, &fd) : MD_ERR_MEMORY;
     st = md_agree(ck->comm, st);
     if (st == MD_OK)
         st = verify(ck, fd, hash);

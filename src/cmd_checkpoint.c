@@ -100,6 +100,7 @@ static md_status print_info(void *arg, const char *file)
     const md_fact *fact = md_checkpoint_facts(ck, &facts);
     printf("%s\n  step %lld, %d arrays, %.1f MiB\n", file, (long long)md_checkpoint_step(ck),
            arrays, (double)md_checkpoint_bytes(ck) / (1 << 20));
+    printf("  state hash %016llx\n", (unsigned long long)md_checkpoint_state_hash(ck));
     for (int i = 0; i < facts; i++)
         printf("  %s: %s\n", fact[i].name, fact[i].value);
     if (o->arrays)
@@ -139,9 +140,9 @@ static md_status verify_one(void *arg, const char *file)
     if (st == MD_OK) {
         st = md_checkpoint_verify(ck);
         if (st == MD_OK)
-            printf("%s: whole, step %lld, %.1f MiB in %.2f s\n", file,
+            printf("%s: whole, step %lld, %.1f MiB in %.2f s, state hash %016llx\n", file,
                    (long long)md_checkpoint_step(ck), (double)md_checkpoint_bytes(ck) / (1 << 20),
-                   md_now() - start);
+                   md_now() - start, (unsigned long long)md_checkpoint_state_hash(ck));
         md_checkpoint_close(ck);
     }
     if (st != MD_OK)
@@ -246,8 +247,9 @@ const md_verb md_verb_checkpoint = {
     "       md_hpc checkpoint prune RUN [--keep N] [--keep-every STEPS]\n"
     "\n"
     "PATH is a checkpoint, a folder of them or a run directory.\n"
-    "info     step, size and origin of each; --arrays: name, type, shape and hash of each array,\n"
-    "         --config: the config it was made with\n"
-    "verify   reads and hashes every byte; exit code 65 when one is damaged\n"
+    "info     step, size, state hash and origin of each; --arrays: name, type, shape and hash of\n"
+    "         each array, --config: the config it was made with\n"
+    "verify   reads and hashes every byte, prints the state hash; exit code 65 when one is\n"
+    "         damaged. Equal states have equal state hashes, whoever wrote them\n"
     "prune    deletes all but the newest N (2) and the multiples of STEPS; never the newest\n"
     "         whole one"};

@@ -50,6 +50,21 @@ md_tensor md_tensor_make(void *data, md_dtype dtype, int rank, const int64_t *di
     md_tensor_make((data), (dtype), (int)MD_COUNT(((int64_t[]){__VA_ARGS__})), \
                    (int64_t[]){__VA_ARGS__})
 
+/* A rank's part of an array of given global shape, as equal runs of consecutive elements
+ * (row-major): run k covers elements [first + k * stride, first + k * stride + run) of the array;
+ * the part's own element e lies in run e / run at e % run. Runs do not overlap. A whole array is
+ * one run: {0, count, count, 1}. A cut of [O, P * N, I] into P interleaved parts over R ranks is
+ * O * P runs of N / R * I elements. */
+typedef struct md_view {
+    int64_t first, run, stride, runs;
+} md_view;
+
+/* Element of the global array behind element e of the view. Local. */
+static inline int64_t md_view_global(const md_view *v, int64_t e)
+{
+    return v->first + e / v->run * v->stride + e % v->run;
+}
+
 static inline float *md_f32(const md_tensor *t)
 {
     return (float *)t->data;

@@ -24,9 +24,21 @@ steps() {
 verb 0 'step 20, [0-9]+ arrays, [0-9.]+ MiB' info "$newest"
 verb 0 'step 15, ' info "$scratch/base"
 verb 0 'attn.qkv.weight +\[96, 32\] F32 +[0-9a-f]{16}$' info "$newest" --arrays
+verb 0 '^  state hash [0-9a-f]{16}$' info "$newest"
+hash=$(sed -n 's/^  state hash //p' "$log")
+verb 0 "step-00000020.h5: whole, step 20, .* state hash $hash\$" verify "$newest"
 verb 0 'max_steps' info "$newest" --config
 verb 0 'step-00000010.h5: whole, step 10' verify "$scratch/base"
 [ "$(grep -c ": whole," "$log")" = 3 ] || fail "not three checkpoints verified"
+
+# A checkpoint that cannot be read now is no reason to begin from an older one, or anew.
+for fault in 'list:cannot read the folder' 'open:cannot open' 'hash:cannot be read and hashed' \
+    'read@rank1:rank 1: .*cannot read: '; do
+    MD_FAULT=ckpt.${fault%%:*} tiny 2 base checkpoint.keep=3
+    [ "$rc" = 74 ] || fail "ckpt.${fault%%:*}: exit code $rc instead of 74"
+    grep -qE "^md_hpc: error: .*${fault#*:}" "$log" || fail "${fault%%:*}: the output lacks ${fault#*:}"
+done
+[ "$(steps)" = "10 15 20 " ] || fail "left after failed reads: $(steps)"
 
 verb 64 '^usage: ' frobnicate
 verb 64 'needs a checkpoint' info
