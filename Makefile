@@ -120,7 +120,7 @@ Q := @
 say := @$(if $(findstring s,$(filter-out --%,$(firstword -$(MAKEFLAGS)))),:,printf '  %-5s %s\n')
 endif
 
-.PHONY: all tests benches test bench-cpu bench-loader bench-checkpoint bench-memory \
+.PHONY: all tests benches test bench-cpu bench-parallel bench-loader bench-checkpoint bench-memory \
         lint format demo deps info install uninstall clean FORCE
 
 all: $(PROG)
@@ -207,6 +207,11 @@ demo:
 bench-cpu:
 	@$(call need_deps,build) $(MAKE) --no-print-directory all
 	@BUILD='$(BUILD)' bench/bench_cpu.sh $(CASES)
+
+# Ranks against threads, and what ranks send; CASES=small, RANKS=2.
+bench-parallel:
+	@$(call need_deps,build) $(MAKE) --no-print-directory all
+	@BUILD='$(BUILD)' MPIRUN='$(MPIRUN)' bench/bench_parallel.sh $(CASES)
 
 # Loader stages and reads against a bare pread loop: PHOTOS="store.h5" or JPEG files.
 bench-loader: $(BUILD)/bench/bench_loader

@@ -65,12 +65,13 @@ md_status md_ckpt_item_check(const md_state_item *item)
               v->first + (v->runs - 1) * v->stride + v->run <= elements(item) && item->lo >= 0 &&
               item->count > 0 && item->lo + item->count <= v->run * v->runs;
     if (!ok)
-        MD_FAIL(MD_ERR_BUG,
-                "checkpoint item %s of %lld elements: [%lld, %lld) of %lld runs of %lld, %lld apart, "
-                "from %lld",
-                item->name, (long long)elements(item), (long long)item->lo,
-                (long long)(item->lo + item->count), (long long)v->runs, (long long)v->run,
-                (long long)v->stride, (long long)v->first);
+        MD_FAIL(
+            MD_ERR_BUG,
+            "checkpoint item %s of %lld elements: [%lld, %lld) of %lld runs of %lld, %lld apart, "
+            "from %lld",
+            item->name, (long long)elements(item), (long long)item->lo,
+            (long long)(item->lo + item->count), (long long)v->runs, (long long)v->run,
+            (long long)v->stride, (long long)v->first);
     return MD_OK;
 }
 

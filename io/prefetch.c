@@ -111,12 +111,19 @@ static md_status find_picture(bench *w, slot *s, md_position at, shot *sh)
                            (long long)at.sample, MD_LOADER_TRIES - 1);
 }
 
+/* Images of a micro-batch that are taken here. */
+static int64_t own_images(const md_loader_args *a)
+{
+    return a->micro_batch / MD_MAX(a->tp_size, 1);
+}
+
 static md_status make_image(bench *w, slot *s, int64_t q, int64_t j, bool *bad)
 {
     const md_loader *l = w->loader;
     const md_loader_args *a = &l->a;
     int64_t step = a->start_step + q / l->micros, micro = q % l->micros;
-    int64_t b = a->dp_rank * (a->batch / a->dp_size) + micro * a->micro_batch + j;
+    int64_t b = a->dp_rank * (a->batch / a->dp_size) + micro * a->micro_batch +
+                a->tp_rank * own_images(a) + j;
     md_position at = md_position_at(&l->order, step, b);
     shot sh;
     md_status st = find_picture(w, s, at, &sh);
@@ -164,7 +171,7 @@ static void run_item(bench *w)
     slot *s = &l->slot[q % l->n_slots];
     if (j == 0)
         begin_batch(l, q);
-    if (++l->next_image == l->a.micro_batch) {
+    if (++l->next_image == own_images(&l->a)) {
         l->next_image = 0;
         l->next_batch++;
     }
@@ -177,7 +184,7 @@ static void run_item(bench *w)
         s->status = st;
         snprintf(s->reason, sizeof s->reason, "%s", md_error_text());
     }
-    if (++s->done == l->a.micro_batch)
+    if (++s->done == own_images(&l->a))
         pthread_cond_signal(&l->ready);
 }
 
@@ -217,7 +224,7 @@ typedef struct plan {
 
 static plan make_plan(const md_loader_args *a)
 {
-    size_t m = (size_t)a->micro_batch, s = (size_t)a->rule.size, s2 = (size_t)a->rule.size2;
+    size_t m = (size_t)own_images(a), s = (size_t)a->rule.size, s2 = (size_t)a->rule.size2;
     plan p = {.slots = a->depth + 1, .benches = MD_MAX(worker_count(a), 1)};
     p.crop = (m * s * s * 3 + 63) / 64 * 64;
     p.slot_pixels = p.crop + (m * s2 * s2 * 3 + 63) / 64 * 64;
@@ -244,16 +251,18 @@ static md_status check_args(const md_loader_args *a)
     if (n < a->batch)
         MD_FAIL(MD_ERR_CONFIG, "the data set has %lld images, fewer than one batch of %lld",
                 (long long)n, (long long)a->batch);
-    if (a->batch % a->dp_size || a->batch / a->dp_size % a->micro_batch)
+    const int tp = MD_MAX(a->tp_size, 1);
+    if (a->batch % a->dp_size || a->batch / a->dp_size % a->micro_batch || a->micro_batch % tp)
         MD_FAIL(MD_ERR_CONFIG,
-                "batch %lld does not divide into %d data-parallel ranks of micro-batches of %lld",
-                (long long)a->batch, a->dp_size, (long long)a->micro_batch);
+                "batch %lld does not divide into %d data-parallel ranks of micro-batches of %lld "
+                "images over %d ranks each",
+                (long long)a->batch, a->dp_size, (long long)a->micro_batch, tp);
     return MD_OK;
 }
 
 static md_status fill_slots(md_loader *l, const plan *p)
 {
-    int64_t m = l->a.micro_batch, s = l->a.rule.size, s2 = l->a.rule.size2;
+    int64_t m = own_images(&l->a), s = l->a.rule.size, s2 = l->a.rule.size2;
     uint8_t *pixels, *ids;
     MD_NEW(l->slot, p->slots, "loader");
     MD_NEW(pixels, (size_t)p->slots * p->slot_pixels, "loader");
@@ -384,7 +393,7 @@ md_status md_loader_take(md_loader *l, int64_t step, int64_t micro, const md_bat
     l->wanted = q;
     if (l->a.sync)
         pthread_cond_broadcast(&l->work);
-    while (!(s->state == SLOT_BEGUN && l->next_batch > q && s->done == l->a.micro_batch)) {
+    while (!(s->state == SLOT_BEGUN && l->next_batch > q && s->done == own_images(&l->a))) {
         if (l->a.source.main_thread)
             run_item(&l->bench[0]);
         else

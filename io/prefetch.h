@@ -2,7 +2,8 @@
  * ahead of the training step; one image is one work item, so a slow picture delays nobody else.
  * What a batch holds is a pure function of (seed, step, layout-independent position), never of the
  * number of ranks, workers or micro-batches: image b of global step s is md_position_at(s, b), and
- * rank r of R with micro-batches of m images takes b = r * batch / R + micro * m + j.
+ * data-parallel rank r of R with micro-batches of m images takes b = r * batch / R + micro * m + j,
+ * of which each of the ranks that share its model takes its equal part of the j, in rank order.
  *
  * An image that cannot be read or decoded is replaced by the one half an epoch later in the epoch's
  * order (then the one after that, up to MD_LOADER_TRIES), which gives the same picture on every
@@ -43,7 +44,8 @@ typedef struct md_loader_args {
     md_augment_rule rule; /* its seed also gives the order */
     int64_t batch;        /* images of a step, over all ranks */
     int dp_rank, dp_size;
-    int64_t micro_batch; /* images of a batch taken here; divides batch / dp_size */
+    int tp_rank, tp_size; /* 0, 0: one rank */
+    int64_t micro_batch;  /* images of a pass, over the tp ranks; divides batch / dp_size */
     int64_t start_step;
     int workers; /* threads; 0 = one for every compute thread, at most 8 */
     int depth;   /* micro-batches loaded ahead, >= 1 */
@@ -54,7 +56,7 @@ typedef struct md_loader_args {
  * teacher's crop, 0 = none. The rest is the caller's. */
 void md_loader_configure(md_loader_args *a, const md_config *c, int size2);
 
-/* One micro-batch, owned by the loader until it is released. */
+/* This rank's m images of a micro-batch, owned by the loader until it is released. */
 typedef struct md_batch {
     md_tensor image;  /* u8 [m, S, S, 3] */
     md_tensor image2; /* u8 [m, S2, S2, 3]; data NULL when there is no second crop */

@@ -78,8 +78,8 @@ bool md_comm_poll(md_comm *c, md_comm_request *req, int n);
 void md_comm_wait(md_comm *c, md_comm_request *req);
 
 /* A reduce-scatter under way keeps the parts of all ranks, n elements, in memory that later ones
- * use again. This makes it at once for `requests` of them of up to `bytes` bytes, so that begin
- * need not. Local. MD_ERR_MEMORY: what was made stays. */
+ * use again. Sees to it that `requests` of up to `bytes` bytes can be under way without begin having
+ * to allocate. Local. MD_ERR_MEMORY: what was made stays. */
 md_status md_comm_reserve(md_comm *c, int64_t bytes, int requests);
 
 /* What this rank has handed to collectives of this group so far. Local. */

@@ -228,13 +228,23 @@ void md_mpi_works_free(mpi_comm *m)
 md_status md_mpi_reserve(md_comm *c, size_t bytes, int requests)
 {
     mpi_comm *m = (mpi_comm *)c;
-    for (int i = 0; c->size > 1 && i < requests; i++) {
-        mpi_work *w = work_make(NULL, bytes);
-        if (!w)
-            return MD_ERR_MEMORY;
+    mpi_work *taken = NULL;
+    md_status st = MD_OK;
+    for (int i = 0; c->size > 1 && i < requests && st == MD_OK; i++) {
+        mpi_work *w = work_make(work_take(m, bytes), bytes);
+        if (w) {
+            w->next = taken;
+            taken = w;
+        } else {
+            st = MD_ERR_MEMORY;
+        }
+    }
+    while (taken) {
+        mpi_work *w = taken;
+        taken = w->next;
         work_give(m, w);
     }
-    return MD_OK;
+    return st;
 }
 
 /* All parts have come: adds them up in the order of md_mpi_reduce_scatter. */

@@ -1,10 +1,11 @@
-/* cmd_bench: measurements a user can repeat. `bench step` runs whole training steps (teacher and
- * student forward, backward, clipping, AdamW) of a named case on made-up pictures, without files.
- */
+/* cmd_bench: measurements a user can repeat, on made-up pictures and without files. `bench step`
+ * runs whole training steps (teacher and student forward, backward, clipping, AdamW) of a named
+ * case; `bench comm` counts what its ranks send. */
+#include "src/cmd_bench.h"
+#include "mpi/agree.h"
+#include "mpi/comm_mpi.h"
 #include "src/cli.h"
-#include "src/config.h"
 #include "src/rng.h"
-#include "src/step.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -21,57 +22,73 @@ static const struct bench_case {
       "model.heads=3", "method.mask.count=26", "method.teacher.kind=pixel", "model.drop_path=0"}},
 };
 
-typedef struct options {
-    const struct bench_case *which;
-    int threads, steps, warmup;
-} options;
-
-static md_status parse(int argc, char **argv, options *o)
+static md_status choose_case(md_bench_options *o, const char *name)
 {
-    *o = (options){.which = &cases[0], .steps = 5, .warmup = 2};
-    if (argc < 2 || strcmp(argv[1], "step") != 0)
-        return md_usage_error("bench", "name what to measure");
-    for (int i = 2; i < argc; i += 2) {
+    o->case_name = NULL;
+    for (size_t k = 0; k < MD_COUNT(cases); k++) {
+        if (strcmp(name, cases[k].name) != 0)
+            continue;
+        o->case_name = cases[k].name;
+        o->case_keys = (char *const *)cases[k].overrides;
+        for (o->n_case_keys = 0; o->case_keys[o->n_case_keys];)
+            o->n_case_keys++;
+    }
+    if (!o->case_name)
+        return md_usage_error("bench", "no case \"%s\"", name);
+    return MD_OK;
+}
+
+static md_status whole_number(const char *option, const char *value, int least, int *out)
+{
+    char *end;
+    long n = strtol(value, &end, 10);
+    if (*end || n < least || n > 100000)
+        return md_usage_error("bench", "%s %s", option, value);
+    *out = (int)n;
+    return MD_OK;
+}
+
+static md_status parse(int argc, char **argv, md_bench_options *o)
+{
+    *o = (md_bench_options){.steps = 5, .warmup = 2, .overrides = argv};
+    MD_TRY(choose_case(o, cases[0].name));
+    if (argc < 2 || (strcmp(argv[1], "step") != 0 && strcmp(argv[1], "comm") != 0))
+        return md_usage_error("bench", "name what to measure: step or comm");
+    o->what = argv[1];
+    for (int i = 2; i < argc; i++) {
         const char *value = i + 1 < argc ? argv[i + 1] : NULL;
-        int *number = strcmp(argv[i], "--threads") == 0  ? &o->threads
-                      : strcmp(argv[i], "--steps") == 0  ? &o->steps
-                      : strcmp(argv[i], "--warmup") == 0 ? &o->warmup
-                                                         : NULL;
-        if (!value || (!number && strcmp(argv[i], "--case") != 0))
-            return md_usage_error("bench", "option %s", argv[i]);
-        if (number) {
-            char *end;
-            *number = (int)strtol(value, &end, 10);
-            if (*end || *number < 0 || *number > 100000 || (number == &o->steps && *number == 0))
-                return md_usage_error("bench", "%s %s", argv[i], value);
+        if (argv[i][0] != '-' && strchr(argv[i], '=')) {
+            o->overrides[o->n_overrides++] = argv[i];
             continue;
         }
-        o->which = NULL;
-        for (size_t k = 0; k < MD_COUNT(cases); k++)
-            if (strcmp(value, cases[k].name) == 0)
-                o->which = &cases[k];
-        if (!o->which)
-            return md_usage_error("bench", "no case \"%s\"", value);
+        if (!value)
+            return md_usage_error("bench", "option %s", argv[i]);
+        if (strcmp(argv[i], "--threads") == 0)
+            MD_TRY(whole_number(argv[i], value, 0, &o->threads));
+        else if (strcmp(argv[i], "--steps") == 0)
+            MD_TRY(whole_number(argv[i], value, 1, &o->steps));
+        else if (strcmp(argv[i], "--warmup") == 0)
+            MD_TRY(whole_number(argv[i], value, 0, &o->warmup));
+        else if (strcmp(argv[i], "--case") == 0)
+            MD_TRY(choose_case(o, value));
+        else
+            return md_usage_error("bench", "option %s", argv[i]);
+        i++;
     }
     return MD_OK;
 }
 
 /* ---- made-up pictures ---- */
 
-typedef struct made_up {
-    md_batch batch;
-    uint8_t *pixels;
-    int64_t *sample;
-    int64_t images;
-} made_up;
-
 static md_status take(void *context, int64_t step, int micro, const md_batch **batch, double *wait)
 {
-    made_up *m = context;
-    (void)micro, (void)wait;
-    for (int64_t i = 0; i < m->images; i++)
-        m->sample[i] = step * m->images + i;
-    *batch = &m->batch;
+    md_bench *b = context;
+    const int64_t own = b->model.method.own_images;
+    const int64_t pass = (int64_t)b->topo.dp_rank * b->layout.accumulation + micro;
+    (void)wait;
+    for (int64_t i = 0; i < own; i++)
+        b->sample[i] = step * b->layout.batch + pass * b->layout.micro + b->topo.tp_rank * own + i;
+    *batch = &b->batch;
     return MD_OK;
 }
 
@@ -80,21 +97,78 @@ static void release(void *context, const md_batch *batch)
     (void)context, (void)batch;
 }
 
-static md_status make_up(const md_config *c, made_up *m)
+static md_status make_up(md_bench *b)
 {
-    int64_t side = c->image_size, n = c->train_batch;
-    *m = (made_up){.images = n};
-    MD_NEW(m->pixels, n * side * side * 3, "made-up pictures");
-    MD_NEW(m->sample, n, "made-up pictures");
-    md_rng r = md_rng_at(0, MD_RNG_TEST, 0, 0);
+    int64_t side = b->config.image_size, n = b->model.method.own_images;
+    MD_NEW(b->pixels, n * side * side * 3, "made-up pictures");
+    MD_NEW(b->sample, n, "made-up pictures");
+    md_rng r = md_rng_at(0, MD_RNG_TEST, 0, (uint64_t)md_comm_rank(b->world));
     for (int64_t i = 0; i < n * side * side * 3; i++)
-        m->pixels[i] = (uint8_t)md_rng_u32(&r);
-    m->batch.image = MD_TENSOR(m->pixels, MD_U8, n, side, side, 3);
-    m->batch.sample = m->sample;
+        b->pixels[i] = (uint8_t)md_rng_u32(&r);
+    b->batch.image = MD_TENSOR(b->pixels, MD_U8, n, side, side, 3);
+    b->batch.sample = b->sample;
     return MD_OK;
 }
 
 /* ---- the run ---- */
+
+static md_status load(md_bench *b, const md_bench_options *o)
+{
+    char *keys[64];
+    int n = 0;
+    for (int i = 0; i < o->n_case_keys; i++)
+        keys[n++] = o->case_keys[i];
+    for (int i = 0; i < o->n_overrides && n < (int)MD_COUNT(keys); i++)
+        keys[n++] = o->overrides[i];
+    MD_TRY(md_config_init(&b->config));
+    MD_TRY(md_config_load(&b->config, NULL, n, keys));
+    if (md_method_needs_weights(&b->config))
+        MD_FAIL(MD_ERR_CONFIG, "bench runs with method.teacher.kind = pixel");
+    return md_batch_layout_make(&b->config, md_comm_size(b->world), &b->layout);
+}
+
+static md_status make(md_bench *b, const md_bench_options *o)
+{
+    const md_config *c = &b->config;
+    MD_TRY(md_backend_create(c->backend, o->threads, &b->be));
+    MD_TRY(md_model_make(c, NULL, &b->topo, &b->layout, &b->model));
+    MD_TRY(md_model_allocate(c, &b->model));
+    MD_TRY(make_up(b));
+    MD_NEW(b->ms, o->steps, "timings");
+    MD_NEW(b->loss, o->steps, "losses");
+    return md_stepper_create(&(md_stepper_args){.config = c,
+                                                .method = &b->model.method,
+                                                .backend = b->be,
+                                                .topo = &b->topo,
+                                                .shard = &b->model.shard,
+                                                .source = {b, take, release},
+                                                .steps_per_epoch = 1000,
+                                                .accumulation = b->layout.accumulation},
+                             &b->stepper);
+}
+
+static md_status set_up(md_bench *b, const md_bench_options *o)
+{
+    MD_TRY(md_agree(b->world, load(b, o)));
+    const md_topo_args grid = {.tensor = b->layout.tp,
+                               .across_nodes = b->config.parallel_tensor_across_nodes};
+    MD_TRY(md_topo_create(b->world, &grid, &b->topo));
+    return md_agree(b->world, make(b, o));
+}
+
+md_status md_bench_steps(md_bench *b, int steps, bool keep, md_step_result *last)
+{
+    for (int i = 0; i < steps; i++) {
+        double start = md_now();
+        MD_TRY(md_step_run(b->stepper, &b->state, false, last));
+        if (keep) {
+            b->ms[i] = 1e3 * (md_now() - start);
+            b->loss[i] = last->loss;
+        }
+    }
+    md_step_settle(b->stepper);
+    return MD_OK;
+}
 
 static int by_value(const void *a, const void *b)
 {
@@ -102,108 +176,76 @@ static int by_value(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-static void report(const options *o, const md_config *c, double *ms, const double *loss,
-                   double flops)
+static void report(md_bench *b, const md_bench_options *o, double flops)
 {
     int n = o->steps;
-    printf("{\"program\": \"md_hpc\", \"version\": \"%s\", \"case\": \"%s\", \"threads\": %d, "
-           "\"batch\": %lld, \"steps\": %d, ",
-           MD_VERSION, o->which->name, o->threads, (long long)c->train_batch, n);
+    const double batch = (double)b->layout.batch;
+    printf("{\"program\": \"md_hpc\", \"version\": \"%s\", \"case\": \"%s\", \"data\": %d, "
+           "\"tensor\": %d, \"sequence\": %s, \"zero\": %s, \"threads\": %d, \"batch\": %.0f, "
+           "\"steps\": %d, ",
+           MD_VERSION, o->case_name, b->layout.dp, b->layout.tp,
+           b->model.method.split.sequence ? "true" : "false",
+           b->model.shard.zero ? "true" : "false", o->threads, batch, n);
     printf("\"ms\": [");
     for (int i = 0; i < n; i++)
-        printf("%s%.1f", i ? ", " : "", ms[i]);
-    qsort(ms, (size_t)n, sizeof *ms, by_value);
-    double median = n % 2 ? ms[n / 2] : 0.5 * (ms[n / 2 - 1] + ms[n / 2]);
+        printf("%s%.1f", i ? ", " : "", b->ms[i]);
+    qsort(b->ms, (size_t)n, sizeof *b->ms, by_value);
+    double median = n % 2 ? b->ms[n / 2] : 0.5 * (b->ms[n / 2 - 1] + b->ms[n / 2]);
     printf("], \"images_per_second\": %.3f, \"images_per_second_median\": %.3f, "
            "\"gflops_median\": %.1f, \"loss\": [%.6f, %.6f]}\n",
-           1e3 * (double)c->train_batch / ms[0], 1e3 * (double)c->train_batch / median,
-           1e-6 * flops / median, loss[0], loss[n - 1]);
+           1e3 * batch / b->ms[0], 1e3 * batch / median, 1e-6 * flops / median, b->loss[0],
+           b->loss[n - 1]);
 }
 
-/* Everything one run holds; zero-initialised, freed in one place. */
-typedef struct run {
-    md_config config;
-    md_method method;
-    md_backend *be;
-    md_comm *self;
-    md_stepper *stepper;
-    made_up pictures;
-    double *ms, *loss;
-} run;
-
-static md_status set_up(run *r, const options *o)
+static md_status bench_step(md_bench *b, const md_bench_options *o)
 {
-    int n = 0;
-    while (n < (int)MD_COUNT(o->which->overrides) && o->which->overrides[n])
-        n++;
-    md_config *c = &r->config;
-    MD_TRY(md_config_init(c));
-    MD_TRY(md_config_load(c, NULL, n, (char *const *)o->which->overrides));
-    MD_TRY(md_backend_create("cpu", o->threads, &r->be));
-    MD_TRY(md_comm_self(&r->self));
-    MD_TRY(md_method_resolve(&r->method, c, NULL));
-    MD_TRY(md_method_build(&r->method, c->train_batch, c->train_batch));
-    MD_TRY(md_params_allocate(&r->method.params, true, true));
-    md_params_initialise(&r->method.params, 0);
-    MD_TRY(make_up(c, &r->pictures));
-    MD_NEW(r->ms, o->steps, "timings");
-    MD_NEW(r->loss, o->steps, "losses");
-    return md_stepper_create(&(md_stepper_args){.config = c,
-                                                .method = &r->method,
-                                                .backend = r->be,
-                                                .dp = r->self,
-                                                .source = {&r->pictures, take, release},
-                                                .steps_per_epoch = 1000,
-                                                .accumulation = 1},
-                             &r->stepper);
-}
-
-static md_status measure(run *r, const options *o)
-{
-    md_train_state state = {0};
-    for (int i = 0; i < o->warmup + o->steps; i++) {
-        md_step_result result;
-        double start = md_now();
-        MD_TRY(md_step_run(r->stepper, &state, false, &result));
-        if (i >= o->warmup) {
-            r->ms[i - o->warmup] = 1e3 * (md_now() - start);
-            r->loss[i - o->warmup] = result.loss;
-        }
-    }
+    md_step_result last;
     md_stepper_bytes plan;
-    MD_TRY(md_stepper_plan(&r->method, NULL, &plan));
-    report(o, &r->config, r->ms, r->loss,
-           plan.student_forward + plan.student_backward + plan.teacher_forward);
+    MD_TRY(md_bench_steps(b, o->warmup, false, &last));
+    MD_TRY(md_bench_steps(b, o->steps, true, &last));
+    MD_TRY(md_agree(b->world, md_stepper_plan(&b->model.method, NULL, &plan)));
+    if (md_comm_rank(b->world) == 0) /* all ranks do alike */
+        report(b, o,
+               (plan.student_forward + plan.student_backward + plan.teacher_forward) *
+                   b->layout.accumulation * b->layout.ranks);
     return MD_OK;
 }
 
-static void tear_down(run *r)
+static void tear_down(md_bench *b)
 {
-    md_stepper_free(r->stepper);
-    md_method_free(&r->method);
-    md_comm_free(r->self);
-    md_backend_destroy(r->be);
-    md_config_free(&r->config);
-    md_free(r->pictures.pixels);
-    md_free(r->pictures.sample);
-    md_free(r->ms);
-    md_free(r->loss);
+    md_stepper_free(b->stepper);
+    md_model_free(&b->model);
+    md_topo_free(&b->topo);
+    md_backend_destroy(b->be);
+    md_config_free(&b->config);
+    md_free(b->pixels);
+    md_free(b->sample);
+    md_free(b->ms);
+    md_free(b->loss);
 }
 
 static md_status cmd_bench(int argc, char **argv)
 {
-    options o;
-    run r = {0};
+    md_bench_options o;
+    md_bench b = {0};
     MD_TRY(parse(argc, argv, &o));
-    md_status st = set_up(&r, &o);
+    MD_TRY(md_mpi_start(&argc, &argv, &b.world));
+    md_status st = set_up(&b, &o);
     if (st == MD_OK)
-        st = measure(&r, &o);
-    tear_down(&r);
+        st = strcmp(o.what, "step") == 0 ? bench_step(&b, &o) : md_bench_comm(&b, &o);
+    tear_down(&b);
+    md_cli_report(st);
+    md_mpi_stop(b.world);
     return st;
 }
 
 const md_verb md_verb_bench = {
-    "bench", cmd_bench, "measure training steps on made-up pictures",
-    "md_hpc bench step [--case vit_b16|small] [--threads N] [--steps N] [--warmup N]\n"
+    "bench", cmd_bench, "measure training steps, or count what ranks send, on made-up pictures",
+    "[mpirun -np N] md_hpc bench step|comm [--case vit_b16|small] [--threads N] [--steps N]\n"
+    "                                          [--warmup N] [key=value ...]\n"
     "\n"
-    "Prints one JSON line with the milliseconds of each step and images per second."};
+    "step  one JSON line with the milliseconds of each step and images per second\n"
+    "comm  bytes that rank 0 sends in a step, by group of ranks, beside what formulas predict, "
+    "and\n"
+    "      when each gradient bucket was started within the backward pass\n"
+    "Keys: parallel.tensor, parallel.sequence, parallel.zero, train.batch and so on."};

@@ -3,6 +3,7 @@
 #include "src/cli.h"
 #include "src/setup.h"
 #include "src/step.h"
+#include "src/volume.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -87,7 +88,8 @@ typedef struct plan {
     int64_t images;     /* of the image store, or assumed */
     size_t index_bytes; /* of the store's index, shared by the ranks of a node */
     md_batch_layout layout;
-    md_method method;
+    md_topo topo;
+    md_model model;
     md_backend *be;
     md_stepper_bytes step;
     double nominal, executed; /* FLOP of one image: the whole model, and what is really run */
@@ -103,7 +105,8 @@ static md_status look_at_data(plan *p, const options *o)
     md_loader_args *a = &p->loader;
     *a = (md_loader_args){
         .source = {.count = o->images, .max_bytes = ASSUMED_BYTES, .max_pixels = ASSUMED_PIXELS},
-        .dp_size = p->layout.ranks,
+        .dp_size = p->layout.dp,
+        .tp_size = p->layout.tp,
         .micro_batch = p->layout.micro};
     if (*c->data_train && access(c->data_train, R_OK) == 0) {
         md_dataset *d;
@@ -111,7 +114,7 @@ static md_status look_at_data(plan *p, const options *o)
         a->source = md_dataset_source(d, strcmp(c->data_reader, "hdf5") == 0);
         md_dataset_close(d);
     }
-    md_loader_configure(a, c, p->method.teacher_image);
+    md_loader_configure(a, c, p->model.method.teacher_image);
     p->images = a->source.count;
     p->index_bytes = md_dataset_index_bytes(p->images);
     return MD_OK;
@@ -124,13 +127,14 @@ static md_status count_flops(plan *p, const md_teacher_info *info)
     md_config *c = &p->config;
     md_method whole;
     md_stepper_bytes s;
-    double images = (double)p->method.images;
+    const double share =
+        (double)p->layout.micro / p->layout.tp; /* images' worth of a rank's pass */
     p->executed =
-        (p->step.student_forward + p->step.student_backward + p->step.teacher_forward) / images;
+        (p->step.student_forward + p->step.student_backward + p->step.teacher_forward) / share;
     char chosen[sizeof c->model_last_block];
     memcpy(chosen, c->model_last_block, sizeof chosen);
     snprintf(c->model_last_block, sizeof c->model_last_block, "all");
-    md_status st = md_method_resolve(&whole, c, info);
+    md_status st = md_method_resolve(&whole, c, info, NULL);
     if (st == MD_OK)
         st = md_method_build(&whole, 1, 1);
     if (st == MD_OK)
@@ -153,10 +157,10 @@ static md_status work_out(plan *p, const options *o)
     MD_TRY(md_batch_layout_make(c, o->ranks, &p->layout));
     MD_TRY(md_teacher_info_get(c, true, &info, hash));
     const md_teacher_info *known = md_method_needs_weights(c) ? &info : NULL;
-    MD_TRY(md_method_resolve(&p->method, c, known));
-    MD_TRY(md_method_build(&p->method, p->layout.micro, p->layout.batch));
+    MD_TRY(md_topo_plan(o->ranks, p->layout.tp, &p->topo));
+    MD_TRY(md_model_make(c, known, &p->topo, &p->layout, &p->model));
     MD_TRY(md_backend_create("cpu", (int)c->threads, &p->be));
-    MD_TRY(md_stepper_plan(&p->method, p->be, &p->step));
+    MD_TRY(md_stepper_plan(&p->model.method, p->be, &p->step));
     MD_TRY(count_flops(p, known));
     MD_TRY(look_at_data(p, o));
     if (p->images < c->train_batch)
@@ -167,41 +171,80 @@ static md_status work_out(plan *p, const options *o)
     return MD_OK;
 }
 
-/* Open MPI's non-blocking all-reduce keeps two copies of what is under way. */
+/* Open MPI's non-blocking reductions keep two copies of what is under way. */
 static double mpi_copies(const plan *p)
 {
     double flying = MD_GRAD_REDUCE_FLYING * 1048576.0 * (double)p->config.parallel_bucket_mib;
-    double all = (double)md_params_block_bytes(&p->method.params);
+    double all = (double)md_params_block_bytes(&p->model.method.params);
     return p->layout.ranks > 1 ? 2.0 * MD_MIN(flying, all) : 0.0;
+}
+
+static void report_work(const plan *p)
+{
+    const md_params *student = &p->model.method.params;
+    const md_batch_layout *l = &p->layout;
+    printf("parameters                 %lld (student and head), %lld (teacher)\n",
+           (long long)md_params_total(student),
+           (long long)md_params_total(&p->model.method.teacher_params));
+    printf("steps                      %lld (%lld an epoch of %lld images, %g epochs)\n",
+           (long long)p->steps, (long long)p->per_epoch, (long long)p->images,
+           p->config.train_epochs);
+    printf("ranks                      %d = data %d x tensor %d%s%s\n", l->ranks, l->dp, l->tp,
+           p->model.method.split.sequence ? ", sequence" : "",
+           p->model.shard.zero ? ", ZeRO-1" : "");
+    printf("batch                      %lld = %d data-parallel ranks x %d passes x %lld images\n",
+           (long long)l->batch, l->dp, l->accumulation, (long long)l->micro);
+    printf(
+        "compute                    %.1f GFLOP an image (3 x student forward + teacher forward), "
+        "%.4g FLOP in all\n",
+        1e-9 * p->nominal, p->nominal * (double)l->batch * (double)p->steps);
+    printf("  really run               %.1f GFLOP an image (model.last_block = %s)\n",
+           1e-9 * p->executed, md_method_chosen_last(&p->model.method) ? "chosen" : "all");
+}
+
+static void report_traffic(const plan *p)
+{
+    md_volume v = md_volume_predict(&p->model, &p->layout);
+    printf("sent by a rank and step    %.3f GB: gradients%s %.3f, activations %.3f, targets %.3f, "
+           "pictures %.3f\n",
+           1e-9 * (v.gradients_dp + v.gradients_all + v.activations + v.targets + v.pictures),
+           p->model.shard.zero ? " and parameters" : "", 1e-9 * (v.gradients_dp + v.gradients_all),
+           1e-9 * v.activations, 1e-9 * v.targets, 1e-9 * v.pictures);
+}
+
+/* Activations cross the tensor-parallel group for every image; gradients and parameters cross the
+ * data-parallel one once a step. */
+static void report_advice(const plan *p)
+{
+    const double alone = 2.0 * (p->layout.ranks - 1) / p->layout.ranks * 4.0 *
+                         (double)md_params_total(&p->model.method.params);
+    if (p->layout.tp > 1 && p->layout.batch % p->layout.ranks == 0)
+        printf(
+            "advice                     parallel.tensor = 1 with parallel.zero = 1 sends %.3f GB, "
+            "all of it while something is computed; tensor parallelism pays where a model does "
+            "not fit or ranks outnumber images\n",
+            1e-9 * alone);
+    else if (p->layout.dp > 1 && !p->model.shard.zero)
+        printf(
+            "advice                     parallel.zero = 1 sends the same bytes and keeps 1/%d of "
+            "the moments\n",
+            p->layout.dp);
 }
 
 static void report(const plan *p, const options *o)
 {
-    const md_method *m = &p->method;
-    const double ranks = p->layout.ranks, params = (double)md_params_total(&m->params);
-    const double block = (double)md_params_block_bytes(&m->params);
-    double step_flops = p->nominal * (double)p->layout.batch / ranks;
-    printf("parameters                 %.0f (student and head), %.0f (teacher)\n", params,
-           (double)md_params_total(&m->teacher_params));
-    printf("steps                      %lld (%lld an epoch of %lld images, %g epochs)\n",
-           (long long)p->steps, (long long)p->per_epoch, (long long)p->images,
-           p->config.train_epochs);
-    printf("batch                      %lld = %d ranks x %d passes x %lld images\n",
-           (long long)p->layout.batch, p->layout.ranks, p->layout.accumulation,
-           (long long)p->layout.micro);
-    printf(
-        "compute                    %.1f GFLOP an image (3 x student forward + teacher forward), "
-        "%.4g FLOP in all\n",
-        1e-9 * p->nominal, p->nominal * (double)p->layout.batch * (double)p->steps);
-    printf("  really run               %.1f GFLOP an image (model.last_block = %s)\n",
-           1e-9 * p->executed, md_method_chosen_last(m) ? "chosen" : "all");
-    printf("gradient reduction         %.3f GB sent by a rank and step\n",
-           1e-9 * 2.0 * (ranks - 1) / ranks * 4.0 * params);
+    const md_params *student = &p->model.method.params;
+    const double params = (double)md_params_total(student);
+    const double block = (double)md_params_block_bytes(student);
+    const double shard = 4.0 * (double)p->model.shard.moments;
+    double step_flops = p->nominal * (double)p->layout.batch / (double)p->layout.ranks;
+    report_work(p);
+    report_traffic(p);
     printf("checkpoint                 %.0f bytes (%.3f GB)\n", 12.0 * params, 12e-9 * params);
     const family f[] = {{"parameters", block},
-                        {"gradients", block},
-                        {"Adam moments", 2 * block},
-                        {"teacher", (double)md_params_block_bytes(&m->teacher_params)},
+                        {"gradients", block + (p->model.shard.zero ? shard : 0.0)},
+                        {"Adam moments", 2 * shard},
+                        {"teacher", (double)md_params_block_bytes(&p->model.method.teacher_params)},
                         {"activations", (double)p->step.activations},
                         {"op scratch and batch buffers", (double)(p->step.scratch + p->step.batch)},
                         {"loader", (double)md_loader_bytes(&p->loader)},
@@ -209,6 +252,7 @@ static void report(const plan *p, const options *o)
                         {"MPI's copies of buckets", mpi_copies(p)},
                         {"program and libraries", BASE_BYTES}};
     print_memory(f, (int)MD_COUNT(f), o->memory_gib);
+    report_advice(p);
     if (o->tflops > 0)
         printf("time                       %.3f s a step, %.2f days in all at %g TFLOP/s a rank\n",
                step_flops / (1e12 * o->tflops),
@@ -223,7 +267,8 @@ static md_status cmd_plan(int argc, char **argv)
     md_status st = work_out(&p, &o);
     if (st == MD_OK)
         report(&p, &o);
-    md_method_free(&p.method);
+    md_model_free(&p.model);
+    md_topo_free(&p.topo);
     md_backend_destroy(p.be);
     md_config_free(&p.config);
     return st;
@@ -234,7 +279,7 @@ const md_verb md_verb_plan = {
     "md_hpc plan FILE.cfg [--ranks N] [--images N] [--tflops X] [--memory GIB] [key=value ...]\n"
     "\n"
     "Needs no MPI, no GPU, no data and no weights (method.teacher.arch names the teacher).\n"
-    "--ranks   data-parallel ranks (default 1)\n"
+    "--ranks   ranks in all, of which parallel.tensor share a model (default 1)\n"
     "--images  images of an epoch where data.train is not there (default ImageNet-1k's)\n"
     "--tflops  sustained TFLOP/s of a rank, as `md_hpc bench step` reports: adds the time\n"
     "--memory  GiB a rank may use: adds whether it fits"};

@@ -34,6 +34,12 @@ static void check_shapes(const md_config *c, md_config_errors *e)
     RULE(c->model_heads % c->parallel_tensor == 0, "model.heads", "parallel.tensor",
          "parallel.tensor = %lld must divide model.heads = %lld", LL(c->parallel_tensor),
          LL(c->model_heads));
+    const int64_t mlp = c->model_mlp ? c->model_mlp : 4 * c->model_width;
+    RULE(mlp % c->parallel_tensor == 0, "model.mlp", "parallel.tensor",
+         "parallel.tensor = %lld must divide the MLP's width %lld", LL(c->parallel_tensor),
+         LL(mlp));
+    RULE(!c->parallel_sequence || c->parallel_tensor > 1, "parallel.sequence", "parallel.tensor",
+         "parallel.sequence = true needs parallel.tensor of at least 2");
     RULE(c->image_size % c->model_patch == 0, "image.size", "model.patch",
          "model.patch = %lld must divide image.size = %lld", LL(c->model_patch), LL(c->image_size));
     RULE(c->augment_crop_min <= c->augment_crop_max, "augment.crop_min", "augment.crop_max",

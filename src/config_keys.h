@@ -88,11 +88,13 @@ X(optim_max_skipped, "optim.max_skipped", INT, "10", 1, 1000000, "steps", "Stop 
 X(train_epochs, "train.epochs", REAL, "300", 1e-6, 1000000, "epochs", "Length of the run, and of the cosine.")
 X(train_max_steps, "train.max_steps", INT, "0", 0, 1000000000000, "steps", "Stop (finished) after this step; 0 = at the end of the epochs. The schedule is not changed.")
 X(train_batch, "train.batch", INT, "2048", 1, 16777216, "images", "Global batch of one optimizer step.")
-X(train_micro_batch, "train.micro_batch", INT, "0", 0, 65536, "images", "Images of one forward and backward pass on a data-parallel rank; 0 = batch / data-parallel ranks.")
+X(train_micro_batch, "train.micro_batch", INT, "0", 0, 65536, "images", "Images of one forward and backward pass of the ranks that share a model; 0 = all of theirs at once.")
 
 /* parallel */
-X(parallel_tensor, "parallel.tensor", INT, "1", 1, 1, "ranks", "Ranks that share one model (tensor parallel).")
-X(parallel_tensor_across_nodes, "parallel.tensor_across_nodes", BOOL, "false", 0, 0, "", "Let ranks that share one model be on several nodes; each layer then waits for the network.")
+X(parallel_tensor, "parallel.tensor", INT, "1", 1, 1024, "ranks", "Ranks that share one model (tensor parallel); divides model.heads, model.width and the MLP's width, and the images of a pass. The rest of the ranks is data parallel.")
+X(parallel_tensor_across_nodes, "parallel.tensor_across_nodes", BOOL, "false", 0, 0, "", "Let ranks that share a model sit on several nodes (slow).")
+X(parallel_sequence, "parallel.sequence", BOOL, "false", 0, 0, "", "Tensor-parallel ranks also share what lies between the cut layers: norms, residuals, layer scale and drop path run on each rank's own images.")
+X(parallel_zero, "parallel.zero", INT, "0", 0, 1, "", "1 = ZeRO-1: data-parallel ranks share the optimizer's moments and its work.")
 X(parallel_bucket_mib, "parallel.bucket_mib", INT, "4", 1, 4096, "MiB", "Size of a gradient bucket of the data-parallel reduction; four are under way at once.")
 X(parallel_overlap, "parallel.overlap", BOOL, "true", 0, 0, "", "Reduce gradient buckets while the backward pass goes on.")
 

@@ -6,9 +6,13 @@
 #include <stdio.h>
 #include <string.h>
 
-void md_graph_init(md_graph *g, md_params *params, bool training)
+void md_graph_init(md_graph *g, md_params *params, bool training, md_comm *tp)
 {
-    *g = (md_graph){.params = params, .training = training};
+    *g = (md_graph){.params = params,
+                    .training = training,
+                    .tp = tp,
+                    .tp_rank = tp ? md_comm_rank(tp) : 0,
+                    .tp_size = tp ? md_comm_size(tp) : 1};
 }
 
 void md_graph_free(md_graph *g)
@@ -62,6 +66,12 @@ md_slot md_graph_input(md_graph *g, const char *name, md_dtype dtype, int rank, 
     return s;
 }
 
+void md_graph_cut_rows(md_graph *g, md_slot s)
+{
+    if (g->status == MD_OK && g->tp_size > 1)
+        g->slot[s].value.place = MD_CUT_ROWS;
+}
+
 void md_graph_set_external(md_graph *g, md_slot s)
 {
     if (g->status == MD_OK)
@@ -91,6 +101,8 @@ md_status md_node_output(md_graph *g, md_node *n, int k, md_dtype dtype, int ran
                          const int64_t *dim)
 {
     md_tensor t = md_tensor_make(NULL, dtype, rank, dim);
+    if (n->kind->by_row)
+        t.place = (uint8_t)md_in_place(g, n, 0);
     char name[32];
     snprintf(name, sizeof name, "%s%d.%d", n->kind->name, g->nodes, k);
     md_slot s = add_slot(g, name, &t, g->nodes);
@@ -99,6 +111,91 @@ md_status md_node_output(md_graph *g, md_node *n, int k, md_dtype dtype, int ran
         return g->status;
     g->slot[s].needs_grad = node_needs_grad(g, n) && dtype == MD_F32;
     return MD_OK;
+}
+
+/* ---- places ---- */
+
+md_place md_in_place(const md_graph *g, const md_node *n, int k)
+{
+    return n->in[k] == MD_NO_SLOT ? MD_REPL : (md_place)g->slot[n->in[k]].value.place;
+}
+
+void md_node_set_place(md_graph *g, const md_node *n, int k, md_place place)
+{
+    if (g->status == MD_OK && n->out[k] != MD_NO_SLOT)
+        g->slot[n->out[k]].value.place = (uint8_t)place;
+}
+
+md_status md_want_place(const md_graph *g, const md_node *n, int k, uint32_t places)
+{
+    md_place have = md_in_place(g, n, k);
+    if (n->in[k] == MD_NO_SLOT || (places >> have & 1))
+        return MD_OK;
+    md_place want = MD_REPL;
+    while (!(places >> want & 1))
+        want++;
+    MD_FAIL(MD_ERR_BUG,
+            "input %d (%s) is %s over the tensor-parallel ranks but has to be %s: a node that "
+            "enters or leaves the cut region is missing",
+            k, g->slot[n->in[k]].name, md_place_name(have), md_place_name(want));
+}
+
+/* Rows do not meet: all inputs lie alike, whole or cut by rows. */
+static md_status check_rows(const md_graph *g, const md_node *n)
+{
+    MD_TRY(md_want_place(g, n, 0, MD_PLACE_BIT(MD_REPL) | MD_PLACE_BIT(MD_CUT_ROWS)));
+    for (int k = 1; k < MD_NODE_IN; k++)
+        MD_TRY(md_want_place(g, n, k, MD_PLACE_BIT(md_in_place(g, n, 0))));
+    return MD_OK;
+}
+
+static md_place out_place(const md_graph *g, const md_node *n)
+{
+    for (int k = 0; k < MD_NODE_OUT; k++)
+        if (n->out[k] != MD_NO_SLOT)
+            return (md_place)g->slot[n->out[k]].value.place;
+    return MD_REPL;
+}
+
+/* Each rank's gradient of parameter p of node n. */
+static md_place param_place(const md_graph *g, const md_node *n, int p)
+{
+    md_place out = out_place(g, n);
+    if (g->params->row[p].cut)
+        return MD_CUT_COLS;
+    return out == MD_CUT_ROWS || (out == MD_PARTIAL && n->attr.scattered) ? MD_PARTIAL : MD_REPL;
+}
+
+/* A whole parameter that makes channels of which each rank has its own would get another gradient
+ * on each rank. */
+static md_status check_params(const md_graph *g, const md_node *n)
+{
+    md_place out = out_place(g, n);
+    for (int k = 0; k < MD_NODE_PARAM; k++)
+        if (n->param[k] != MD_NO_PARAM && !g->params->row[n->param[k]].cut &&
+            (out == MD_CUT_COLS || out == MD_ENTERED))
+            MD_FAIL(MD_ERR_BUG, "parameter %s is whole but the output is %s",
+                    g->params->row[n->param[k]].name, md_place_name(out));
+    return MD_OK;
+}
+
+md_place md_graph_grad_place(const md_graph *g, int param)
+{
+    for (int i = 0; i < g->nodes; i++)
+        for (int k = 0; k < MD_NODE_PARAM; k++)
+            if (g->node[i].param[k] == param)
+                return param_place(g, &g->node[i], param);
+    return MD_REPL;
+}
+
+/* ---- building ---- */
+
+static md_status infer(md_graph *g, md_node *n)
+{
+    if (n->kind->by_row)
+        MD_TRY(check_rows(g, n));
+    MD_TRY(n->kind->infer(g, n));
+    return check_params(g, n);
 }
 
 md_node *md_graph_add(md_graph *g, const md_node *node)
@@ -119,7 +216,7 @@ md_node *md_graph_add(md_graph *g, const md_node *node)
             g->slot[s].first_use = g->nodes;
         g->slot[s].last_use = g->nodes;
     }
-    md_status st = n->kind->infer(g, n);
+    md_status st = infer(g, n);
     if (st != MD_OK) {
         g->status = md_error_prefix(st, "model graph, node %d (%s)", g->nodes, n->kind->name);
         return NULL;
@@ -269,6 +366,8 @@ md_status md_graph_forward(md_graph *g, md_backend *be)
         md_status st = g->node[i].kind->fwd(g, &g->node[i]);
         if (st != MD_OK)
             return md_error_prefix(st, "forward of node %d (%s)", i, g->node[i].kind->name);
+        if (g->between)
+            g->between(g->between_context);
     }
     return MD_OK;
 }

@@ -6,6 +6,10 @@
  * nothing, so that a builder checks once, in md_graph_finish. Slots are small integers; MD_NO_SLOT
  * is "absent".
  *
+ * Over a tensor-parallel group every rank builds the same list on its own shapes. Each slot carries
+ * its place (src/tensor.h), found from its node's inputs and parameters; only the nodes of
+ * nodes_tp.c communicate. A node whose inputs are in the wrong place is refused while building.
+ *
  * Running: md_graph_forward walks the nodes, md_graph_backward walks them in reverse. Every
  * parameter belongs to one node, so its gradient is complete when that node's backward has run:
  * then the hook is called. A slot read by several nodes gets its gradient summed in reverse node
@@ -14,6 +18,7 @@
 #define MD_GRAPH_H
 
 #include "kernels/backend.h"
+#include "mpi/comm.h"
 #include "src/param.h"
 
 typedef int md_slot;
@@ -33,6 +38,7 @@ typedef struct md_attr {
     md_patch_order order;
     md_loss_kind loss;
     float mean[3], std[3];
+    bool scattered; /* found by sp_scatter: the rows of this node's sum are spread over the ranks */
 } md_attr;
 
 typedef struct md_graph md_graph;
@@ -42,14 +48,16 @@ typedef struct md_node md_node;
  * is NULL for kinds that pass no gradient. keep_in, keep_out: bit k set when bwd reads the value of
  * input or output k. alias_fwd: output 0 may take input 0's memory when nothing reads that later;
  * alias_bwd: the gradient of input 0 may take the memory of the gradient of output 0. accumulates:
- * bit k set when bwd can add to the gradient of input k. */
+ * bit k set when bwd can add to the gradient of input k. by_row: rows do not meet, so that the node
+ * takes replicated or row-cut inputs, all alike, and leaves its outputs in the same place; other
+ * kinds look after places in infer. */
 typedef struct md_node_kind {
     const char *name;
     md_status (*infer)(md_graph *g, md_node *n);
     md_status (*fwd)(md_graph *g, const md_node *n);
     md_status (*bwd)(md_graph *g, const md_node *n);
     uint32_t keep_in, keep_out, accumulates;
-    bool alias_fwd, alias_bwd;
+    bool alias_fwd, alias_bwd, by_row;
 } md_node_kind;
 
 struct md_node {
@@ -76,6 +84,8 @@ typedef void (*md_grad_ready)(void *context, int param);
 struct md_graph {
     md_params *params;
     md_backend *be;
+    md_comm *tp; /* not owned; NULL: one rank */
+    int tp_rank, tp_size;
     md_node *node;
     int nodes, node_capacity;
     md_slot_row *slot;
@@ -83,16 +93,22 @@ struct md_graph {
     bool training;   /* a backward pass will run */
     bool accumulate; /* this backward adds to the parameter gradients */
     md_status status;
+    void (*between)(void *context); /* called between the nodes of a forward pass; may be NULL */
+    void *between_context;
     size_t region_bytes;
     struct md_arena_block *blocks;
     int n_blocks;
 };
 
-void md_graph_init(md_graph *g, md_params *params, bool training);
+/* tp: the tensor-parallel group over which the graph runs and `params` are cut, NULL for one rank;
+ * kept, not owned. */
+void md_graph_init(md_graph *g, md_params *params, bool training, md_comm *tp);
 void md_graph_free(md_graph *g);
 
 /* A tensor that comes from outside, bound before each run. Not differentiated. */
 md_slot md_graph_input(md_graph *g, const char *name, md_dtype dtype, int rank, const int64_t *dim);
+/* Says that an input holds this rank's images only. Nothing happens on one rank. */
+void md_graph_cut_rows(md_graph *g, md_slot s);
 /* Takes a node's output out of the planned region: the caller binds memory of its own. */
 void md_graph_set_external(md_graph *g, md_slot s);
 /* Shape of a slot. */
@@ -113,7 +129,8 @@ void md_graph_bind_region(md_graph *g, void *region);
 void md_graph_bind(md_graph *g, md_slot s, void *data);
 
 /* Runs the nodes on backend be. backward: accumulate adds to parameter gradients instead of writing
- * them; hook may be NULL. Local; errors name the node. */
+ * them; hook may be NULL. Collective(tp): a rank on which an op fails leaves the others waiting, so
+ * the caller has to end the job then. Errors name the node. */
 md_status md_graph_forward(md_graph *g, md_backend *be);
 md_status md_graph_backward(md_graph *g, md_backend *be, bool accumulate, md_grad_ready hook,
                             void *context);
@@ -127,6 +144,19 @@ md_tensor *md_out_grad(md_graph *g, const md_node *n, int k);
 /* Order in which backward completes the parameter gradients: fills order[params->count] and returns
  * how many rows the graph differentiates. */
 int md_graph_grad_order(const md_graph *g, int *order);
+
+/* What each rank's gradient of a parameter is, of those the graph differentiates: MD_CUT_COLS for a
+ * cut one (its part, complete), MD_REPL (the same on all ranks of tp), MD_PARTIAL (to be summed
+ * over tp). */
+md_place md_graph_grad_place(const md_graph *g, int param);
+
+/* For node kinds: the place of input k, MD_REPL when absent; and fails with MD_ERR_BUG, naming what
+ * may be missing, unless it is one of the places whose bits are set. */
+md_place md_in_place(const md_graph *g, const md_node *n, int k);
+md_status md_want_place(const md_graph *g, const md_node *n, int k, uint32_t places);
+/* For infer: sets the place of output k. */
+void md_node_set_place(md_graph *g, const md_node *n, int k, md_place place);
+#define MD_PLACE_BIT(place) (1u << (place))
 
 /* ---- nodes_core.c ---- */
 
@@ -143,7 +173,8 @@ md_slot md_n_qv_bias(md_graph *g, int q_bias, int v_bias);
 md_slot md_n_tokens(md_graph *g, md_slot patch, md_slot mask, int64_t images, const int params[3]);
 /* Relative position bias of a square grid: table [R, H] -> [H, T, T]; index i32 [T, T]. */
 md_slot md_n_rel_bias(md_graph *g, md_slot index, int table);
-/* Attention output [B, T, C] from qkv [B, T, 3C] and rel (optional). */
+/* Attention output [B, T, C] from qkv [B, T, 3C] and rel (optional). heads: of the whole model;
+ * where qkv is cut, each rank has its share of them. */
 md_slot md_n_attention(md_graph *g, md_slot qkv, md_slot rel, int heads);
 
 typedef struct md_residual_in {
@@ -161,6 +192,18 @@ md_slot md_n_layernorm(md_graph *g, md_slot x, const int params[2], const md_att
 md_slot md_n_gather_rows(md_graph *g, md_slot x, md_slot index);
 /* sum (optional) + scale * x. No gradient. */
 md_slot md_n_add_scaled(md_graph *g, md_slot sum, md_slot x, float scale);
+
+/* ---- nodes_tp.c: the conjugate pairs (Megatron-LM, core/tensor_parallel/mappings.py) ---- */
+
+/* x as the column-cut parameter w must read it: replicated, with a gradient that is summed over tp
+ * (tp_enter), or gathered from the ranks' rows, with a gradient that is summed and spread
+ * (sp_gather). x itself when w is not cut. */
+md_slot md_n_enter(md_graph *g, md_slot x, int w);
+/* The partial sums y as the stream `like` has them: summed (tp_exit), or summed and spread over the
+ * ranks' rows (sp_scatter). y itself when it is no partial sum. */
+md_slot md_n_exit(md_graph *g, md_slot y, md_slot like);
+/* All ranks' rows of x, which is cut by rows; x itself on one rank. No gradient. */
+md_slot md_n_all_rows(md_graph *g, md_slot x);
 
 /* ---- nodes_loss.c ---- */
 

@@ -37,10 +37,23 @@ static void choose_tokens(md_method *m)
     m->chosen = all ? patches : m->mask.count;
 }
 
-md_status md_method_resolve(md_method *m, const md_config *c, const md_teacher_info *info)
+/* Both registries. The teacher's is never cut. */
+static md_status seal(md_method *m)
 {
-    *m = (md_method){
-        .config = c, .proj_w = MD_NO_PARAM, .s_mask = MD_NO_SLOT, .s_rel_index = MD_NO_SLOT};
+    const md_method_split *s = &m->split;
+    MD_TRY(md_params_seal(
+        &m->params, &(md_params_cut){s->tp_rank, s->tp_size, MD_MAX(s->align, MD_PARAM_ALIGN)}));
+    return md_params_seal(&m->teacher_params, NULL);
+}
+
+md_status md_method_resolve(md_method *m, const md_config *c, const md_teacher_info *info,
+                            const md_method_split *split)
+{
+    *m = (md_method){.config = c,
+                     .split = split ? *split : (md_method_split){.tp_size = 1},
+                     .proj_w = MD_NO_PARAM,
+                     .s_mask = MD_NO_SLOT,
+                     .s_rel_index = MD_NO_SLOT};
     MD_TRY(look_up(m));
     choose_tokens(m);
     if (m->teacher->trained_weights && !info)
@@ -54,19 +67,31 @@ md_status md_method_resolve(md_method *m, const md_config *c, const md_teacher_i
     m->target_width = target.width;
     m->teacher_cls = target.tokens == MD_TOKENS_WITH_CLS;
     MD_TRY(m->head->declare(m, &encoded, target.width));
-    MD_TRY(md_params_seal(&m->params));
-    return md_params_seal(&m->teacher_params);
+    return seal(m);
+}
+
+md_slot md_method_input(const md_method *m, md_graph *g, const char *name, md_dtype dtype, int rank,
+                        const int64_t *dim)
+{
+    md_slot s = md_graph_input(g, name, dtype, rank, dim);
+    if (m->row_images < m->images)
+        md_graph_cut_rows(g, s);
+    return s;
 }
 
 static md_status build_teacher(md_method *m)
 {
     md_graph *g = &m->teacher_graph;
     const int64_t side = m->teacher_image ? m->teacher_image : m->config->image_size;
-    md_graph_init(g, &m->teacher_params, false);
-    m->t_image = md_graph_input(g, "image", MD_U8, 4, (int64_t[]){m->images, side, side, 3});
-    m->t_rows = md_graph_input(g, "rows", MD_I32, 2, (int64_t[]){m->images, m->chosen});
+    md_graph_init(g, &m->teacher_params, false, m->split.tp);
+    m->t_image = md_graph_input(g, "image", MD_U8, 4, (int64_t[]){m->own_images, side, side, 3});
+    m->t_rows = md_graph_input(g, "rows", MD_I32, 2, (int64_t[]){m->own_images, m->chosen});
+    md_graph_cut_rows(g, m->t_image);
+    md_graph_cut_rows(g, m->t_rows);
     md_slot x = m->teacher->build(m, g, m->t_image, m->t_rows);
     m->t_target = m->target->build(m, g, x);
+    if (m->row_images > m->own_images)
+        m->t_target = md_n_all_rows(g, m->t_target);
     md_graph_set_external(g, m->t_target);
     return md_graph_finish(g);
 }
@@ -74,11 +99,15 @@ static md_status build_teacher(md_method *m)
 static md_status build_student(md_method *m, int64_t step_images)
 {
     md_graph *g = &m->student_graph;
-    const int64_t side = m->config->image_size, rows = m->images * m->chosen;
-    md_graph_init(g, &m->params, true);
-    m->s_image = md_graph_input(g, "image", MD_U8, 4, (int64_t[]){m->images, side, side, 3});
-    m->s_rows = md_graph_input(g, "rows", MD_I32, 2, (int64_t[]){m->images, m->chosen});
-    m->s_target = md_graph_input(g, "target", MD_F32, 2, (int64_t[]){rows, m->target_width});
+    const int64_t side = m->config->image_size, n = m->row_images;
+    md_graph_init(g, &m->params, true, m->split.tp);
+    m->s_image = md_method_input(m, g, "image", MD_U8, 4, (int64_t[]){n, side, side, 3});
+    m->s_rows = md_method_input(m, g, "rows", MD_I32, 2, (int64_t[]){n, m->chosen});
+    m->s_all_rows = n == m->images ? m->s_rows
+                                   : md_graph_input(g, "all rows", MD_I32, 2,
+                                                    (int64_t[]){m->images, m->chosen});
+    m->s_target =
+        md_method_input(m, g, "target", MD_F32, 2, (int64_t[]){n * m->chosen, m->target_width});
     md_slot pred = m->head->build(m, g, m->student->build(m, g));
     double values = (double)step_images * m->chosen * m->target_width;
     m->s_loss = md_n_loss(g, pred, m->s_target,
@@ -90,7 +119,11 @@ static md_status build_student(md_method *m, int64_t step_images)
 
 md_status md_method_build(md_method *m, int64_t images, int64_t step_images)
 {
+    MD_ASSERT(images % m->split.tp_size == 0, "%lld images over %d ranks", (long long)images,
+              m->split.tp_size);
     m->images = images;
+    m->own_images = images / m->split.tp_size;
+    m->row_images = m->split.sequence ? m->own_images : images;
     MD_TRY(build_teacher(m));
     return build_student(m, step_images);
 }

@@ -3,6 +3,12 @@
  * that what one axis gives is what the next one takes; md_method_build makes the two graphs. Glue
  * (dropping cls, taking the chosen rows) follows from the tags, never from a method's name.
  *
+ * Tensor parallelism: a pass has `images` images, the same for all ranks of the tp group, of which
+ * each rank owns an equal share (own_images, in rank order). The teacher is never cut: each rank
+ * runs it on its own images. The student's blocks are cut; what stands between them runs on all
+ * images, or, with `sequence`, on the rank's own (row_images says which). Without `sequence` the
+ * targets of all ranks are gathered.
+ *
  * Chosen tokens: the M patches of every image the loss is taken on: the masked ones, or all. Both
  * graphs read the same choice through row indices into their own token matrices. */
 #ifndef MD_METHOD_H
@@ -29,6 +35,14 @@ typedef struct md_teacher_info {
     float mean[3], std[3];
 } md_teacher_info;
 
+/* How a model is spread over ranks. tp NULL: one rank. */
+typedef struct md_method_split {
+    md_comm *tp; /* not owned */
+    int tp_rank, tp_size;
+    bool sequence;
+    int64_t align; /* elements that rows of the student's registry are aligned to; 0 = no need */
+} md_method_split;
+
 typedef struct md_method md_method;
 
 typedef struct md_teacher_row {
@@ -36,7 +50,7 @@ typedef struct md_teacher_row {
     bool trained_weights; /* needs method.teacher.weights */
     /* Checks the config, declares m->teacher_params and tells what build gives per token. */
     md_status (*declare)(md_method *m, md_tag *out);
-    /* Values [B*M, width] at the chosen tokens, from images u8 [B, S, S, 3]. */
+    /* Values [B*M, width] at the chosen tokens, from images u8 [B, S, S, 3]; B the own images. */
     md_slot (*build)(md_method *m, md_graph *g, md_slot image, md_slot rows);
 } md_teacher_row;
 
@@ -64,6 +78,7 @@ typedef struct md_loss_row {
 
 struct md_method {
     const md_config *config;
+    md_method_split split;
     const md_teacher_row *teacher;
     const md_target_row *target;
     const md_student_row *student;
@@ -82,24 +97,32 @@ struct md_method {
     bool teacher_cls;  /* the teacher's token rows begin with cls */
 
     /* After md_method_build: the graphs, and their slots to bind. */
-    int64_t images; /* B of one pass */
+    int64_t images;     /* of one pass */
+    int64_t own_images; /* of them, this rank's share */
+    int64_t row_images; /* those on which the student's stream between the cut layers runs */
     md_graph teacher_graph, student_graph;
-    md_slot t_image, t_rows, t_target;
-    md_slot s_image, s_mask, s_rows, s_rel_index, s_target, s_loss;
-    md_slot *s_keep; /* [2L] or NULL */
+    md_slot t_image, t_rows, t_target;         /* own images; t_target of row_images */
+    md_slot s_image, s_mask, s_rows, s_target; /* row_images */
+    md_slot s_all_rows, s_rel_index, s_loss;   /* s_all_rows of all images */
+    md_slot *s_keep;                           /* [2L] or NULL */
 };
 
 /* Looks up the axes of c (kept by pointer), checks that they fit, declares and seals both
- * registries. info describes the teacher's weights, NULL when they are not known (pixel teacher).
- * Local. MD_ERR_CONFIG names the keys that do not fit. */
-md_status md_method_resolve(md_method *m, const md_config *c, const md_teacher_info *info);
+ * registries. info describes the teacher's weights, NULL when they are not known (pixel teacher);
+ * split NULL: one rank. Local. MD_ERR_CONFIG names the keys that do not fit. */
+md_status md_method_resolve(md_method *m, const md_config *c, const md_teacher_info *info,
+                            const md_method_split *split);
 /* Whether this config's teacher is read from a weights file. */
 bool md_method_needs_weights(const md_config *c);
-/* Builds both graphs for `images` images a pass. The loss is scaled so that the sum over the passes
- * and ranks of a step of `step_images` images is the mean over all chosen tokens and channels. */
+/* Builds both graphs for `images` images a pass (a multiple of the tp ranks). The loss is scaled so
+ * that the sum over the passes and ranks of a step of `step_images` images is the mean over all
+ * chosen tokens and channels. */
 md_status md_method_build(md_method *m, int64_t images, int64_t step_images);
 void md_method_free(md_method *m);
 
+/* For axes: an input of row_images images, in the place that goes with them. */
+md_slot md_method_input(const md_method *m, md_graph *g, const char *name, md_dtype dtype, int rank,
+                        const int64_t *dim);
 /* For axes: whether last blocks run at the chosen tokens only (model.last_block). */
 bool md_method_chosen_last(const md_method *m);
 

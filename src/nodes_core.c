@@ -44,7 +44,7 @@ static md_status patchify_fwd(md_graph *g, const md_node *n)
 }
 
 static const md_node_kind kind_patchify = {
-    .name = "patchify", .infer = patchify_infer, .fwd = patchify_fwd};
+    .name = "patchify", .infer = patchify_infer, .fwd = patchify_fwd, .by_row = true};
 
 md_slot md_n_patchify(md_graph *g, md_slot image, const md_attr *attr)
 {
@@ -55,7 +55,10 @@ md_slot md_n_patchify(md_graph *g, md_slot image, const md_attr *attr)
     return md_node_append(g, &n);
 }
 
-/* ---- linear: in x, bias slot; param w, bias; out y, value before the activation ---- */
+/* ---- linear: in x, bias slot; param w, bias; out y, value before the activation.
+ * With w whole, y lies where x does. A column-cut w (its outputs, dimension 0) reads the entered x
+ * and makes this rank's channels; a row-cut w (its inputs, dimension 1) reads these and makes
+ * partial sums, whose bias the first rank alone adds. ---- */
 
 static md_tensor weight_matrix(md_tensor w)
 {
@@ -63,8 +66,37 @@ static md_tensor weight_matrix(md_tensor w)
     return MD_TENSOR(w.data, MD_F32, rows, cols);
 }
 
+static bool row_cut(const md_graph *g, const md_node *n)
+{
+    const md_param *w = &g->params->row[n->param[0]];
+    return w->cut && w->cut_dim == 1;
+}
+
+static md_status linear_place(md_graph *g, const md_node *n, md_place *out)
+{
+    const md_param *w = &g->params->row[n->param[0]];
+    const bool columns = w->cut && w->cut_dim == 0, rows = row_cut(g, n);
+    const int bias = n->param[1];
+    MD_TRY(md_want_place(g, n, 0,
+                         columns ? MD_PLACE_BIT(MD_ENTERED)
+                         : rows  ? MD_PLACE_BIT(MD_CUT_COLS)
+                                 : MD_PLACE_BIT(MD_REPL) | MD_PLACE_BIT(MD_CUT_ROWS)));
+    *out = columns ? MD_CUT_COLS : rows ? MD_PARTIAL : md_in_place(g, n, 0);
+    MD_TRY(md_want_place(g, n, 1, MD_PLACE_BIT(columns ? MD_CUT_COLS : MD_REPL)));
+    if (n->in[1] != MD_NO_SLOT && *out != MD_CUT_COLS && *out != MD_REPL)
+        MD_FAIL(MD_ERR_BUG, "a bias that is no parameter cannot be added to what is %s",
+                md_place_name(*out));
+    if (bias != MD_NO_PARAM && g->params->row[bias].cut != columns)
+        MD_FAIL(MD_ERR_BUG, "%s and %s are not cut alike", w->name, g->params->row[bias].name);
+    if (rows && n->attr.act != MD_ACT_NONE)
+        MD_FAIL(MD_ERR_BUG, "an activation cannot come before the sum of %s", w->name);
+    return MD_OK;
+}
+
 static md_status linear_infer(md_graph *g, md_node *n)
 {
+    md_place place;
+    MD_TRY(linear_place(g, n, &place));
     const md_tensor *x = md_in(g, n, 0);
     md_tensor w = weight_matrix(md_param_value(g->params, n->param[0])), b;
     MD_TRY(md_want_cols(x, w.dim[1], "input"));
@@ -78,6 +110,8 @@ static md_status linear_infer(md_graph *g, md_node *n)
     MD_TRY(md_node_output(g, n, 0, MD_F32, rank, dim));
     if (n->attr.act != MD_ACT_NONE && g->training)
         MD_TRY(md_node_output(g, n, 1, MD_F32, rank, dim));
+    md_node_set_place(g, n, 0, place);
+    md_node_set_place(g, n, 1, place);
     return MD_OK;
 }
 
@@ -85,8 +119,17 @@ static md_status linear_fwd(md_graph *g, const md_node *n)
 {
     md_tensor w = weight_matrix(md_param_value(g->params, n->param[0])), b;
     const md_tensor *bias = n->in[1] != MD_NO_SLOT ? md_in(g, n, 1) : MD_PARAM(1, b);
+    if (row_cut(g, n) && g->tp_rank != 0)
+        bias = NULL;
     return MD_RUN(gemm, .a = md_in(g, n, 0), .b = &w, .bias = bias, .y = md_out(g, n, 0),
                   .pre = md_out(g, n, 1), .trans_b = true, .act = n->attr.act);
+}
+
+/* The rows that are this rank's after the sum. */
+static md_tensor own_rows(const md_graph *g, const md_tensor *t)
+{
+    int64_t rows = md_tensor_rows(t) / g->tp_size, cols = md_tensor_cols(t);
+    return MD_TENSOR(t->data ? md_f32(t) + g->tp_rank * rows * cols : NULL, MD_F32, rows, cols);
 }
 
 static md_status linear_bwd(md_graph *g, const md_node *n)
@@ -100,8 +143,10 @@ static md_status linear_bwd(md_graph *g, const md_node *n)
     if (n->attr.act != MD_ACT_NONE)
         MD_TRY(MD_RUN(act_bwd, .x = md_out(g, n, 1), .dy = dy, .dx = dy, .dbias = dbias,
                       .act = n->attr.act, .accumulate = dbias && add_bias ? 2u : 0u));
-    else if (dbias)
-        MD_TRY(MD_RUN(colsum, .x = dy, .y = dbias, .accumulate = add_bias));
+    else if (dbias) {
+        md_tensor own = n->attr.scattered ? own_rows(g, dy) : *dy;
+        MD_TRY(MD_RUN(colsum, .x = &own, .y = dbias, .accumulate = add_bias));
+    }
     MD_TRY(MD_RUN(gemm, .a = dy, .b = md_in(g, n, 0), .y = &dw, .trans_a = true,
                   .accumulate = g->accumulate));
     if (dx)
@@ -144,7 +189,9 @@ static md_status qv_bias_infer(md_graph *g, md_node *n)
     md_tensor q = md_param_value(g->params, n->param[0]), v;
     int64_t c = md_tensor_count(&q);
     MD_TRY(md_want_count(MD_PARAM(1, v), c, "v_bias"));
-    return md_node_output(g, n, 0, MD_F32, 1, (int64_t[]){3 * c});
+    MD_TRY(md_node_output(g, n, 0, MD_F32, 1, (int64_t[]){3 * c}));
+    md_node_set_place(g, n, 0, g->params->row[n->param[0]].cut ? MD_CUT_COLS : MD_REPL);
+    return MD_OK;
 }
 
 /* The k-th third of a [3C] tensor. */
@@ -250,7 +297,8 @@ static const md_node_kind kind_tokens = {.name = "tokens",
                                          .infer = tokens_infer,
                                          .fwd = tokens_fwd,
                                          .bwd = tokens_bwd,
-                                         .keep_in = 1u << 1};
+                                         .keep_in = 1u << 1,
+                                         .by_row = true};
 
 md_slot md_n_tokens(md_graph *g, md_slot patch, md_slot mask, int64_t images, const int params[3])
 {
@@ -271,7 +319,10 @@ static md_status rel_bias_infer(md_graph *g, md_node *n)
     const md_tensor *index = md_in(g, n, 0);
     md_tensor table = md_param_value(g->params, n->param[0]);
     int64_t t = index->dim[0];
-    return md_node_output(g, n, 0, MD_F32, 3, (int64_t[]){table.dim[1], t, t});
+    MD_TRY(md_want_place(g, n, 0, MD_PLACE_BIT(MD_REPL)));
+    MD_TRY(md_node_output(g, n, 0, MD_F32, 3, (int64_t[]){table.dim[1], t, t}));
+    md_node_set_place(g, n, 0, g->params->row[n->param[0]].cut ? MD_CUT_COLS : MD_REPL);
+    return MD_OK;
 }
 
 static md_status rel_bias_fwd(md_graph *g, const md_node *n)
@@ -308,6 +359,12 @@ md_slot md_n_rel_bias(md_graph *g, md_slot index, int table)
 static md_status attention_infer(md_graph *g, md_node *n)
 {
     const md_tensor *qkv = md_in(g, n, 0), *rel = md_in(g, n, 1);
+    const md_place place = md_in_place(g, n, 0);
+    MD_TRY(md_want_place(
+        g, n, 0, MD_PLACE_BIT(MD_REPL) | MD_PLACE_BIT(MD_CUT_ROWS) | MD_PLACE_BIT(MD_CUT_COLS)));
+    MD_TRY(md_want_place(g, n, 1, MD_PLACE_BIT(place)));
+    if (place == MD_CUT_COLS)
+        n->attr.heads /= g->tp_size;
     int64_t b = qkv->dim[0], t = qkv->dim[1], c = qkv->dim[2] / 3, h = n->attr.heads;
     if (qkv->rank != 3 || qkv->dim[2] % 3 != 0 || c % h != 0)
         MD_FAIL(MD_ERR_BUG, "width %lld does not divide into %lld heads", (long long)c,
@@ -317,6 +374,8 @@ static md_status attention_infer(md_graph *g, md_node *n)
     MD_TRY(md_node_output(g, n, 0, MD_F32, 3, (int64_t[]){b, t, c}));
     if (g->training)
         MD_TRY(md_node_output(g, n, 1, MD_F32, 3, (int64_t[]){b, h, t}));
+    md_node_set_place(g, n, 0, place);
+    md_node_set_place(g, n, 1, place);
     return MD_OK;
 }
 
@@ -357,8 +416,14 @@ md_slot md_n_attention(md_graph *g, md_slot qkv, md_slot rel, int heads)
 static md_status gather_rows_infer(md_graph *g, md_node *n)
 {
     const md_tensor *x = md_in(g, n, 0), *index = md_in(g, n, 1);
-    return md_node_output(g, n, 0, MD_F32, 3,
-                          (int64_t[]){index->dim[0], index->dim[1], md_tensor_cols(x)});
+    const md_place place = md_in_place(g, n, 0);
+    MD_TRY(md_want_place(
+        g, n, 0, MD_PLACE_BIT(MD_REPL) | MD_PLACE_BIT(MD_CUT_ROWS) | MD_PLACE_BIT(MD_CUT_COLS)));
+    MD_TRY(md_want_place(g, n, 1, MD_PLACE_BIT(place == MD_CUT_COLS ? MD_REPL : place)));
+    MD_TRY(md_node_output(g, n, 0, MD_F32, 3,
+                          (int64_t[]){index->dim[0], index->dim[1], md_tensor_cols(x)}));
+    md_node_set_place(g, n, 0, place);
+    return MD_OK;
 }
 
 static md_status gather_rows_fwd(md_graph *g, const md_node *n)

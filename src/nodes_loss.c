@@ -7,7 +7,10 @@ static md_status loss_infer(md_graph *g, md_node *n)
 {
     const md_tensor *pred = md_in(g, n, 0);
     MD_TRY(md_want_count(md_in(g, n, 1), md_tensor_count(pred), "target"));
-    return md_node_output(g, n, 0, MD_F64, 1, (int64_t[]){1});
+    MD_TRY(md_node_output(g, n, 0, MD_F64, 1, (int64_t[]){1}));
+    if (md_in_place(g, n, 0) == MD_CUT_ROWS) /* each rank has the sum over its own rows */
+        md_node_set_place(g, n, 0, MD_PARTIAL);
+    return MD_OK;
 }
 
 static md_status loss_run(md_graph *g, const md_node *n, md_tensor *dpred)
@@ -28,8 +31,12 @@ static md_status loss_bwd(md_graph *g, const md_node *n)
     return loss_run(g, n, md_in_grad(g, n, 0));
 }
 
-static const md_node_kind kind_loss = {
-    .name = "loss", .infer = loss_infer, .fwd = loss_fwd, .bwd = loss_bwd, .keep_in = 3u};
+static const md_node_kind kind_loss = {.name = "loss",
+                                       .infer = loss_infer,
+                                       .fwd = loss_fwd,
+                                       .bwd = loss_bwd,
+                                       .keep_in = 3u,
+                                       .by_row = true};
 
 md_slot md_n_loss(md_graph *g, md_slot pred, md_slot target, const md_attr *attr)
 {

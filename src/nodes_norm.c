@@ -70,7 +70,8 @@ static const md_node_kind kind_residual_ln = {.name = "residual_ln",
                                               .keep_in = 1u << 1 | 1u << 2,
                                               .keep_out = 1u << 0 | 1u << 2 | 1u << 3,
                                               .alias_fwd = true,
-                                              .alias_bwd = true};
+                                              .alias_bwd = true,
+                                              .by_row = true};
 
 /* Without a branch the input itself is what the backward reads, and since later nodes read it too,
  * its gradient is added to. */
@@ -80,7 +81,8 @@ static const md_node_kind kind_affine_ln = {.name = "affine_ln",
                                             .bwd = residual_ln_bwd,
                                             .keep_in = 1u << 0,
                                             .keep_out = 1u << 2 | 1u << 3,
-                                            .accumulates = 1u << 0};
+                                            .accumulates = 1u << 0,
+                                            .by_row = true};
 
 void md_n_residual_ln(md_graph *g, const md_residual_in *in, md_slot *r, md_slot *y)
 {
@@ -114,8 +116,11 @@ static md_status layernorm_fwd(md_graph *g, const md_node *n)
                   .unbiased = n->attr.unbiased);
 }
 
-static const md_node_kind kind_layernorm = {
-    .name = "layernorm", .infer = same_shape_infer, .fwd = layernorm_fwd, .alias_fwd = true};
+static const md_node_kind kind_layernorm = {.name = "layernorm",
+                                            .infer = same_shape_infer,
+                                            .fwd = layernorm_fwd,
+                                            .alias_fwd = true,
+                                            .by_row = true};
 
 md_slot md_n_layernorm(md_graph *g, md_slot x, const int params[2], const md_attr *attr)
 {
@@ -140,7 +145,7 @@ static md_status add_scaled_fwd(md_graph *g, const md_node *n)
 }
 
 static const md_node_kind kind_add_scaled = {
-    .name = "add_scaled", .infer = same_shape_infer, .fwd = add_scaled_fwd};
+    .name = "add_scaled", .infer = same_shape_infer, .fwd = add_scaled_fwd, .by_row = true};
 
 md_slot md_n_add_scaled(md_graph *g, md_slot sum, md_slot x, float scale)
 {

@@ -1,15 +1,29 @@
-/* optim: see optim.h. The registry keeps each group in one range, so a group is one launch. */
+/* optim: see optim.h. */
 #include "src/optim.h"
 
-#include <math.h>
-
-md_status md_optim_grad_stats(md_backend *be, const md_params *p, md_grad_stats *out)
+static md_tensor range(float *block, int64_t first, int64_t count)
 {
-    double sum = 0, bad = 0;
-    md_tensor grad = MD_TENSOR(p->grad, MD_F32, p->elements);
-    md_tensor s = MD_TENSOR(&sum, MD_F64, 1), n = MD_TENSOR(&bad, MD_F64, 1);
-    MD_TRY(MD_OP(be, sumsq, .x = &grad, .sum = &s, .nonfinite = &n));
-    *out = (md_grad_stats){.norm = sqrt(sum), .nonfinite = bad};
+    return MD_TENSOR(block ? block + first : NULL, MD_F32, count);
+}
+
+static md_tensor gradient(const md_params *p, const md_piece *piece)
+{
+    return piece->sharded ? range(p->reduced, piece->moment, piece->count)
+                          : range(p->grad, piece->offset, piece->count);
+}
+
+md_status md_optim_grad_stats(md_backend *be, const md_params *p, const md_piece *piece, int n,
+                              md_grad_stats *out)
+{
+    *out = (md_grad_stats){0};
+    for (int i = 0; i < n; i++) {
+        double sum = 0, bad = 0;
+        md_tensor grad = gradient(p, &piece[i]);
+        md_tensor s = MD_TENSOR(&sum, MD_F64, 1), b = MD_TENSOR(&bad, MD_F64, 1);
+        MD_TRY(MD_OP(be, sumsq, .x = &grad, .sum = &s, .nonfinite = &b));
+        out->squares += sum;
+        out->nonfinite += bad;
+    }
     return MD_OK;
 }
 
@@ -20,28 +34,20 @@ double md_optim_clip(double norm, double limit)
     return MD_MIN(1.0, limit / (norm + 1e-6));
 }
 
-static md_tensor range(float *block, int64_t first, int64_t end)
+md_status md_optim_update(md_backend *be, md_params *p, const md_piece *piece, int n,
+                          const md_optim_args *a)
 {
-    return MD_TENSOR(block ? block + first : NULL, MD_F32, end - first);
-}
-
-md_status md_optim_update(md_backend *be, md_params *p, const md_config *c, double lr, double clip,
-                          int64_t update)
-{
-    const struct {
-        int64_t first, end;
-        double decay;
-    } groups[] = {{0, p->decay_end, c->optim_weight_decay}, {p->decay_end, p->elements, 0.0}};
-    for (size_t i = 0; i < MD_COUNT(groups); i++) {
-        int64_t first = groups[i].first, end = groups[i].end;
-        if (first == end)
-            continue;
-        md_tensor grad = range(p->grad, first, end), value = range(p->value, first, end);
-        md_tensor m = range(p->m, first, end), v = range(p->v, first, end);
+    const md_config *c = a->config;
+    for (int i = 0; i < n; i++) {
+        md_tensor grad = gradient(p, &piece[i]);
+        md_tensor value = range(p->value, piece[i].offset, piece[i].count);
+        md_tensor m = range(p->m, piece[i].moment, piece[i].count);
+        md_tensor v = range(p->v, piece[i].moment, piece[i].count);
         MD_TRY(MD_OP(be, adamw, .grad = &grad, .param = &value, .m = &m, .v = &v, .accumulate = 7u,
-                     .lr = lr, .beta1 = c->optim_beta1, .beta2 = c->optim_beta2,
-                     .eps = c->optim_eps, .weight_decay = groups[i].decay, .grad_scale = clip,
-                     .step = update));
+                     .lr = a->lr, .beta1 = c->optim_beta1, .beta2 = c->optim_beta2,
+                     .eps = c->optim_eps,
+                     .weight_decay = piece[i].decay ? c->optim_weight_decay : 0.0,
+                     .grad_scale = a->clip, .step = a->update));
     }
     return MD_OK;
 }

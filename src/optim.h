@@ -1,4 +1,4 @@
-/* optim: gradient norm, clipping and AdamW over the groups of a parameter registry. */
+/* optim: gradient norm, clipping and AdamW over pieces of a parameter registry. */
 #ifndef MD_OPTIM_H
 #define MD_OPTIM_H
 
@@ -7,21 +7,29 @@
 #include "src/param.h"
 
 typedef struct md_grad_stats {
-    double norm;      /* global l2 norm of all gradients */
+    double squares;   /* sum of the squares */
     double nonfinite; /* elements that are NaN or Inf */
 } md_grad_stats;
 
-/* Norm of the whole gradient block. Local: after the reduction every rank holds the same block. */
-md_status md_optim_grad_stats(md_backend *be, const md_params *p, md_grad_stats *out);
+/* Of the reduced gradients of n pieces. Local: the caller sums over the ranks what each answers
+ * for; the norm is the root of that sum. */
+md_status md_optim_grad_stats(md_backend *be, const md_params *p, const md_piece *piece, int n,
+                              md_grad_stats *out);
 
 /* Factor that clips a norm to `limit`: min(1, limit / (norm + 1e-6)), 1 when limit is 0 (PyTorch's
  * clip_grad_norm_). Local. */
 double md_optim_clip(double norm, double limit);
 
-/* One AdamW update of every parameter: weight decay on the decayed group only (matrices, mask token
- * and relative position tables; not vectors, biases, cls_token, pos_embed: microsoft/unilm,
- * beit2/optim_factory.py). update counts from 1. Local. */
-md_status md_optim_update(md_backend *be, md_params *p, const md_config *c, double lr, double clip,
-                          int64_t update);
+/* What an update needs besides gradients. */
+typedef struct md_optim_args {
+    const md_config *config;
+    double lr, clip; /* clip: factor on the gradients */
+    int64_t update;  /* counts from 1 */
+} md_optim_args;
+/* One AdamW update of n pieces: weight decay on the decayed ones only (matrices, mask token and
+ * relative position tables; not vectors, biases, cls_token, pos_embed: microsoft/unilm,
+ * beit2/optim_factory.py). Local. */
+md_status md_optim_update(md_backend *be, md_params *p, const md_piece *piece, int n,
+                          const md_optim_args *a);
 
 #endif

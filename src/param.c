@@ -20,6 +20,7 @@ void md_params_free(md_params *p)
     md_free(p->grad);
     md_free(p->m);
     md_free(p->v);
+    md_free(p->reduced);
     *p = (md_params){0};
 }
 
@@ -47,38 +48,103 @@ int md_params_add(md_params *p, const md_param *row)
         p->row = bigger;
         p->capacity = capacity;
     }
-    md_param *r = &p->row[p->count];
-    *r = *row;
-    r->count = 1;
-    for (int d = 0; d < r->rank; d++)
-        r->count *= r->global[d];
+    p->row[p->count] = *row;
     return p->count++;
 }
 
-static int64_t place_group(md_params *p, bool decay, int64_t at)
+static int64_t global_count(const md_param *r)
+{
+    int64_t n = 1;
+    for (int d = 0; d < r->rank; d++)
+        n *= r->global[d];
+    return n;
+}
+
+/* This rank's part of a row. */
+static md_status cut_row(md_param *r, const md_params_cut *cut)
+{
+    int64_t n = global_count(r), outer = 1, inner = n;
+    memcpy(r->local, r->global, sizeof r->local);
+    r->count = n;
+    r->view = (md_view){0, n, n, 1};
+    r->cut = cut->size > 1 && r->cut_dim >= 0;
+    if (!r->cut)
+        return MD_OK;
+    int64_t along = r->global[r->cut_dim], part = along / r->cut_parts;
+    if (part * r->cut_parts != along || part % cut->size != 0)
+        MD_FAIL(MD_ERR_CONFIG,
+                "%s: %lld rows or columns do not divide over %d tensor-parallel ranks", r->name,
+                (long long)part, cut->size);
+    for (int d = 0; d <= r->cut_dim; d++)
+        inner /= r->global[d];
+    for (int d = 0; d < r->cut_dim; d++)
+        outer *= r->global[d];
+    int64_t run = part / cut->size * inner;
+    r->local[r->cut_dim] = along / cut->size;
+    r->count = n / cut->size;
+    r->view = (md_view){cut->rank * run, run, part * inner, outer * r->cut_parts};
+    return MD_OK;
+}
+
+md_param_group md_param_group_of(const md_param *row)
+{
+    return row->decay ? (row->cut ? MD_GROUP_DECAY_CUT : MD_GROUP_DECAY)
+                      : (row->cut ? MD_GROUP_PLAIN_CUT : MD_GROUP_PLAIN);
+}
+
+static int64_t place_group(md_params *p, md_param_group group, int64_t align, int64_t at)
 {
     for (int i = 0; i < p->count; i++) {
         md_param *r = &p->row[i];
-        if (r->decay != decay)
+        if (md_param_group_of(r) != group)
             continue;
         r->offset = at;
-        at += (r->count + MD_PARAM_ALIGN - 1) / MD_PARAM_ALIGN * MD_PARAM_ALIGN;
+        at += (r->count + align - 1) / align * align;
     }
     return at;
 }
 
-md_status md_params_seal(md_params *p)
+md_status md_params_seal(md_params *p, const md_params_cut *cut)
 {
+    static const md_params_cut alone = {0, 1, MD_PARAM_ALIGN};
     MD_ASSERT(!p->sealed);
     if (p->incomplete)
         return MD_ERR_MEMORY;
-    p->decay_end = place_group(p, true, 0);
-    p->elements = place_group(p, false, p->decay_end);
+    if (!cut)
+        cut = &alone;
+    MD_ASSERT(cut->align > 0 && cut->align % MD_PARAM_ALIGN == 0);
+    for (int i = 0; i < p->count; i++)
+        MD_TRY(cut_row(&p->row[i], cut));
+    for (md_param_group g = 0; g < MD_GROUPS; g++)
+        p->elements = p->end[g] = place_group(p, g, cut->align, p->elements);
     p->sealed = true;
     return MD_OK;
 }
 
+int md_params_pieces(const md_params *p, md_piece out[MD_GROUPS])
+{
+    int n = 0;
+    for (md_param_group g = 0; g < MD_GROUPS; g++) {
+        int64_t first = g ? p->end[g - 1] : 0;
+        if (p->end[g] > first)
+            out[n++] = (md_piece){.offset = first,
+                                  .count = p->end[g] - first,
+                                  .moment = first,
+                                  .decay = g == MD_GROUP_DECAY_CUT || g == MD_GROUP_DECAY,
+                                  .cut = g == MD_GROUP_DECAY_CUT || g == MD_GROUP_PLAIN_CUT};
+    }
+    return n;
+}
+
 int64_t md_params_total(const md_params *p)
+{
+    int64_t n = 0;
+    for (int i = 0; i < p->count; i++)
+        n += global_count(&p->row[i]);
+    return n;
+}
+
+int64_t md_params_local(const md_params *p)
 {
     int64_t n = 0;
     for (int i = 0; i < p->count; i++)
@@ -91,23 +157,30 @@ size_t md_params_block_bytes(const md_params *p)
     return (size_t)p->elements * sizeof(float);
 }
 
-md_status md_params_allocate(md_params *p, bool grads, bool moments)
+md_status md_params_allocate(md_params *p, bool grads)
 {
     MD_ASSERT(p->sealed && !p->value);
     MD_NEW(p->value, p->elements, "parameters");
     if (grads)
         MD_NEW(p->grad, p->elements, "gradients");
-    if (moments) {
-        MD_NEW(p->m, p->elements, "first moments");
-        MD_NEW(p->v, p->elements, "second moments");
-    }
+    return MD_OK;
+}
+
+md_status md_params_allocate_moments(md_params *p, int64_t n, bool reduced)
+{
+    MD_ASSERT(p->sealed && !p->m);
+    p->moments = n;
+    MD_NEW(p->m, n, "first moments");
+    MD_NEW(p->v, n, "second moments");
+    if (reduced)
+        MD_NEW(p->reduced, n, "reduced gradients");
     return MD_OK;
 }
 
 static md_tensor row_view(const md_params *p, int i, float *block)
 {
     const md_param *r = &p->row[i];
-    return md_tensor_make(block ? block + r->offset : NULL, MD_F32, r->rank, r->global);
+    return md_tensor_make(block ? block + r->offset : NULL, MD_F32, r->rank, r->local);
 }
 
 md_tensor md_param_value(const md_params *p, int i)
@@ -133,22 +206,38 @@ static inline float erfinv_central(float x)
     return y * x;
 }
 
-static void draw_row(float *out, const md_param *r, uint64_t seed, int id)
+/* Elements [lo, hi) of a row's part. */
+static void draw_range(float *out, const md_param *r, md_rng_key key, int64_t lo, int64_t hi)
 {
     const float edge = 0.68268949f; /* P(|x| < sigma) of a normal */
     const float limit = r->init_value;
-    int64_t blocks = (r->count + 3) / 4;
-#pragma omp parallel for schedule(static)
-    for (int64_t b = 0; b < blocks; b++) {
-        uint32_t bits[4];
-        md_rng_key key = {seed, MD_RNG_INIT, (uint32_t)id, (uint64_t)b};
-        md_rng_bits(key, 0, bits);
-        for (int64_t e = 4 * b; e < MD_MIN(4 * b + 4, r->count); e++) {
-            float u = edge * (2.0f * ((float)(bits[e & 3] >> 8) + 0.5f) / 16777216.0f - 1.0f);
-            float x = erfinv_central(u) * r->init_value * 1.41421356f;
-            out[e] = fminf(fmaxf(x, -limit), limit) * r->init_scale;
+    int64_t at = md_view_global(&r->view, lo), left = r->view.run - lo % r->view.run;
+    int64_t block = -1;
+    uint32_t bits[4] = {0};
+    for (int64_t e = lo; e < hi; e++, at++) {
+        if (at / 4 != block) { /* four elements of the global array share a draw */
+            block = at / 4;
+            key.index = (uint64_t)block;
+            md_rng_bits(key, 0, bits);
+        }
+        float u = edge * (2.0f * ((float)(bits[at & 3] >> 8) + 0.5f) / 16777216.0f - 1.0f);
+        float x = erfinv_central(u) * r->init_value * 1.41421356f;
+        out[e] = fminf(fmaxf(x, -limit), limit) * r->init_scale;
+        if (--left == 0) {
+            at += r->view.stride - r->view.run;
+            left = r->view.run;
         }
     }
+}
+
+static void draw_row(float *out, const md_param *r, uint64_t seed, int id)
+{
+    enum { CHUNK = 4096 };
+    int64_t chunks = (r->count + CHUNK - 1) / CHUNK;
+#pragma omp parallel for schedule(static)
+    for (int64_t c = 0; c < chunks; c++)
+        draw_range(out, r, (md_rng_key){seed, MD_RNG_INIT, (uint32_t)id, 0}, c * CHUNK,
+                   MD_MIN((c + 1) * CHUNK, r->count));
 }
 
 void md_params_initialise(md_params *p, uint64_t seed)

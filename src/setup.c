@@ -7,26 +7,80 @@
 #include <string.h>
 #include <unistd.h>
 
+/* A pass is shared by the tensor-parallel ranks, image by image. */
+static md_status check_micro(const md_config *c, const md_batch_layout *l)
+{
+    const int64_t each = l->batch / l->dp;
+    const bool set = c->train_micro_batch != 0;
+    if (each % l->micro != 0)
+        MD_FAIL(MD_ERR_CONFIG,
+                "train.micro_batch = %lld does not divide the %lld images of a data-parallel rank "
+                "(train.batch = %lld over %d)",
+                (long long)l->micro, (long long)each, (long long)l->batch, l->dp);
+    if (l->micro % l->tp != 0)
+        MD_FAIL(
+            MD_ERR_CONFIG,
+            "%s = %lld images of a pass do not divide over parallel.tensor = %d ranks: choose a "
+            "multiple of %d",
+            set ? "train.micro_batch" : "train.batch / data-parallel ranks", (long long)l->micro,
+            l->tp, l->tp);
+    return MD_OK;
+}
+
 md_status md_batch_layout_make(const md_config *c, int ranks, md_batch_layout *out)
 {
     const int64_t batch = c->train_batch;
-    if (batch % ranks != 0)
+    const int tp = (int)c->parallel_tensor;
+    if (ranks % tp != 0)
         MD_FAIL(MD_ERR_CONFIG,
-                "train.batch = %lld does not divide over %d ranks: the next batches "
+                "parallel.tensor = %d does not divide the %d ranks: start a multiple of %d ranks",
+                tp, ranks, tp);
+    const int dp = ranks / tp;
+    if (batch % dp != 0)
+        MD_FAIL(MD_ERR_CONFIG,
+                "train.batch = %lld does not divide over %d data-parallel ranks: the next batches "
                 "that do are %lld and %lld",
-                (long long)batch, ranks, (long long)MD_MAX(batch / ranks, 1) * ranks,
-                (long long)(batch / ranks + 1) * ranks);
-    int64_t micro = c->train_micro_batch ? c->train_micro_batch : batch / ranks;
-    if (batch / ranks % micro != 0)
-        MD_FAIL(MD_ERR_CONFIG,
-                "train.micro_batch = %lld does not divide the %lld images of a rank "
-                "(train.batch = %lld over %d ranks)",
-                (long long)micro, (long long)(batch / ranks), (long long)batch, ranks);
-    *out = (md_batch_layout){.batch = batch,
-                             .micro = micro,
-                             .ranks = ranks,
-                             .accumulation = (int)(batch / ranks / micro)};
+                (long long)batch, dp, (long long)MD_MAX(batch / dp, 1) * dp,
+                (long long)(batch / dp + 1) * dp);
+    int64_t micro = c->train_micro_batch ? c->train_micro_batch : batch / dp;
+    *out = (md_batch_layout){.batch = batch, .micro = micro, .ranks = ranks, .dp = dp, .tp = tp};
+    MD_TRY(check_micro(c, out));
+    out->accumulation = (int)(batch / dp / micro);
     return MD_OK;
+}
+
+md_status md_model_make(const md_config *c, const md_teacher_info *info, const md_topo *topo,
+                        const md_batch_layout *layout, md_model *out)
+{
+    const bool zero = c->parallel_zero > 0;
+    MD_TRY(md_method_resolve(&out->method, c, info,
+                             &(md_method_split){.tp = topo->tp,
+                                                .tp_rank = topo->tp_rank,
+                                                .tp_size = topo->tp_size,
+                                                .sequence = c->parallel_sequence,
+                                                .align = md_shard_align(topo, zero)}));
+    MD_TRY(md_method_build(&out->method, layout->micro, layout->batch));
+    return md_shard_make(&(md_shard_args){.graph = &out->method.student_graph,
+                                          .topo = topo,
+                                          .zero = zero,
+                                          .bucket_bytes = c->parallel_bucket_mib << 20},
+                         &out->shard);
+}
+
+md_status md_model_allocate(const md_config *c, md_model *m)
+{
+    md_params *p = &m->method.params;
+    MD_TRY(md_params_allocate(p, true));
+    MD_TRY(md_params_allocate_moments(p, m->shard.moments, m->shard.zero));
+    MD_TRY(md_params_allocate(&m->method.teacher_params, false));
+    md_params_initialise(p, (uint64_t)c->run_seed);
+    return MD_OK;
+}
+
+void md_model_free(md_model *m)
+{
+    md_shard_free(&m->shard);
+    md_method_free(&m->method);
 }
 
 int64_t md_total_steps(const md_config *c, int64_t steps_per_epoch)

@@ -4,16 +4,32 @@
 
 #include "mpi/comm.h"
 #include "src/method.h"
+#include "src/shard.h"
 
-/* How a global batch is spread: batch = ranks * accumulation * micro. */
+/* How a global batch is spread: batch = dp * accumulation * micro, ranks = dp * tp. */
 typedef struct md_batch_layout {
     int64_t batch, micro;
-    int ranks, accumulation;
+    int ranks, dp, tp, accumulation;
 } md_batch_layout;
 
-/* From train.batch, train.micro_batch and the data-parallel ranks. MD_ERR_CONFIG names the keys
- * that do not divide and what would. Local. */
+/* From train.batch, train.micro_batch, parallel.tensor and the number of ranks. MD_ERR_CONFIG names
+ * the keys that do not divide and what would. Local. */
 md_status md_batch_layout_make(const md_config *c, int ranks, md_batch_layout *out);
+
+/* What a rank trains with: the method on its place in the grid, its pieces, and memory for both
+ * registries. Zero-initialise; md_model_free undoes any part. */
+typedef struct md_model {
+    md_method method;
+    md_shard shard;
+} md_model;
+
+/* Resolves and builds the method for this rank and finds its shard. info as for md_method_resolve.
+ * Allocates no parameters. Local. */
+md_status md_model_make(const md_config *c, const md_teacher_info *info, const md_topo *topo,
+                        const md_batch_layout *layout, md_model *out);
+/* Allocates parameters, gradients and moments, and draws the initial values. Local. */
+md_status md_model_allocate(const md_config *c, md_model *m);
+void md_model_free(md_model *m);
 
 /* What md_method_resolve needs to know of the teacher, from its weights file, and the hash of the
  * file's content ("" without one). planning: method.teacher.arch will do where there is no file.

@@ -28,11 +28,28 @@ static void items_free(item_list *l)
     md_free(l->name);
 }
 
-/* Every array of the state as items, narrowed to this part of them. */
-static md_status items_make(const md_snapshot *s, int part, int parts, item_list *l)
+/* Which elements of a row an item carries: those this rank answers for (writing), or all that it
+ * holds (reading). Values are held whole, moments by what the rank updates. */
+static void choose(const md_snapshot *s, const md_param *row, int part, bool writing,
+                   md_state_item *item)
 {
-    md_params *p = s->params;
+    const md_params *p = s->params;
+    const md_shard *h = s->shard;
     float *const block[PARTS] = {p->value, p->m, p->v};
+    int64_t moment = 0;
+    item->lo = 0;
+    item->count = row->count;
+    if (writing)
+        item->count = md_shard_find(h->own, h->owns, row, &item->lo, &moment);
+    else if (part > 0)
+        item->count = md_shard_find(h->update, h->updates, row, &item->lo, &moment);
+    item->data = block[part] + (part == 0 ? row->offset + item->lo : moment);
+}
+
+/* Every array of the state as items. */
+static md_status items_make(const md_snapshot *s, bool writing, item_list *l)
+{
+    const md_params *p = s->params;
     *l = (item_list){0};
     MD_NEW(l->item, PARTS * p->count, "checkpoint items");
     l->name = md_alloc((size_t)(PARTS * p->count) * sizeof *l->name, "checkpoint items");
@@ -41,12 +58,14 @@ static md_status items_make(const md_snapshot *s, int part, int parts, item_list
     for (int k = 0; k < PARTS; k++)
         for (int i = 0; i < p->count; i++) {
             const md_param *row = &p->row[i];
-            md_tensor t = md_tensor_make(block[k] + row->offset, MD_F32, row->rank, row->global);
             char *name = l->name[l->count];
             snprintf(name, MD_STATE_NAME, "%s/%s", part_names[k], row->name);
-            l->item[l->count++] = md_state_item_make(name, &t);
+            md_state_item *item = &l->item[l->count++];
+            *item = (md_state_item){
+                .name = name, .dtype = MD_F32, .rank = row->rank, .view = row->view};
+            memcpy(item->global, row->global, sizeof item->global);
+            choose(s, row, k, writing, item);
         }
-    md_state_items_share(l->item, l->count, part, parts);
     return MD_OK;
 }
 
@@ -191,7 +210,7 @@ md_status md_snapshot_write(const md_snapshot *s, char *path, size_t size)
     fact_list facts;
     md_status st = checkpoint_dir(s, dir, sizeof dir, true);
     if (st == MD_OK)
-        st = items_make(s, md_comm_rank(s->comm), md_comm_size(s->comm), &items);
+        st = items_make(s, true, &items);
     if (st == MD_OK)
         st = config_text(s->config, &text);
     st = md_agree(s->comm, st);
@@ -229,7 +248,7 @@ static md_status read_state(const md_snapshot *s, md_checkpoint *ck, bool own)
     comparison d = {.ck = ck, .own = own};
     md_status st = compare(s, &d);
     if (st == MD_OK)
-        st = items_make(s, 0, 1, &items);
+        st = items_make(s, false, &items);
     st = md_agree(s->comm, st);
     if (st == MD_OK)
         st = md_checkpoint_read(ck, items.item, items.count);

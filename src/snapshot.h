@@ -6,6 +6,7 @@
 #include "io/checkpoint.h"
 #include "src/config.h"
 #include "src/param.h"
+#include "src/shard.h"
 #include "src/step.h"
 
 typedef struct md_snapshot {
@@ -13,6 +14,7 @@ typedef struct md_snapshot {
     const char *dir; /* run directory */
     const md_config *config;
     md_params *params;
+    const md_shard *shard;
     md_train_state *state;
     uint64_t data_hash;
     const char *teacher_hash; /* "" without */

@@ -5,6 +5,7 @@
 #include "io/prefetch.h"
 #include "mpi/grad_reduce.h"
 #include "src/method.h"
+#include "src/shard.h"
 
 /* What training carries from step to step besides parameters and moments; saved in checkpoints. */
 typedef struct md_train_state {
@@ -18,14 +19,16 @@ typedef struct md_train_state {
 
 typedef struct md_step_result {
     double loss, grad_norm, learning_rate;
-    double data_wait, comm_wait; /* seconds on this rank */
+    double data_wait, comm_wait;         /* seconds on this rank */
+    double backward_begin, backward_end; /* of the last pass, as md_now() has them */
     int64_t bad; /* images replaced in this step, on all ranks; also when it fails */
     bool skipped;
     bool stop; /* some rank wants to stop */
 } md_step_result;
 
-/* Where micro-batches come from: the loader, or made-up pictures in a benchmark. take gives
- * micro-batch `micro` of global step `step` on this rank and adds the seconds waited to *wait. */
+/* Where micro-batches come from: the loader, or made-up pictures in a benchmark. take gives this
+ * rank's own images of micro-batch `micro` of global step `step` and adds the seconds waited to
+ * *wait. */
 typedef struct md_batch_source {
     void *context;
     md_status (*take)(void *context, int64_t step, int micro, const md_batch **batch, double *wait);
@@ -34,12 +37,13 @@ typedef struct md_batch_source {
 
 typedef struct md_stepper_args {
     const md_config *config;
-    md_method *method; /* built; registries allocated */
+    md_method *method; /* built; registries allocated, with moments for the shard */
     md_backend *backend;
-    md_comm *dp;
+    const md_topo *topo;
+    const md_shard *shard;
     md_batch_source source;
     int64_t steps_per_epoch;
-    int accumulation; /* micro-batches of method->images a step and rank */
+    int accumulation; /* micro-batches of method->images a step and dp rank */
 } md_stepper_args;
 
 typedef struct md_stepper md_stepper;
@@ -48,18 +52,27 @@ typedef struct md_stepper md_stepper;
 md_status md_stepper_create(const md_stepper_args *args, md_stepper **out);
 void md_stepper_free(md_stepper *t);
 
-/* Bytes of one stepper's buffers (activations, scratch, batch), from shapes alone. */
+/* Bytes of one stepper's buffers (activations, scratch, batch), from shapes alone; and what this
+ * rank computes in one pass. method's graphs run over a group of the plan carrier, or alone. */
 typedef struct md_stepper_bytes {
     size_t activations, scratch, batch;
     double student_forward, student_backward, teacher_forward; /* FLOP of one micro-batch */
 } md_stepper_bytes;
 md_status md_stepper_plan(const md_method *method, md_backend *backend, md_stepper_bytes *out);
 
-/* Collective(dp). Runs step s->step on its images and advances s. stop_wanted travels to all ranks
- * in the step's one small reduction. A local failure (loader, backend) is agreed upon after the
- * gradient reduction, so that every rank returns the same status and none waits. MD_ERR_DATA
+/* Collective(world). Runs step s->step on its images and advances s. stop_wanted travels to all
+ * ranks in the step's one small reduction. A failure of the loader on one rank is agreed upon after
+ * the gradient reduction, so that every rank returns the same status and none waits; one of an op
+ * ends the job where ranks share a model, because the others wait in the middle of it. MD_ERR_DATA
  * beyond data.max_bad, counted over all ranks; MD_ERR_NUMERICS after optim.max_skipped skipped
- * updates in a row. On error the parameters are those of the last finished step. */
+ * updates in a row. On error the parameters are those of the last finished step.
+ *
+ * Under ZeRO the parameters are still being gathered when this returns: md_step_settle first. */
 md_status md_step_run(md_stepper *t, md_train_state *s, bool stop_wanted, md_step_result *out);
+/* Collective(world). Waits until every rank has all parameters; returns the seconds waited. */
+double md_step_settle(md_stepper *t);
+
+/* The reducer, for traces. */
+const md_grad_reduce *md_step_reducer(const md_stepper *t);
 
 #endif

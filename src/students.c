@@ -42,7 +42,7 @@ static md_status add_keep_inputs(md_method *m, md_graph *g)
     MD_NEW(m->s_keep, 2 * s->layers, "drop path inputs");
     for (int k = 0; k < 2 * s->layers; k++)
         m->s_keep[k] = md_vit_drop_rate(s, k / 2) > 0
-                           ? md_graph_input(g, "keep", MD_F32, 1, (int64_t[]){m->images})
+                           ? md_method_input(m, g, "keep", MD_F32, 1, (int64_t[]){m->row_images})
                            : MD_NO_SLOT;
     return MD_OK;
 }
@@ -64,8 +64,8 @@ static md_slot replace_build(md_method *m, md_graph *g)
     if (s->rel_pos != MD_REL_NONE)
         m->s_rel_index = md_graph_input(g, "rel_index", MD_I32, 2, (int64_t[]){tokens, tokens});
     if (s->mask_token)
-        m->s_mask = md_graph_input(g, "mask", MD_U8, 2, (int64_t[]){m->images, tokens - 1});
-    md_vit_in in = {.images = m->images,
+        m->s_mask = md_method_input(m, g, "mask", MD_U8, 2, (int64_t[]){m->row_images, tokens - 1});
+    md_vit_in in = {.images = m->row_images,
                     .image = m->s_image,
                     .mask = m->s_mask,
                     .index = m->s_rel_index,
@@ -73,6 +73,7 @@ static md_slot replace_build(md_method *m, md_graph *g)
                     .mean = mean,
                     .std = std,
                     .rows = m->s_rows,
+                    .all_rows = m->s_all_rows,
                     .chosen_last = md_method_chosen_last(m),
                     .last = 1};
     md_slot x = MD_NO_SLOT, y, unused;

@@ -65,13 +65,14 @@ static md_slot vit_build(md_method *m, md_graph *g, md_slot image, md_slot rows)
         g->status = MD_ERR_MEMORY;
         return MD_NO_SLOT;
     }
-    md_vit_in in = {.images = m->images,
+    md_vit_in in = {.images = m->own_images,
                     .image = image,
                     .mask = MD_NO_SLOT,
                     .index = MD_NO_SLOT,
                     .mean = m->info.mean,
                     .std = m->info.std,
                     .rows = rows,
+                    .all_rows = rows,
                     .chosen_last = md_method_chosen_last(m),
                     .last = k};
     md_vit_build(&m->teacher_vit, g, &in, out);

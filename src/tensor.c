@@ -24,7 +24,8 @@ const char *md_dtype_name(md_dtype t)
 
 const char *md_place_name(md_place p)
 {
-    static const char *const names[] = {"replicated", "cut by rows", "cut by columns", "partial"};
+    static const char *const names[] = {"replicated", "entered", "cut by rows", "cut by columns",
+                                        "partial"};
     return names[p];
 }
 

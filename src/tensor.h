@@ -18,9 +18,12 @@ typedef enum md_dtype {
 
 typedef enum md_mem { MD_HOST, MD_DEVICE, MD_PINNED } md_mem;
 
-/* Distribution over the tp group: the same on every rank, cut along rows or columns, or a partial
- * sum that still has to be reduced. The graph builder refuses a node whose inputs do not fit. */
-typedef enum md_place { MD_REPL, MD_CUT_ROWS, MD_CUT_COLS, MD_PARTIAL } md_place;
+/* Distribution over the tp group. REPL: the same on every rank, and so is its gradient. ENTERED:
+ * the same on every rank, but each rank's gradient of it is a part of a sum (what a column-cut
+ * layer reads). CUT_ROWS: each rank has the rows of its images. CUT_COLS: each rank has its
+ * channels or heads. PARTIAL: the true value is the sum over the ranks. The graph builder refuses a
+ * node whose inputs do not fit, so that a reduction cannot be forgotten. */
+typedef enum md_place { MD_REPL, MD_ENTERED, MD_CUT_ROWS, MD_CUT_COLS, MD_PARTIAL } md_place;
 
 #define MD_MAX_RANK 4
 

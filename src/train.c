@@ -5,8 +5,10 @@
 #include "io/run_dir.h"
 #include "mpi/agree.h"
 #include "mpi/comm_mpi.h"
+#include "mpi/topo_table.h"
 #include "src/bad_images.h"
 #include "src/cli.h"
+#include "src/drift.h"
 #include "src/progress.h"
 #include "src/setup.h"
 #include "src/snapshot.h"
@@ -18,15 +20,13 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#define XXH_INLINE_ALL /* no library to link, compiled for this machine */
-#include <xxhash.h>
-
 typedef struct run {
     md_config config;
     char dir[MD_CONFIG_STR];
     md_comm *world;
+    md_topo topo;
     md_batch_layout layout;
-    md_method method;
+    md_model model;
     char teacher_hash[17];
     md_backend *be;
     md_dataset *data;
@@ -91,18 +91,15 @@ static md_status load_config(run *r, int argc, char **argv)
     return md_batch_layout_make(&r->config, md_comm_size(r->world), &r->layout);
 }
 
-static md_status resolve_method(run *r)
+static md_status make_model(run *r)
 {
     md_teacher_info info;
     const md_config *c = &r->config;
     MD_TRY(md_teacher_info_get(c, false, &info, r->teacher_hash));
-    MD_TRY(md_method_resolve(&r->method, c, md_method_needs_weights(c) ? &info : NULL));
     MD_TRY(md_backend_create(c->backend, (int)c->threads, &r->be));
-    MD_TRY(md_method_build(&r->method, r->layout.micro, r->layout.batch));
-    MD_TRY(md_params_allocate(&r->method.params, true, true));
-    MD_TRY(md_params_allocate(&r->method.teacher_params, false, false));
-    md_params_initialise(&r->method.params, (uint64_t)c->run_seed);
-    return MD_OK;
+    MD_TRY(md_model_make(c, md_method_needs_weights(c) ? &info : NULL, &r->topo, &r->layout,
+                         &r->model));
+    return md_model_allocate(c, &r->model);
 }
 
 static md_status open_data(run *r)
@@ -158,7 +155,8 @@ static md_snapshot snapshot_of(run *r)
     return (md_snapshot){.comm = r->world,
                          .dir = r->dir,
                          .config = &r->config,
-                         .params = &r->method.params,
+                         .params = &r->model.method.params,
+                         .shard = &r->model.shard,
                          .state = &r->state,
                          .data_hash = md_dataset_hash(r->data),
                          .teacher_hash = r->teacher_hash};
@@ -184,17 +182,20 @@ static md_status make_stepper(run *r)
     const md_config *c = &r->config;
     md_loader_args loader = {.source =
                                  md_dataset_source(r->data, strcmp(c->data_reader, "hdf5") == 0),
-                             .dp_rank = md_comm_rank(r->world),
-                             .dp_size = r->layout.ranks,
+                             .dp_rank = r->topo.dp_rank,
+                             .dp_size = r->topo.dp_size,
+                             .tp_rank = r->topo.tp_rank,
+                             .tp_size = r->topo.tp_size,
                              .micro_batch = r->layout.micro,
                              .start_step = r->state.step};
-    md_loader_configure(&loader, c, r->method.teacher_image);
+    md_loader_configure(&loader, c, r->model.method.teacher_image);
     MD_TRY(md_loader_create(&r->loader, &loader));
     MD_TRY(md_bad_images_create(r->world, r->data, r->loader, &r->bad));
     return md_stepper_create(&(md_stepper_args){.config = c,
-                                                .method = &r->method,
+                                                .method = &r->model.method,
                                                 .backend = r->be,
-                                                .dp = r->world,
+                                                .topo = &r->topo,
+                                                .shard = &r->model.shard,
                                                 .source = {r, take_batch, release_batch},
                                                 .steps_per_epoch = r->steps_per_epoch,
                                                 .accumulation = r->layout.accumulation},
@@ -256,12 +257,14 @@ static md_status open_logs(run *r)
 
 static void announce(const run *r)
 {
-    const md_method *m = &r->method;
-    md_log_info("md_hpc %s: %d rank%s, %lld images (%lld a rank and pass, %d pass%s a step), %lld "
-                "steps of %lld an epoch",
-                MD_VERSION, r->layout.ranks, r->layout.ranks > 1 ? "s" : "",
-                (long long)r->layout.batch, (long long)r->layout.micro, r->layout.accumulation,
-                r->layout.accumulation > 1 ? "es" : "", (long long)r->total_steps,
+    const md_method *m = &r->model.method;
+    const md_batch_layout *l = &r->layout;
+    md_log_info("md_hpc %s: %d rank%s (data %d x tensor %d%s%s), %lld images (%lld a pass, %d "
+                "pass%s a step), %lld steps of %lld an epoch",
+                MD_VERSION, l->ranks, l->ranks > 1 ? "s" : "", l->dp, l->tp,
+                m->split.sequence ? ", sequence" : "", r->model.shard.zero ? ", ZeRO-1" : "",
+                (long long)l->batch, (long long)l->micro, l->accumulation,
+                l->accumulation > 1 ? "es" : "", (long long)r->total_steps,
                 (long long)r->steps_per_epoch);
     md_log_info("student %lld parameters; teacher %s, %lld parameters; %d of %d patches predicted, "
                 "%d values each",
@@ -277,18 +280,22 @@ static md_status set_up(run *r, int argc, char **argv)
 {
     md_comm *w = r->world;
     MD_TRY(md_agree(w, load_config(r, argc, argv)));
-    MD_TRY(md_agree(w, resolve_method(r)));
+    MD_TRY(md_topo_create(w,
+                          &(md_topo_args){.tensor = (int)r->config.parallel_tensor,
+                                          .across_nodes = r->config.parallel_tensor_across_nodes},
+                          &r->topo));
+    MD_TRY(md_agree(w, make_model(r)));
     MD_TRY(md_agree(w, open_data(r)));
     MD_TRY(take_dir(r));
-    MD_TRY(md_teacher_load(r->world, &r->config, &r->method));
+    MD_TRY(md_teacher_load(r->world, &r->config, &r->model.method));
     md_snapshot s = snapshot_of(r);
     MD_TRY(md_snapshot_resume(&s, r->checkpoint, sizeof r->checkpoint));
-    r->saved_step = *r->checkpoint ? r->state.step : -1;
+    r->saved_step = strncmp(r->checkpoint, r->dir, strlen(r->dir)) == 0 ? r->state.step : -1;
     MD_TRY(md_agree(w, make_stepper(r)));
     MD_TRY(md_agree(w, open_logs(r)));
     write_run_json(r);
     announce(r);
-    return MD_OK;
+    return md_topo_table(&r->topo, "-");
 }
 
 /* ---- loop ---- */
@@ -306,6 +313,7 @@ static md_status save(run *r)
     if (r->saved_step == r->state.step)
         return MD_OK;
     double start = md_now();
+    md_step_settle(r->stepper);
     md_snapshot s = snapshot_of(r);
     md_status st = md_snapshot_write(&s, r->checkpoint, sizeof r->checkpoint);
     r->progress.checkpoint_seconds += md_now() - start;
@@ -319,19 +327,6 @@ static md_status save(run *r)
         md_runlog_event(r->log, r->state.step, "checkpoint_failed", "%s", md_error_text());
     }
     return st;
-}
-
-/* Collective(world). All replicas must hold the same bits. */
-static md_status check_replicas(run *r)
-{
-    const md_params *p = &r->method.params;
-    int64_t h = (int64_t)(XXH3_64bits(p->value, md_params_block_bytes(p)) >> 1);
-    int64_t range[2] = {h, -h};
-    md_comm_allreduce(r->world, range, 2, MD_I64, MD_MAX_OP);
-    if (range[0] != -range[1])
-        MD_FAIL(MD_ERR_DEVICE, "the replicas' parameters differ at step %lld (check.every)",
-                (long long)r->state.step);
-    return MD_OK;
 }
 
 /* Collective(world). Data that cannot be used ends the run before the step has touched parameters
@@ -366,8 +361,10 @@ static md_status one_step(run *r, bool *stop)
                         result.grad_norm);
     if (r->state.step % c->log_every == 0 || r->state.step == r->total_steps)
         md_progress_line(&r->progress, &metrics);
-    if (c->check_every && r->state.step % c->check_every == 0)
-        MD_TRY(check_replicas(r));
+    if (c->check_every && r->state.step % c->check_every == 0) {
+        md_step_settle(r->stepper);
+        MD_TRY(md_drift_check(&r->topo, &r->model, r->state.step));
+    }
     if (checkpoint_due(r))
         save(r);
     *stop = result.stop;
@@ -382,7 +379,7 @@ static md_status loop(run *r)
         md_log_info("the run is finished: it has %lld of %lld steps; to go on, raise train.epochs "
                     "or train.max_steps",
                     (long long)r->state.step, (long long)r->total_steps);
-        return MD_OK;
+        return save(r); /* of a run that began with the last step of another one */
     }
     md_progress_start(&r->progress, r->state.step, r->total_steps, r->steps_per_epoch,
                       r->layout.batch);
@@ -417,9 +414,10 @@ static void tear_down(run *r, md_status st)
     md_stepper_free(r->stepper);
     md_loader_destroy(r->loader);
     md_dataset_close(r->data);
-    md_method_free(&r->method);
+    md_model_free(&r->model);
     md_backend_destroy(r->be);
     md_run_lock_release(r->lock);
+    md_topo_free(&r->topo);
     md_config_free(&r->config);
 }
 

@@ -46,6 +46,22 @@ static int add(md_params *p, const row_spec *r, int rank, const int64_t *dim, co
         __VA_ARGS__                                        \
     }
 
+/* Where tensor parallelism cuts a block: the outputs of qkv and fc1, that is heads and hidden
+ * channels, and the inputs of proj and fc2. */
+static void cut_block(md_params *p, const md_vit_block *b)
+{
+    const struct {
+        int row, dim, parts;
+    } cuts[] = {{b->qkv_w, 0, 3}, {b->qkv_b, 0, 3}, {b->q_b, 0, 1},
+                {b->v_b, 0, 1},   {b->rel, 1, 1},   {b->proj_w, 1, 1},
+                {b->fc1_w, 0, 1}, {b->fc1_b, 0, 1}, {b->fc2_w, 1, 1}};
+    for (size_t i = 0; i < MD_COUNT(cuts); i++)
+        if (cuts[i].row >= 0) {
+            p->row[cuts[i].row].cut_dim = cuts[i].dim;
+            p->row[cuts[i].row].cut_parts = cuts[i].parts;
+        }
+}
+
 static void declare_block(md_vit *v, md_params *p, int k)
 {
     const md_vit_spec *s = &v->spec;
@@ -77,6 +93,7 @@ static void declare_block(md_vit *v, md_params *p, int k)
     b->fc2_w = add(p, &rescaled, DIMS(c, f), "blocks.%d.mlp.fc2.weight", k);
     b->fc2_b = add(p, &zero, DIMS(c), "blocks.%d.mlp.fc2.bias", k);
     b->gamma_2 = scaled ? add(p, &gamma, DIMS(c), "blocks.%d.gamma_2", k) : MD_NO_PARAM;
+    cut_block(p, b);
 }
 
 md_status md_vit_declare(md_vit *v, const md_vit_spec *spec, md_params *p)
@@ -102,6 +119,8 @@ md_status md_vit_declare(md_vit *v, const md_vit_spec *spec, md_params *p)
     v->rel = s->rel_pos == MD_REL_SHARED ? add(p, &table, DIMS(md_vit_rel_rows(s), s->heads),
                                                "rel_pos_bias.relative_position_bias_table")
                                          : MD_NO_PARAM;
+    if (v->rel >= 0)
+        p->row[v->rel].cut_dim = 1; /* heads */
     for (int k = 0; k < s->layers; k++)
         declare_block(v, p, k);
     v->norm_w = s->final_norm ? add(p, &last_one, DIMS(c), "norm.weight") : MD_NO_PARAM;
@@ -143,16 +162,17 @@ static void build_block(const md_vit *v, md_graph *g, const md_vit_in *in, int k
     const md_vit_block *b = &v->block[k];
     const md_slot *keep = in->keep ? &in->keep[2 * k] : NULL;
     bool last = k + 1 == s->layers;
-    md_slot qkv = s->qv_bias ? md_n_linear_slot(g, r->y, b->qkv_w, md_n_qv_bias(g, b->q_b, b->v_b))
-                             : md_n_linear(g, r->y, b->qkv_w, b->qkv_b, MD_ACT_NONE);
+    md_slot y = md_n_enter(g, r->y, b->qkv_w);
+    md_slot qkv = s->qv_bias ? md_n_linear_slot(g, y, b->qkv_w, md_n_qv_bias(g, b->q_b, b->v_b))
+                             : md_n_linear(g, y, b->qkv_w, b->qkv_b, MD_ACT_NONE);
     if (s->rel_pos == MD_REL_PER_LAYER)
         rel = md_n_rel_bias(g, in->index, b->rel);
     md_slot attn = md_n_attention(g, qkv, rel, s->heads);
     if (last && in->chosen_last) {
-        attn = md_n_gather_rows(g, attn, in->rows);
+        attn = md_n_gather_rows(g, attn, in->all_rows);
         r->x = md_n_gather_rows(g, r->x, in->rows);
     }
-    attn = md_n_linear(g, attn, b->proj_w, b->proj_b, MD_ACT_NONE);
+    attn = md_n_exit(g, md_n_linear(g, attn, b->proj_w, b->proj_b, MD_ACT_NONE), r->x);
     md_n_residual_ln(g,
                      &(md_residual_in){.x = r->x,
                                        .branch = attn,
@@ -162,8 +182,8 @@ static void build_block(const md_vit *v, md_graph *g, const md_vit_in *in, int k
                                        .bias = b->norm2_b,
                                        .eps = s->ln_eps},
                      &r->x, &r->y);
-    md_slot hidden = md_n_linear(g, r->y, b->fc1_w, b->fc1_b, s->act);
-    hidden = md_n_linear(g, hidden, b->fc2_w, b->fc2_b, MD_ACT_NONE);
+    md_slot hidden = md_n_linear(g, md_n_enter(g, r->y, b->fc1_w), b->fc1_w, b->fc1_b, s->act);
+    hidden = md_n_exit(g, md_n_linear(g, hidden, b->fc2_w, b->fc2_b, MD_ACT_NONE), r->x);
     md_n_residual_ln(g,
                      &(md_residual_in){.x = r->x,
                                        .branch = hidden,

@@ -71,13 +71,14 @@ void md_vit_rel_index(int g, int32_t *index);
 float md_vit_drop_rate(const md_vit_spec *s, int k);
 
 typedef struct md_vit_in {
-    int64_t images;      /* B */
+    int64_t images;      /* B; of this rank where the stream is cut by rows */
     md_slot image;       /* u8 [B, S, S, 3] */
     md_slot mask;        /* u8 [B, G], MD_NO_SLOT: none */
     md_slot index;       /* i32 [T, T] when rel_pos */
     const md_slot *keep; /* [2L] slots f32 [B] when drop_path > 0, else NULL */
     const float *mean, *std;
     md_slot rows;     /* i32 [B, M]: the rows, of all B*T tokens, that are wanted */
+    md_slot all_rows; /* the same for the images of all tensor-parallel ranks; else equal to rows */
     bool chosen_last; /* run what follows the last block's attention at those rows only */
     int last;         /* how many of the last block outputs to give */
 } md_vit_in;

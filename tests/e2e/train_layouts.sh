@@ -36,6 +36,38 @@ same two hdf5
 done_well 1 checked backend=check
 same one checked
 
+# Ranks that share a model: near; the same grid again: bit for bit.
+grids=("tensor=2" "tensor=2 sequence=true" "tensor=2 zero=1 micro=4" "zero=1")
+grid_keys() { # "tensor=2 zero=1"
+    local k
+    for k in $1; do
+        case $k in micro=*) echo "train.micro_batch=${k#*=}" ;; *) echo "parallel.$k" ;; esac
+    done
+}
+for grid in "${grids[@]}"; do
+    mapfile -t keys < <(grid_keys "$grid")
+    done_well 4 grid "${keys[@]}" check.every=3
+    near one grid
+    done_well 4 grid_again "${keys[@]}"
+    same grid grid_again
+    rm -rf "$scratch/grid" "$scratch/grid_again"
+done
+
+# A sum or gather that is left out on all ranks is seen.
+for mutant in tp_enter.bwd tp_exit.fwd all_rows.fwd sp_gather.fwd sp_gather.bwd sp_scatter.fwd \
+    sp_scatter.bwd; do
+    sequence=false
+    case $mutant in sp_*) sequence=true ;; esac
+    MD_FAULT=$mutant tiny 2 mutant parallel.tensor=2 parallel.sequence=$sequence
+    if (near one mutant >/dev/null 2>&1); then fail "nobody misses $mutant"; fi
+    rm -rf "$scratch/mutant"
+done
+
+# Replicas that differ are named.
+MD_FAULT=check.drift@rank2 tiny 4 drift parallel.tensor=2 check.every=4
+[ "$rc" = 69 ] || fail "exit code $rc of a run whose replicas differ"
+says "at step 4 the parameters of rank 2 (" "tensor rank 0) differ"
+
 # A trained teacher that sees the picture at another size than the student (16 instead of 8).
 "$MD_HPC" weights import --out "$scratch/clip.h5" tests/golden/clip_hf >"$log"
 sed 's/"pixel"/"vit"/; s/size = 16/size = 8/; s/patch = 4/patch = 2/' "$scratch/tiny.cfg" \
@@ -45,6 +77,10 @@ teacher=(method.teacher.weights="$scratch/clip.h5" method.target.norm=layernorm)
 done_well 1 vit_one "${teacher[@]}"
 done_well 4 vit_four train.micro_batch=2 "${teacher[@]}"
 near vit_one vit_four
+done_well 4 vit_tensor parallel.tensor=2 "${teacher[@]}"
+near vit_one vit_tensor
+done_well 2 vit_sequence parallel.tensor=2 parallel.sequence=true "${teacher[@]}"
+near vit_one vit_sequence
 config=tiny.cfg
 
 # The comparison can fail.

@@ -49,7 +49,7 @@ static void expect_count(int64_t want, const char *const *overrides)
     while (overrides[n])
         n++;
     config_with(&c, n, overrides);
-    if (md_method_resolve(&m, &c, &t) != MD_OK)
+    if (md_method_resolve(&m, &c, &t, NULL) != MD_OK)
         fail_msg("%s", md_error_text());
     assert_int_equal(md_params_total(&m.params), want);
     md_method_free(&m);
@@ -73,7 +73,7 @@ static void test_decay_groups(void **state)
     md_config c;
     md_method m;
     CONFIG(&c, "method.teacher.kind=pixel", "model.abs_pos=true", "model.layers=2");
-    assert_int_equal(md_method_resolve(&m, &c, NULL), MD_OK);
+    assert_int_equal(md_method_resolve(&m, &c, NULL, NULL), MD_OK);
     static const struct {
         const char *name;
         bool decay;
@@ -93,7 +93,7 @@ static void test_decay_groups(void **state)
         int k = md_params_find(&m.params, rows[i].name);
         assert_true(k >= 0);
         assert_int_equal(m.params.row[k].decay, rows[i].decay);
-        assert_int_equal(m.params.row[k].offset < m.params.decay_end, rows[i].decay);
+        assert_int_equal(m.params.row[k].offset < m.params.end[MD_GROUP_DECAY], rows[i].decay);
     }
     md_method_free(&m);
     md_config_free(&c);
@@ -159,8 +159,8 @@ static void test_initialisation(void **state)
     md_config c;
     md_method m;
     CONFIG(&c, "method.teacher.kind=pixel", "model.layers=2", "model.width=384", "model.heads=6");
-    assert_int_equal(md_method_resolve(&m, &c, NULL), MD_OK);
-    assert_int_equal(md_params_allocate(&m.params, false, false), MD_OK);
+    assert_int_equal(md_method_resolve(&m, &c, NULL, NULL), MD_OK);
+    assert_int_equal(md_params_allocate(&m.params, false), MD_OK);
     md_params_initialise(&m.params, 7);
     static const struct {
         const char *name;
@@ -205,10 +205,11 @@ static void tiny_make(tiny *t, const char *backend, const char *rel_pos, const c
     CONFIG(&t->c, "method.teacher.kind=pixel", "model.layers=3", "model.width=24", "model.heads=3",
            "image.size=8", "model.patch=2", "method.mask.count=6", "train.batch=3",
            "model.drop_path=0.3", "model.abs_pos=true", "method.mask.min_block=4", rel, last);
-    assert_int_equal(md_method_resolve(&t->m, &t->c, NULL), MD_OK);
+    assert_int_equal(md_method_resolve(&t->m, &t->c, NULL, NULL), MD_OK);
     if (md_method_build(&t->m, 3, 3) != MD_OK)
         fail_msg("%s", md_error_text());
-    assert_int_equal(md_params_allocate(&t->m.params, true, true), MD_OK);
+    assert_int_equal(md_params_allocate(&t->m.params, true), MD_OK);
+    assert_int_equal(md_params_allocate_moments(&t->m.params, t->m.params.elements, false), MD_OK);
     assert_int_equal(md_backend_create(backend, 1, &t->be), MD_OK);
     t->be->scratch_size = 64 << 20;
     t->be->scratch = md_alloc(t->be->scratch_size, "test");
@@ -380,14 +381,16 @@ static void test_update(void **state)
     tiny *t = test_calloc(1, sizeof *t);
     tiny_make(t, "cpu", "shared", "chosen");
     double first = tiny_forward(t);
+    md_piece piece[MD_GROUPS];
+    int n = md_params_pieces(&t->m.params, piece);
+    assert_int_equal(n, 2);
     for (int64_t update = 1; update <= 30; update++) {
         md_grad_stats s;
         assert_int_equal(md_graph_backward(&t->m.student_graph, t->be, false, NULL, NULL), MD_OK);
-        assert_int_equal(md_optim_grad_stats(t->be, &t->m.params, &s), MD_OK);
-        assert_true(isfinite(s.norm) && s.nonfinite == 0);
-        assert_int_equal(
-            md_optim_update(t->be, &t->m.params, &t->c, 3e-3, md_optim_clip(s.norm, 3.0), update),
-            MD_OK);
+        assert_int_equal(md_optim_grad_stats(t->be, &t->m.params, piece, n, &s), MD_OK);
+        assert_true(isfinite(s.squares) && s.nonfinite == 0);
+        md_optim_args a = {&t->c, 3e-3, md_optim_clip(sqrt(s.squares), 3.0), update};
+        assert_int_equal(md_optim_update(t->be, &t->m.params, piece, n, &a), MD_OK);
         tiny_forward(t);
     }
     assert_true(t->loss < 0.8 * first);
@@ -442,7 +445,7 @@ static void expect_refused(const char *words, int n, const char *const *override
     md_config c;
     md_method m;
     config_with(&c, n, overrides);
-    assert_int_equal(md_method_resolve(&m, &c, info), MD_ERR_CONFIG);
+    assert_int_equal(md_method_resolve(&m, &c, info, NULL), MD_ERR_CONFIG);
     if (!strstr(md_error_text(), words))
         fail_msg("\"%s\" does not say \"%s\"", md_error_text(), words);
     md_method_free(&m);
