@@ -22,13 +22,13 @@ word() {
 }
 
 # store FILE COUNT: an image store of 16 x 16 pictures, by way of IDX. Their pixels are the bytes of
-# source files, a noise that is there on every machine.
+# source files, a noise that is there on every machine, again and again until there are enough.
 store() {
     local idx=$scratch/idx i
     rm -rf "$idx" && mkdir "$idx"
     {
         word 0x803 && word "$2" && word 16 && word 16
-        cat io/*.c src/*.c | head -c $((256 * $2))
+        while cat io/*.c src/*.c; do :; done 2>/dev/null | head -c $((256 * $2))
     } >"$idx/train-images-idx3-ubyte"
     {
         word 0x801 && word "$2"
