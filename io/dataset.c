@@ -100,7 +100,8 @@ static md_status survey_all(md_dataset *d, md_comm *c)
 static md_status open_bytes(md_dataset *d)
 {
     struct stat s;
-    d->fd = open(d->path, O_RDONLY | O_CLOEXEC);
+    errno = EIO;
+    d->fd = md_fault("dataset.open") ? -1 : open(d->path, O_RDONLY | O_CLOEXEC);
     if (d->fd < 0 || fstat(d->fd, &s) != 0)
         MD_FAIL(MD_ERR_NOINPUT, "%s: cannot open: %s", d->path, strerror(errno));
     if (s.st_size - d->at.data_at < d->at.bytes)
@@ -140,7 +141,9 @@ static void index_layout(md_dataset *d, void *block)
 
 static md_status read_column(const md_dataset *d, int64_t at, size_t bytes, void *out)
 {
-    int err = read_on(d, read_once(d->fd, out, bytes, at), out, bytes, at);
+    int err = md_fault("dataset.index")
+                  ? EIO
+                  : read_on(d, read_once(d->fd, out, bytes, at), out, bytes, at);
     if (err != 0)
         MD_FAIL(MD_ERR_IO, "%s: cannot read the index of split '%s': %s", d->path, d->split,
                 strerror(err));

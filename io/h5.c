@@ -124,7 +124,8 @@ md_status md_h5_create(const char *path, const md_h5_layout *layout, hid_t *file
 
 static md_status check_openable(const char *path)
 {
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    errno = EIO;
+    int fd = md_fault("h5.open") ? -1 : open(path, O_RDONLY | O_CLOEXEC);
     if (fd < 0)
         MD_FAIL(MD_ERR_NOINPUT, "%s: cannot open: %s", path, strerror(errno));
     static const unsigned char magic[8] = {0x89, 'H', 'D', 'F', '\r', '\n', 0x1a, '\n'};

@@ -102,6 +102,11 @@ _Noreturn void md_abort(int code)
     _exit(code);
 }
 
+_Noreturn void md_exit_now(md_status code)
+{
+    _exit(code);
+}
+
 _Noreturn void md_assert_fail(const char *file, int line, const char *cond, const char *fmt, ...)
 {
     fprintf(stderr, "md_hpc: rank %d: internal error at %s:%d: %s", base_rank, file, line, cond);
@@ -168,6 +173,7 @@ size_t md_alloc_peak(void)
 typedef struct fault {
     char site[48];
     int rank, action; /* rank -1 = every rank; action: 0 fail, else a signal number */
+    long slow;        /* milliseconds to sleep instead; 0 = none */
     long pass;        /* 0 = every pass */
     atomic_long seen;
 } fault;
@@ -192,6 +198,8 @@ static void fault_parse_one(const char *text)
         f->action = SIGKILL;
     else if (strstr(text, ":stop"))
         f->action = SIGSTOP;
+    else if ((p = strstr(text, ":slow=")))
+        f->slow = strtol(p + 6, NULL, 10);
     fault_count++;
 }
 
@@ -208,6 +216,13 @@ static void fault_parse(void)
         fault_parse_one(t);
 }
 
+static void sleep_ms(long ms)
+{
+    struct timespec left = {ms / 1000, ms % 1000 * 1000000};
+    while (nanosleep(&left, &left) != 0 && errno == EINTR)
+        ;
+}
+
 bool md_fault(const char *site)
 {
     bool fails = false;
@@ -221,6 +236,8 @@ bool md_fault(const char *site)
             continue;
         if (f->action)
             raise(f->action);
+        else if (f->slow)
+            sleep_ms(f->slow);
         else
             fails = true;
     }

@@ -74,6 +74,9 @@ int md_base_rank(void);
 int md_base_size(void);
 void md_base_set_abort_hook(void (*hook)(int code));
 _Noreturn void md_abort(int code);
+/* Ends this process at once, without a word to MPI: for a thread that may not call it. The launcher
+ * then ends the other ranks. */
+_Noreturn void md_exit_now(md_status code);
 
 /* Host memory, counted. md_alloc returns 64-byte aligned (2 MiB and huge-page advised from 4 MiB
  * on) zeroed bytes, or NULL with the error sentence set (status MD_ERR_MEMORY is the caller's to
@@ -91,9 +94,10 @@ size_t md_alloc_peak(void);
             return MD_ERR_MEMORY;                                \
     } while (0)
 
-/* Fault sites. MD_FAULT="site@rankR#N" (comma separated list; @rankR and #N optional; ":kill" or
- * ":stop" raises SIGKILL or SIGSTOP instead of failing) makes the N-th pass of that site on that
- * rank fail. md_fault returns true when this pass must fail; a site costs one branch when unset. */
+/* Fault sites. MD_FAULT="site@rankR#N" (comma separated list; @rankR and #N optional) makes the
+ * N-th pass of that site on that rank fail. With ":kill" or ":stop" it raises SIGKILL or SIGSTOP
+ * instead, with ":slow=MS" it sleeps so many milliseconds. md_fault returns true when this pass
+ * must fail; a site costs one branch when unset. Every site is listed in docs/FAILURES.md. */
 bool md_fault(const char *site);
 
 /* Monotonic seconds since an arbitrary start. */

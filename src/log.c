@@ -235,7 +235,9 @@ static md_status lines_open(json_lines *f, const char *dir, const char *name, in
     if (st != MD_OK || !dropped)
         unlink(fresh);
     MD_TRY(st);
-    f->fd = open(f->path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
+    errno = EIO;
+    f->fd =
+        md_fault("log.open") ? -1 : open(f->path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
     if (f->fd < 0)
         MD_FAIL(MD_ERR_CREATE, "cannot open %s: %s", f->path, strerror(errno));
     return MD_OK;
@@ -319,6 +321,10 @@ static void replace_json(md_runlog *log, const char *name, json_t *object)
     good = good && fputc('\n', f) != EOF && fflush(f) == 0 && fsync(fileno(f)) == 0;
     if (f)
         good = (fclose(f) == 0) && good;
+    if (md_fault("log.replace")) {
+        good = false;
+        errno = ENOSPC;
+    }
     good = good && rename(fresh, path) == 0;
     if (!good) {
         warn_once(&log->warned, path, strerror(errno));
@@ -339,6 +345,13 @@ void md_runlog_status(md_runlog *log, const char *state, int64_t step, int exit_
     json_object_set_new(j, "message", text_json(message_text));
     json_object_set_new(j, "time", time_now());
     replace_json(log, "status.json", j);
+}
+
+void md_runlog_failed(const char *dir, int64_t step, int exit_code, const char *message_text)
+{
+    md_runlog log = {.warned = true}; /* the message is on its way to people by itself */
+    snprintf(log.dir, sizeof log.dir, "%s", dir);
+    md_runlog_status(&log, "failed", step, exit_code, message_text);
 }
 
 /* The variables that change how a run behaves. Never the whole environment: it holds secrets. */

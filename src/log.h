@@ -74,6 +74,9 @@ void md_runlog_event(md_runlog *log, int64_t step, const char *event, const char
 /* state: "running", "requeue" (checkpointed, to be run again), "finished" or "failed". */
 void md_runlog_status(md_runlog *log, const char *state, int64_t step, int exit_code,
                       const char *message);
+/* The status.json of a run that failed, written by a rank that need not have opened the directory.
+ * Local; may be called from any thread. */
+void md_runlog_failed(const char *dir, int64_t step, int exit_code, const char *message);
 /* Writes run.json: the build, the caller's facts (library versions, devices, hashes), host names
  * and the environment variables of launchers and libraries. */
 void md_runlog_run(md_runlog *log, const md_fact *facts, int n_facts, const char *const *hosts,
