@@ -167,7 +167,7 @@ $(LIB): $(filter-out $(BUILD)/src/main.o,$(OBJ))
 
 $(PROG): $(BUILD)/src/main.o $(LIB) $(SANOBJ)
 	$(say) LINK $@
-	$(Q)$(CC) $(CFLAGS_ALL) $^ -o $@ $(LIBS_ALL)
+	$(Q)$(CC) $(CFLAGS_ALL) -rdynamic $^ -o $@ $(LIBS_ALL) # the watchdog's stacks have names
 
 $(BUILD)/tests/%: tests/%.c $(LIB) $(SANOBJ)
 	$(say) TEST $<

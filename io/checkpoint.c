@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include "mpi/agree.h"
+#include "src/watchdog.h"
 
 static md_status ckpt_new(md_comm *c, md_checkpoint **out)
 {
@@ -36,6 +37,7 @@ static md_status phase_create(md_ckpt_writer *w)
     const md_checkpoint_args *a = w->args;
     md_checkpoint *ck = w->ck;
     bool first = md_comm_rank(a->comm) == 0;
+    md_phase("ckpt.create");
     MD_TRY(md_agree(a->comm, first ? md_ckpt_create(a, w->part, ck) : MD_OK));
     md_comm_bcast(a->comm, ck->entry, (int64_t)sizeof *ck->entry * ck->entries, 0);
     return md_agree(a->comm, md_ckpt_fd(w->part, true, &w->fd));
@@ -99,6 +101,7 @@ static md_status phase_sync_and_compare(md_ckpt_writer *w)
     pthread_t thread;
     bool apart = pthread_create(&thread, NULL, sync_main, w) == 0;
     md_status st = md_ckpt_compare(w);
+    md_phase("ckpt.sync");
     if (apart)
         pthread_join(thread, NULL);
     else

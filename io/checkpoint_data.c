@@ -13,6 +13,7 @@
 #include <xxhash.h>
 
 #include "mpi/agree.h"
+#include "src/watchdog.h"
 
 md_status md_ckpt_fd(const char *path, bool write, int *fd)
 {
@@ -25,6 +26,7 @@ md_status md_ckpt_fd(const char *path, bool write, int *fd)
 
 md_status md_ckpt_pread(int fd, const char *path, void *buf, int64_t bytes, int64_t at)
 {
+    md_phase("ckpt.read");
     for (int64_t done = 0; done < bytes;) {
         ssize_t n = pread(fd, (char *)buf + done, (size_t)(bytes - done), at + done);
         if (n == 0)
@@ -38,6 +40,7 @@ md_status md_ckpt_pread(int fd, const char *path, void *buf, int64_t bytes, int6
 
 md_status md_ckpt_pwrite(int fd, const char *path, const void *buf, int64_t bytes, int64_t at)
 {
+    md_phase("ckpt.write");
     for (int64_t done = 0; done < bytes;) {
         ssize_t n = pwrite(fd, (const char *)buf + done, (size_t)(bytes - done), at + done);
         if (n < 0 && errno != EINTR)
@@ -49,6 +52,7 @@ md_status md_ckpt_pwrite(int fd, const char *path, const void *buf, int64_t byte
 
 md_status md_ckpt_sync(int fd, const char *path)
 {
+    md_phase("ckpt.sync");
     if (fsync(fd) != 0)
         MD_FAIL(MD_ERR_IO, "%s: cannot sync: %s", path, strerror(errno));
     return MD_OK;

@@ -12,6 +12,8 @@
 #include <string.h>
 #include <sys/resource.h>
 
+#include "src/watchdog.h"
+
 #define MAX_WORKERS   256
 #define NOTES_A_BATCH 16
 #define NOTES         256
@@ -384,6 +386,7 @@ md_status md_loader_take(md_loader *l, int64_t step, int64_t micro, const md_bat
                          double *wait)
 {
     double start = md_now();
+    const char *was = md_phase("data.wait");
     int64_t q = (step - l->a.start_step) * l->micros + micro;
     slot *s = &l->slot[q % l->n_slots];
     pthread_mutex_lock(&l->lock);
@@ -394,6 +397,7 @@ md_status md_loader_take(md_loader *l, int64_t step, int64_t micro, const md_bat
     if (l->a.sync)
         pthread_cond_broadcast(&l->work);
     while (!(s->state == SLOT_BEGUN && l->next_batch > q && s->done == own_images(&l->a))) {
+        md_phase("data.wait"); /* an image more, when this thread makes them */
         if (l->a.source.main_thread)
             run_item(&l->bench[0]);
         else
@@ -401,6 +405,7 @@ md_status md_loader_take(md_loader *l, int64_t step, int64_t micro, const md_bat
     }
     s->state = SLOT_TAKEN;
     pthread_mutex_unlock(&l->lock);
+    md_phase(was);
     if (wait)
         *wait += md_now() - start;
     keep_notes(l, s);

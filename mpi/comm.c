@@ -1,5 +1,6 @@
 /* comm: see comm.h. Checks and counts here, transport in the carrier's row of functions. */
 #include "mpi/comm_ops.h"
+#include "src/watchdog.h"
 
 #include <stdatomic.h>
 #include <stdio.h>
@@ -25,6 +26,14 @@ static bool comm_enter(md_comm *c, const char *site, int64_t bytes, double sent)
     c->count.sent += sent;
     return bytes > 0;
 }
+
+/* A call that waits for other ranks, marked as such for the watchdog. */
+#define WAITING(site, call)                \
+    do {                                   \
+        const char *was_ = md_phase(site); \
+        call;                              \
+        md_phase(was_);                    \
+    } while (0)
 
 /* What a rank sends of a buffer of so many bytes by the algorithms that send least: every rank
  * passes on all parts but one. An all-reduce does it twice; of a broadcast it is the mean. */
@@ -75,38 +84,42 @@ int md_comm_size(const md_comm *c)
 
 md_status md_comm_split(md_comm *c, int colour, int key, md_comm **out)
 {
-    return c->ops->split(c, colour, key, out);
+    md_status st;
+    WAITING("comm.split", st = c->ops->split(c, colour, key, out));
+    return st;
 }
 
 md_status md_comm_split_node(md_comm *c, md_comm **out)
 {
-    return c->ops->split_node(c, out);
+    md_status st;
+    WAITING("comm.split", st = c->ops->split_node(c, out));
+    return st;
 }
 
 void md_comm_barrier(md_comm *c)
 {
     comm_enter(c, "comm.barrier", 0, 0);
-    c->ops->barrier(c);
+    WAITING("comm.barrier", c->ops->barrier(c));
 }
 
 void md_comm_allreduce(md_comm *c, void *buf, int64_t n, md_dtype dtype, md_reduce op)
 {
     int64_t bytes = elements_bytes(n, dtype);
     if (comm_enter(c, "comm.allreduce", bytes, 2 * one_pass(c, bytes)))
-        c->ops->allreduce(c, buf, n, dtype, op);
+        WAITING("comm.allreduce", c->ops->allreduce(c, buf, n, dtype, op));
 }
 
 void md_comm_bcast(md_comm *c, void *buf, int64_t bytes, int root)
 {
     MD_ASSERT(root >= 0 && root < c->size, "root %d of %d ranks", root, c->size);
     if (comm_enter(c, "comm.bcast", bytes, one_pass(c, bytes)))
-        c->ops->bcast(c, buf, bytes, root);
+        WAITING("comm.bcast", c->ops->bcast(c, buf, bytes, root));
 }
 
 void md_comm_allgather(md_comm *c, const void *send, void *recv, int64_t bytes)
 {
     if (comm_enter(c, "comm.allgather", bytes, gathered(c, bytes)))
-        c->ops->allgather(c, send, recv, bytes);
+        WAITING("comm.allgather", c->ops->allgather(c, send, recv, bytes));
 }
 
 void md_comm_reduce_scatter(md_comm *c, const void *send, void *recv, int64_t n, md_dtype dtype)
@@ -114,13 +127,14 @@ void md_comm_reduce_scatter(md_comm *c, const void *send, void *recv, int64_t n,
     int64_t bytes = elements_bytes(n, dtype);
     check_parts(c, n, dtype);
     if (comm_enter(c, "comm.reduce_scatter", bytes, one_pass(c, bytes)))
-        c->ops->reduce_scatter(c, send, recv, n, dtype);
+        WAITING("comm.reduce_scatter", c->ops->reduce_scatter(c, send, recv, n, dtype));
 }
 
 int64_t md_comm_exscan(md_comm *c, int64_t value)
 {
     comm_enter(c, "comm.exscan", (int64_t)sizeof value, c->size > 1 ? sizeof value : 0);
-    return c->ops->exscan(c, value);
+    WAITING("comm.exscan", value = c->ops->exscan(c, value));
+    return value;
 }
 
 void md_comm_allreduce_begin(md_comm *c, void *buf, int64_t n, md_dtype dtype, md_reduce op,
@@ -129,14 +143,14 @@ void md_comm_allreduce_begin(md_comm *c, void *buf, int64_t n, md_dtype dtype, m
     int64_t bytes = elements_bytes(n, dtype);
     check_idle(req);
     if (comm_enter(c, "comm.allreduce_begin", bytes, 2 * one_pass(c, bytes)))
-        c->ops->allreduce_begin(c, buf, n, dtype, op, req);
+        WAITING("comm.allreduce_begin", c->ops->allreduce_begin(c, buf, n, dtype, op, req));
 }
 
 void md_comm_allgather_begin(md_comm *c, void *buf, int64_t bytes, md_comm_request *req)
 {
     check_idle(req);
     if (comm_enter(c, "comm.allgather_begin", bytes, gathered(c, bytes)))
-        c->ops->allgather_begin(c, buf, bytes, req);
+        WAITING("comm.allgather_begin", c->ops->allgather_begin(c, buf, bytes, req));
 }
 
 void md_comm_reduce_scatter_begin(md_comm *c, const void *send, void *recv, int64_t n,
@@ -146,7 +160,7 @@ void md_comm_reduce_scatter_begin(md_comm *c, const void *send, void *recv, int6
     check_idle(req);
     check_parts(c, n, dtype);
     if (comm_enter(c, "comm.reduce_scatter_begin", bytes, one_pass(c, bytes)))
-        c->ops->reduce_scatter_begin(c, send, recv, n, dtype, req);
+        WAITING("comm.reduce_scatter_begin", c->ops->reduce_scatter_begin(c, send, recv, n, dtype, req));
 }
 
 md_status md_comm_reserve(md_comm *c, int64_t bytes, int requests)
@@ -166,7 +180,7 @@ void md_comm_wait(md_comm *c, md_comm_request *req)
 {
     if (md_fault("comm.wait"))
         md_comm_die(c, "comm.wait", "injected fault");
-    c->ops->wait(c, req);
+    WAITING("comm.wait", c->ops->wait(c, req));
 }
 
 md_comm_count md_comm_counted(const md_comm *c)
@@ -181,5 +195,7 @@ int64_t md_comm_sequence(void)
 
 md_status md_comm_shared(md_comm *c, size_t bytes, void **out)
 {
-    return c->ops->shared(c, bytes, out);
+    md_status st;
+    WAITING("comm.shared", st = c->ops->shared(c, bytes, out));
+    return st;
 }

@@ -106,4 +106,5 @@ X(checkpoint_resume, "checkpoint.resume", STR, "auto", 0, 0, "", "Where a run di
 X(log_every, "log.every", INT, "10", 1, 1000000, "steps", "Steps between progress lines; metrics.jsonl has every step.")
 X(log_level, "log.level", CHOICE, "info", 0, 0, "debug,info,warn,error", "Least severe message shown.")
 X(check_every, "check.every", INT, "0", 0, 1000000000, "steps", "Steps between checks that all replicas hold the same parameters; 0 = off.")
+X(hang_seconds, "hang.seconds", INT, "300", 0, 1000000, "seconds", "A rank that does not move for longer (ten times longer outside of steps, or than it ever took) ends the run with exit code 76; 0 = never.")
 // clang-format on

@@ -2,6 +2,7 @@
  * backward pass; a block lives from the first to the last time anything touches it. */
 #include "src/graph.h"
 #include "src/arena.h"
+#include "src/watchdog.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -363,6 +364,7 @@ md_status md_graph_forward(md_graph *g, md_backend *be)
 {
     g->be = be;
     for (int i = 0; i < g->nodes; i++) {
+        md_phase("forward");
         md_status st = g->node[i].kind->fwd(g, &g->node[i]);
         if (st != MD_OK)
             return md_error_prefix(st, "forward of node %d (%s)", i, g->node[i].kind->name);
@@ -382,6 +384,7 @@ md_status md_graph_backward(md_graph *g, md_backend *be, bool accumulate, md_gra
         const md_node *n = &g->node[i];
         if (!runs_backward(g, n))
             continue;
+        md_phase("backward");
         md_status st = n->kind->bwd(g, n);
         if (st != MD_OK)
             return md_error_prefix(st, "backward of node %d (%s)", i, n->kind->name);

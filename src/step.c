@@ -7,6 +7,7 @@
 #include "src/optim.h"
 #include "src/schedule.h"
 #include "src/step_batch.h"
+#include "src/watchdog.h"
 
 #include <math.h>
 #include <string.h>
@@ -175,9 +176,11 @@ static md_status run_graphs(md_stepper *t, int micro, md_step_result *out)
     md_method *m = t->args.method;
     md_backend *be = t->args.backend;
     const bool last = micro + 1 == t->args.accumulation;
+    md_fault("step.forward");
     MD_TRY(md_graph_forward(&m->teacher_graph, be));
     collect_gradients(t);
     MD_TRY(md_graph_forward(&m->student_graph, be));
+    md_fault("step.backward");
     out->backward_begin = md_now();
     MD_TRY(md_graph_backward(&m->student_graph, be, micro > 0, last ? grad_ready : NULL, t));
     out->backward_end = md_now();
@@ -289,6 +292,7 @@ static md_status grad_stats(md_stepper *t, md_grad_stats *stats)
 
 md_status md_step_run(md_stepper *t, md_train_state *s, bool stop_wanted, md_step_result *out)
 {
+    md_phase_step(s->step + 1);
     md_status st = MD_OK;
     md_grad_stats stats = {0};
     *out = (md_step_result){.learning_rate = md_schedule_lr(&t->schedule, s->step)};
@@ -311,6 +315,8 @@ md_status md_step_run(md_stepper *t, md_train_state *s, bool stop_wanted, md_ste
     out->grad_norm = sqrt(v[SUM_SQUARES]);
     out->stop = v[SUM_STOP] > 0;
     MD_TRY(limit_bad(t, s, out->bad));
+    md_phase("update");
+    md_fault("step.update");
     MD_TRY(update(t, s, v, out));
     s->step++;
     return MD_OK;

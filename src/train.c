@@ -9,9 +9,11 @@
 #include "src/bad_images.h"
 #include "src/cli.h"
 #include "src/drift.h"
+#include "src/hang_dir.h"
 #include "src/progress.h"
 #include "src/setup.h"
 #include "src/snapshot.h"
+#include "src/watchdog.h"
 
 #include <errno.h>
 #include <signal.h>
@@ -83,6 +85,7 @@ static md_status load_config(run *r, int argc, char **argv)
         return md_usage_error("train", "which config file?");
     MD_TRY(md_config_find(argv[1], path, sizeof path));
     MD_TRY(md_config_load(&r->config, path, argc - 2, argv + 2));
+    MD_TRY(md_watch_start(r->config.hang_seconds)); /* before this rank first waits for others */
     md_log_set((md_log_level)md_config_choice("log.level", r->config.log_level));
     choose_dir(r);
     if (!*r->config.data_train)
@@ -146,8 +149,12 @@ static md_status take_dir(run *r)
         st = make_dirs(r->dir);
         if (st == MD_OK)
             st = md_run_lock_take(r->dir, &r->lock);
+        if (st == MD_OK)
+            md_hang_clear(r->dir);
     }
-    return md_agree(r->world, st);
+    MD_TRY(md_agree(r->world, st));
+    md_watch_dir(r->dir);
+    return MD_OK;
 }
 
 static md_snapshot snapshot_of(run *r)
@@ -220,6 +227,7 @@ static void write_run_json(run *r)
         md_comm_allgather(r->world, mine, all, HOST);
         for (int i = 0; i < n; i++)
             hosts[i] = all + (size_t)i * HOST;
+        md_watch_hosts(all, HOST);
         md_runlog_run(r->log, facts, (int)MD_COUNT(facts), hosts, n);
     }
     md_free(all);
@@ -279,19 +287,28 @@ static void announce(const run *r)
 static md_status set_up(run *r, int argc, char **argv)
 {
     md_comm *w = r->world;
+    md_phase("setup.config");
     MD_TRY(md_agree(w, load_config(r, argc, argv)));
+    md_phase("setup.grid");
     MD_TRY(md_topo_create(w,
                           &(md_topo_args){.tensor = (int)r->config.parallel_tensor,
                                           .across_nodes = r->config.parallel_tensor_across_nodes},
                           &r->topo));
+    md_phase("setup.model");
     MD_TRY(md_agree(w, make_model(r)));
+    md_phase("setup.data");
     MD_TRY(md_agree(w, open_data(r)));
+    md_phase("setup.dir");
     MD_TRY(take_dir(r));
+    md_phase("setup.teacher");
     MD_TRY(md_teacher_load(r->world, &r->config, &r->model.method));
+    md_phase("setup.resume");
     md_snapshot s = snapshot_of(r);
     MD_TRY(md_snapshot_resume(&s, r->checkpoint, sizeof r->checkpoint));
     r->saved_step = strncmp(r->checkpoint, r->dir, strlen(r->dir)) == 0 ? r->state.step : -1;
+    md_phase("setup.memory");
     MD_TRY(md_agree(w, make_stepper(r)));
+    md_phase("setup.logs");
     MD_TRY(md_agree(w, open_logs(r)));
     write_run_json(r);
     announce(r);
@@ -314,8 +331,12 @@ static md_status save(run *r)
         return MD_OK;
     double start = md_now();
     md_step_settle(r->stepper);
+    md_part part = md_phase_part(MD_PART_CHECKPOINT);
+    md_phase("ckpt.begin");
     md_snapshot s = snapshot_of(r);
     md_status st = md_snapshot_write(&s, r->checkpoint, sizeof r->checkpoint);
+    md_phase_part(part);
+    md_phase("ckpt.end");
     r->progress.checkpoint_seconds += md_now() - start;
     if (st == MD_OK) {
         r->saved_step = r->state.step;
@@ -352,6 +373,7 @@ static md_status one_step(run *r, bool *stop)
     if (st == MD_ERR_DATA && r->state.step > 0)
         return save_before(r, st);
     MD_TRY(st);
+    md_phase("log");
     md_progress_step(&r->progress, &r->state, &result, md_now() - start, &metrics);
     md_runlog_metrics(r->log, &metrics);
     if (r->lock)
@@ -386,6 +408,7 @@ static md_status loop(run *r)
     md_runlog_status(r->log, "running", r->state.step, 0, "");
     md_runlog_event(r->log, r->state.step, *r->checkpoint ? "resume" : "start", "%d ranks%s%s",
                     r->layout.ranks, *r->checkpoint ? ", from " : "", r->checkpoint);
+    md_phase_part(MD_PART_STEP);
     while (r->state.step < r->total_steps && !stop)
         MD_TRY(one_step(r, &stop));
     if (stop)
@@ -409,6 +432,7 @@ static void close_logs(run *r, md_status st)
 
 static void tear_down(run *r, md_status st)
 {
+    md_phase("end");
     close_logs(r, st);
     md_bad_images_free(r->bad);
     md_stepper_free(r->stepper);
@@ -430,6 +454,7 @@ static md_status cmd_train(int argc, char **argv)
     if (st == MD_OK)
         st = loop(&r);
     tear_down(&r, st);
+    md_watch_stop();
     md_cli_report(st);
     md_mpi_stop(r.world);
     return st;

@@ -37,6 +37,8 @@ for r in 0 1; do
     fault 71 base.alloc@rank$r#1 'memory'
     fault 71 base.alloc@rank$r#2 "rank $r: out of memory: [0-9]* bytes for config"
     for n in 6 20 45 60 100; do fault 71 "base.alloc@rank$r#$n" "rank $r: .*out of memory"; done
+    fault 71 watchdog.thread@rank$r "rank $r: cannot start the watchdog's threads"
+    fault 66 dataset.open@rank$r "rank $r: .*tiny.h5: cannot open"
     fault 71 loader.thread@rank$r "rank $r: cannot start a loader thread"
     fault 65 io.read@rank$r "rank $r: image [0-9]* and the 63 after it have no usable picture"
     fault 65 loader.decode@rank$r "rank $r: .*loader.decode"
@@ -47,6 +49,11 @@ for r in 0 1; do
     done
     fault 74 "ckpt.write@rank$r#2,ckpt.write@rank$r#3" "error: .*step-00000008" 'step 3, resumed from'
 done
+fault 74 dataset.index 'cannot read the index'
+fault 66 h5.open 'clip.h5: cannot open'
+fault 73 run_dir.lock 'LOCK: cannot create'
+fault 73 log.open 'cannot open .*metrics.jsonl'
+fault 0 log.replace 'warning: cannot write .*run.json: .*; the run goes on without it'
 fault 74 weights.load 'clip.h5'
 fault 73 ckpt.create 'warning: no checkpoint at step 3'
 fault 74 ckpt.space 'no room for a checkpoint'
