@@ -16,6 +16,7 @@ cd "$(dirname "$0")/.." || exit 1
 san=${SAN:-}
 build=${BUILD:-build${san:+-${san//,/-}}}
 scale=${MD_TEST_SCALE:-$([ -n "$san" ] && echo 6 || echo 1)}
+export MD_TEST_SCALE=$scale # the scripts have limits too
 patterns=("$@")
 passed=0 failed=0 skipped=0
 scratch=$(mktemp -d)

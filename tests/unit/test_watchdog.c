@@ -58,7 +58,7 @@ static void patience_has_parts_and_learns(void **state)
 static void patience_remembers_so_many_phases(void **state)
 {
     (void)state;
-    static char name[MD_HANG_PHASES + 1][8];
+    static char name[MD_HANG_PHASES + 1][16];
     md_hang_limits l = {.seconds = 1};
     for (int i = 0; i <= MD_HANG_PHASES; i++) {
         snprintf(name[i], sizeof name[i], "p%d", i);
