@@ -107,7 +107,7 @@ slow_disk() {
     same base slow
 }
 
-# A rank that takes long but moves hangs nobody; one that stops and goes on neither.
+# A rank that takes long but moves hangs nobody.
 slow_rank() {
     log=$scratch/crawl.log
     local run=(2 crawl "${keys[@]}" hang.seconds="$hang" data.sync=true data.reader=hdf5 train.batch=32)
@@ -116,6 +116,18 @@ slow_rank() {
     [ "$rc" = 0 ] || fail "a slow rank ends the run with $rc"
     says "warning: rank 1 " " is slow: in data.wait at step 4; 1 rank waits in comm."
     [ ! -e "$scratch/crawl/hang/verdict.txt" ] || fail "a verdict on a slow rank"
+}
+
+# A rank that is stopped and goes on before the verdict is let go, and so are those that waited.
+continued() {
+    log=$scratch/nap.log
+    MD_FAULT=step.forward@rank1#4:stop start 2 nap "${keys[@]}" hang.seconds=$((2 * hang))
+    until_true 60 test -e "$scratch/nap/hang/CALL"
+    asleep || fail "nobody was stopped"
+    wake
+    ended 0
+    ! ls "$scratch"/nap/hang/* 2>/dev/null || fail "records are left"
+    same base nap
 }
 
 done_well 2 base "${keys[@]}"
@@ -135,6 +147,7 @@ while read -r -a row; do
 done < <(grep -oE '[a-z0-9_.]+#[0-9]+( [01])+' <<<"$sweep" | tac)
 job slow_disk
 job slow_rank
+job continued
 while [ -n "$(jobs -rp)" ]; do wait -n || failed=1; done
 [ $failed = 0 ]
 echo "$number sites"
