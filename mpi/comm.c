@@ -2,10 +2,7 @@
 #include "mpi/comm_ops.h"
 #include "src/watchdog.h"
 
-#include <stdatomic.h>
 #include <stdio.h>
-
-static atomic_llong entered; /* read by other threads */
 
 _Noreturn void md_comm_die(const md_comm *c, const char *what, const char *why)
 {
@@ -18,7 +15,6 @@ _Noreturn void md_comm_die(const md_comm *c, const char *what, const char *why)
 static bool comm_enter(md_comm *c, const char *site, int64_t bytes, double sent)
 {
     MD_ASSERT(bytes >= 0, "%s: %lld bytes", site, (long long)bytes);
-    atomic_fetch_add_explicit(&entered, 1, memory_order_relaxed);
     if (md_fault(site))
         md_comm_die(c, site, "injected fault");
     c->count.calls++;
@@ -160,7 +156,8 @@ void md_comm_reduce_scatter_begin(md_comm *c, const void *send, void *recv, int6
     check_idle(req);
     check_parts(c, n, dtype);
     if (comm_enter(c, "comm.reduce_scatter_begin", bytes, one_pass(c, bytes)))
-        WAITING("comm.reduce_scatter_begin", c->ops->reduce_scatter_begin(c, send, recv, n, dtype, req));
+        WAITING("comm.reduce_scatter_begin",
+                c->ops->reduce_scatter_begin(c, send, recv, n, dtype, req));
 }
 
 md_status md_comm_reserve(md_comm *c, int64_t bytes, int requests)
@@ -186,11 +183,6 @@ void md_comm_wait(md_comm *c, md_comm_request *req)
 md_comm_count md_comm_counted(const md_comm *c)
 {
     return c->count;
-}
-
-int64_t md_comm_sequence(void)
-{
-    return atomic_load_explicit(&entered, memory_order_relaxed);
 }
 
 md_status md_comm_shared(md_comm *c, size_t bytes, void **out)

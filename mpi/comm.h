@@ -78,15 +78,12 @@ bool md_comm_poll(md_comm *c, md_comm_request *req, int n);
 void md_comm_wait(md_comm *c, md_comm_request *req);
 
 /* A reduce-scatter under way keeps the parts of all ranks, n elements, in memory that later ones
- * use again. Sees to it that `requests` of up to `bytes` bytes can be under way without begin having
- * to allocate. Local. MD_ERR_MEMORY: what was made stays. */
+ * use again. Sees to it that `requests` of up to `bytes` bytes can be under way without begin
+ * having to allocate. Local. MD_ERR_MEMORY: what was made stays. */
 md_status md_comm_reserve(md_comm *c, int64_t bytes, int requests);
 
 /* What this rank has handed to collectives of this group so far. Local. */
 md_comm_count md_comm_counted(const md_comm *c);
-/* Collectives this process has entered so far, in all groups together: where a rank stands that has
- * stopped answering. Local; any thread. */
-int64_t md_comm_sequence(void);
 
 /* One block of memory that all ranks of a node map: `bytes` zeroed bytes allocated on group rank 0.
  * c must come from md_comm_split_node (or be a self group). Freed with the group. */

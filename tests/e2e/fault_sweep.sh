@@ -16,17 +16,26 @@ sed -i 's/max_steps = 20/max_steps = 24/; s/every = 5/every = 3/; s/"pixel"/"vit
 "$MD_HPC" weights import --out "$scratch/clip.h5" tests/golden/clip_hf >"$log"
 keys=(method.teacher.weights="$scratch/clip.h5")
 
-# site#pass: ranks that pass it. Places of the step first; then those of checkpoints and of setting
-# up, where patience is ten times longer. Passes are such that a run that begins later reaches them too.
+# site#pass: ranks that pass it, and what kind of run: tp and sp share a model, the latter with
+# sequence, ZeRO and drift checks; again goes on from a checkpoint. Places of the step first; then
+# those of checkpoints and of setting up, where patience is ten times longer. Passes are such that a
+# run that begins later reaches them too.
 sweep='
 step.forward#4 0 1            step.backward#4 0 1           step.update#4 0 1
 step.nan#4 0 1                io.read#40 0 1                io.read.transient#40 0 1
 loader.decode#40 0 1          comm.allreduce_begin#8 0 1    comm.wait#8 0 1
 comm.allreduce#70 0 1         log.write#4 0
+tp_enter.bwd#9 0 1 tp         tp_exit.fwd#9 0 1 tp          all_rows.fwd#4 0 1 tp
+sp_gather.fwd#9 0 1 sp        sp_gather.bwd#9 0 1 sp        sp_scatter.fwd#9 0 1 sp
+sp_scatter.bwd#9 0 1 sp       comm.allgather#40 0 1 sp      comm.reduce_scatter#40 0 1 sp
+comm.allgather_begin#3 0 1 sp comm.reduce_scatter_begin#3 0 1 sp
+check.drift#1 0 1 sp
 ckpt.write#2 0 1              ckpt.fsync#2 0 1              ckpt.verify#2 0 1
 ckpt.flip#20 0 1              comm.barrier#2 0 1            ckpt.create#2 0
 ckpt.space#2 0                ckpt.seal#2 0                 ckpt.rename#2 0
-ckpt.latest#2 0               ckpt.prune#2 0
+ckpt.latest#2 0               ckpt.prune#2 0                ckpt.list#3 0
+ckpt.gather#1 0 1 tp          ckpt.open#1 0 again           ckpt.hash#1 0 1 again
+ckpt.read#1 0 1 again
 base.alloc#45 0 1             watchdog.thread#1 0 1         dataset.open#1 0 1
 dataset.index#2 0             h5.open#3 0                   run_dir.lock#1 0
 weights.load#3 0              loader.thread#1 0 1           comm.allreduce#20 0 1
@@ -34,13 +43,13 @@ comm.allgather#1 0 1          comm.bcast#3 0 1              log.open#1 0
 publish.sync#1 0              log.replace#1 0'
 # Sites that training does not pass.
 elsewhere='convert.read convert.write convert.publish weights.read weights.write comm.exscan
-comm.reduce_scatter'
+ckpt.abandon'
 
 # ---- no site is forgotten ----
-mapfile -t sites < <(grep -rhoE '(md_fault\(|comm_enter\(c, )"[a-z0-9_.]+"' src io mpi kernels |
+mapfile -t sites < <(grep -rhoE '(md_fault\(|comm_enter\(c, |(sum|gather|scatter)\(g, )"[a-z0-9_.]+"' src io mpi kernels |
     grep -oE '[a-z0-9_.]+"$' | tr -d '"' | sort -u)
 [ ${#sites[@]} -gt 30 ] || fail "only ${#sites[@]} fault sites in the sources"
-known=$(tr ' ' '\n' <<<"$sweep $elsewhere" | sed 's/#.*//' | grep '[a-z]' | sort -u)
+known=$(tr ' ' '\n' <<<"$sweep $elsewhere" | sed 's/#.*//' | grep '[.]' | sort -u)
 diff <(printf '%s\n' "${sites[@]}") <(echo "$known") >"$log" || fail "sites of the sources and here:"
 for site in "${sites[@]}"; do
     grep -qF "\`$site\`" docs/FAILURES.md || fail "docs/FAILURES.md lacks the fault site $site"
@@ -58,7 +67,7 @@ gone() {
 
 # struck CODE RUN FAULT: ends with this code and leaves nobody.
 struck() {
-    MD_FAULT=$3 tiny 2 "$2" "${keys[@]}" hang.seconds=$hang
+    MD_FAULT=$3 tiny 2 "$2" "${keys[@]}" "${grid[@]}" hang.seconds=$hang
     [ "$rc" = "$1" ] || fail "$3: exit code $rc instead of $1"
     until_true 10 gone "$2"
 }
@@ -79,19 +88,33 @@ verdict() {
     fi
 }
 
-# site NUMBER SITE RANKS...: each run goes on where the one before was struck.
+grid=() # keys of a kind of run
+declare -A grids=([tp]='parallel.tensor=2'
+    [sp]='parallel.tensor=2 parallel.sequence=true parallel.zero=1 check.every=3')
+
+# site NUMBER SITE RANKS... [KIND]: each run goes on where the one before was struck.
 site() {
-    local run=site$1 at=$2 r
+    local run=site$1 at=$2 base=base r ranks=()
     shift 2
     log=$scratch/$run.log
     for r in "$@"; do
-        [[ $at != comm.* ]] || struck 69 "$run" "${at/\#/@rank$r#}"
+        case $r in
+        [01]) ranks+=("$r") ;;
+        again) done_well 2 "$run" "${keys[@]}" train.max_steps=6 ;;
+        *) read -ra grid <<<"${grids[$r]}" && base=base_$r ;;
+        esac
+    done
+    for r in "${ranks[@]}"; do
+        case $at in
+        comm.* | check.drift*) struck 69 "$run" "${at/\#/@rank$r#}" ;;
+        ckpt.open* | ckpt.hash* | ckpt.read*) struck 74 "$run" "${at/\#/@rank$r#}" ;;
+        esac
         struck 137 "$run" "${at/\#/@rank$r#}:kill"
         struck 76 "$run" "${at/\#/@rank$r#}:stop"
         verdict "$run" "$r" "does not answer"
     done
-    done_well 2 "$run" "${keys[@]}"
-    same base "$run"
+    done_well 2 "$run" "${keys[@]}" "${grid[@]}"
+    same "$base" "$run"
     [ ! -e "$scratch/$run/hang" ] || fail "$at: the next run leaves the old one's records"
     rm -r "${scratch:?}/$run"
 }
@@ -131,6 +154,11 @@ continued() {
 }
 
 done_well 2 base "${keys[@]}"
+for kind in "${!grids[@]}"; do
+    read -ra grid <<<"${grids[$kind]}"
+    done_well 2 "base_$kind" "${keys[@]}" "${grid[@]}"
+done
+grid=()
 failed=0
 # job COMMAND...: beside up to $jobs others.
 job() {
@@ -144,7 +172,7 @@ number=0
 while read -r -a row; do
     number=$((number + 1))
     job site $number "${row[@]}"
-done < <(grep -oE '[a-z0-9_.]+#[0-9]+( [01])+' <<<"$sweep" | tac)
+done < <(grep -oE '[a-z0-9_.]+#[0-9]+( [01])+( (tp|sp|again))?' <<<"$sweep" | tac)
 job slow_disk
 job slow_rank
 job continued

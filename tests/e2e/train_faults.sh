@@ -63,4 +63,11 @@ fault 0 ckpt.rename#2 'warning: no checkpoint at step 6'
 fault 0 ckpt.latest 'checkpoint of step 3 is written, but: .*LATEST'
 fault 0 ckpt.prune 'checkpoint of step 8 is written, but: .*cannot be deleted'
 fault 0 log.write 'warning: cannot write .*metrics.jsonl: .*; the run goes on without it'
+
+# A damaged checkpoint of a later step that cannot be set aside keeps nobody from going on.
+done_well 2 aside "${keys[@]}"
+printf '\377' | dd of="$scratch/aside/checkpoints/step-00000008.h5" bs=1 seek=9000 conv=notrunc 2>/dev/null
+MD_FAULT=ckpt.abandon done_well 2 aside "${keys[@]}" checkpoint.every=1
+says 'checkpoint skipped: ' 'is written, but: ' 'cannot be set aside'
+same base aside
 echo ok

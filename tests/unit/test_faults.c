@@ -33,7 +33,7 @@ static void collectives(void)
     float x[2] = {1, 2}, y[2];
     if (md_comm_self(&c) != MD_OK)
         _exit(1);
-    md_comm_reduce_scatter(c, x, y, 2);
+    md_comm_reduce_scatter(c, x, y, 2, MD_F32);
     md_comm_exscan(c, 3);
 }
 
