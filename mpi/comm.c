@@ -78,9 +78,17 @@ int md_comm_size(const md_comm *c)
     return c->size;
 }
 
+/* A fault site of what is no collective on data and is not counted. */
+static void pass_site(md_comm *c, const char *site)
+{
+    if (md_fault(site))
+        md_comm_die(c, site, "injected fault");
+}
+
 md_status md_comm_split(md_comm *c, int colour, int key, md_comm **out)
 {
     md_status st;
+    pass_site(c, "comm.split");
     WAITING("comm.split", st = c->ops->split(c, colour, key, out));
     return st;
 }
@@ -88,6 +96,7 @@ md_status md_comm_split(md_comm *c, int colour, int key, md_comm **out)
 md_status md_comm_split_node(md_comm *c, md_comm **out)
 {
     md_status st;
+    pass_site(c, "comm.split");
     WAITING("comm.split", st = c->ops->split_node(c, out));
     return st;
 }
@@ -175,8 +184,7 @@ bool md_comm_poll(md_comm *c, md_comm_request *req, int n)
 
 void md_comm_wait(md_comm *c, md_comm_request *req)
 {
-    if (md_fault("comm.wait"))
-        md_comm_die(c, "comm.wait", "injected fault");
+    pass_site(c, "comm.wait");
     WAITING("comm.wait", c->ops->wait(c, req));
 }
 
@@ -188,6 +196,7 @@ md_comm_count md_comm_counted(const md_comm *c)
 md_status md_comm_shared(md_comm *c, size_t bytes, void **out)
 {
     md_status st;
+    pass_site(c, "comm.shared");
     WAITING("comm.shared", st = c->ops->shared(c, bytes, out));
     return st;
 }

@@ -2,6 +2,11 @@
  * are complete, [done, begun) under way. */
 #include "mpi/grad_reduce.h"
 
+/* A message in shared memory moves by fragments, a few at each test, so that a bucket needs many
+ * tests; one when there is nothing to move is a waste. A poll tests for at most this part of the
+ * time since the last one. */
+#define POLL_SHARE 0.1
+
 struct md_grad_reduce {
     md_grad_reduce_args args;
     md_comm_request *request; /* [buckets] */
@@ -10,8 +15,8 @@ struct md_grad_reduce {
     bool *ready;              /* [spans] */
     int left;                 /* spans not ready */
     int begun, done;
-    float *value; /* block that is gathered; NULL: gradients are reduced */
-    double waited;
+    float *value;                  /* block that is gathered; NULL: gradients are reduced */
+    double waited, polled, closed; /* seconds; when the last poll ended, the last span was ready */
 };
 
 static md_comm *group_of(const md_grad_reduce *g, int k)
@@ -82,6 +87,11 @@ double md_grad_reduce_begun(const md_grad_reduce *g, int k)
     return g->begun_at[k];
 }
 
+double md_grad_reduce_closed(const md_grad_reduce *g)
+{
+    return g->closed;
+}
+
 void md_grad_reduce_reset(md_grad_reduce *g)
 {
     const md_buckets *b = g->args.buckets;
@@ -136,7 +146,8 @@ void md_grad_reduce_ready(md_grad_reduce *g, int i)
     MD_ASSERT(i >= 0 && i < g->args.buckets->spans && !g->ready[i], "span %d of %d", i,
               g->args.buckets->spans);
     g->ready[i] = true;
-    g->left--;
+    if (--g->left == 0)
+        g->closed = md_now();
     g->waiting[g->args.buckets->of_span[i]]--;
     if (!g->args.overlap)
         return;
@@ -149,12 +160,22 @@ void md_grad_reduce_ready(md_grad_reduce *g, int i)
 
 void md_grad_reduce_poll(md_grad_reduce *g)
 {
-    while (g->done < g->begun && md_comm_poll(group_of(g, g->done), &g->request[g->done], 1)) {
-        md_comm_wait(group_of(g, g->done), &g->request[g->done]);
-        g->done++;
-    }
-    if (g->args.overlap || g->value)
+    enum { TESTS = 16 }; /* between looks at the clock */
+    const bool more = g->args.overlap || g->value;
+    const double start = md_now(), end = start + POLL_SHARE * MD_MIN(start - g->polled, 1.0);
+    do {
+        for (int i = 0; i < TESTS && g->done < g->begun; i++) {
+            if (!md_comm_poll(group_of(g, g->done), &g->request[g->done], 1))
+                continue;
+            md_comm_wait(group_of(g, g->done), &g->request[g->done]);
+            g->done++;
+            if (more)
+                begin_complete(g);
+        }
+    } while (g->done < g->begun && md_now() < end);
+    if (more)
         begin_complete(g);
+    g->polled = md_now();
 }
 
 static void finish(md_grad_reduce *g)

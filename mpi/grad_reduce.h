@@ -46,7 +46,7 @@ void md_grad_reduce_reset(md_grad_reduce *g);
  * left, and waits for earlier ones if too many are under way. Collective(groups) in the sense that
  * all ranks reach finish. */
 void md_grad_reduce_ready(md_grad_reduce *g, int i);
-/* Lets what is under way advance. Local, microseconds. */
+/* Lets what is under way advance, for at most a tenth of the time since the last call. Local. */
 void md_grad_reduce_poll(md_grad_reduce *g);
 /* Collective(groups). Waits until all sums are there; returns the seconds this rank has waited
  * since reset. Every span must be ready: a missing one is a bug and named. */
@@ -61,5 +61,7 @@ double md_grad_reduce_gather_finish(md_grad_reduce *g);
 
 /* When the reduction of bucket k was started last, as md_now() has it. Local, for traces. */
 double md_grad_reduce_begun(const md_grad_reduce *g, int k);
+/* When the last span of all became ready, before anything was waited for. Local, for traces. */
+double md_grad_reduce_closed(const md_grad_reduce *g);
 
 #endif

@@ -1,5 +1,6 @@
-/* cmd_bench_comm: `bench comm`. What a group counted is what its collectives send by the usual
- * algorithms (md_comm_counted); the formula knows shapes only (src/volume.h). */
+/* cmd_bench_comm: `bench comm`. What a group counted is what the collectives that were really
+ * called send by bandwidth-optimal algorithms (md_comm_counted); the prediction knows shapes only
+ * (src/volume.h). What the library sends underneath is its own choice. */
 #include "mpi/agree.h"
 #include "src/cmd_bench.h"
 #include "src/volume.h"
@@ -26,23 +27,25 @@ static void print_line(const line *l, int steps)
     putchar('\n');
 }
 
-/* When each bucket of the last step was started, relative to the backward pass. */
+/* When each bucket of the last step was started, relative to the backward pass; its end is when the
+ * last gradient was there, before anything was waited for. */
 static void print_buckets(const md_bench *b, const md_step_result *r)
 {
     const md_buckets *k = &b->model.shard.buckets;
     const md_grad_reduce *g = md_step_reducer(b->stepper);
+    const double end = md_grad_reduce_closed(g);
     int late = 0;
     printf("\nbucket     MiB   started, ms (of %.1f ms of the last backward pass)\n",
-           1e3 * (r->backward_end - r->backward_begin));
+           1e3 * (end - r->backward_begin));
     for (int i = 0; i < k->count; i++) {
         double at = md_grad_reduce_begun(g, i);
-        late += at > r->backward_end;
+        late += at > end;
         printf("%6d %7.2f   %.1f\n", i,
                4.0 * (double)(k->bucket[i].hi - k->bucket[i].lo) / 1048576.0,
                1e3 * (at - r->backward_begin));
     }
-    printf("%d of %d buckets were started before the backward pass ended\n", k->count - late,
-           k->count);
+    printf("%d of %d buckets were started before the last layer's gradients were there\n",
+           k->count - late, k->count);
 }
 
 /* Counts since the last call; both ends of the measured steps. */

@@ -171,12 +171,29 @@ static md_status work_out(plan *p, const options *o)
     return MD_OK;
 }
 
-/* Open MPI's non-blocking reductions keep two copies of what is under way. */
+/* Open MPI's non-blocking all-reduces keep two copies of what is under way; reduce-scatters, which
+ * work in memory of ours, one of a bucket that was reserved for each. */
 static double mpi_copies(const plan *p)
 {
-    double flying = MD_GRAD_REDUCE_FLYING * 1048576.0 * (double)p->config.parallel_bucket_mib;
-    double all = (double)md_params_block_bytes(&p->model.method.params);
-    return p->layout.ranks > 1 ? 2.0 * MD_MIN(flying, all) : 0.0;
+    const md_shard *s = &p->model.shard;
+    double whole[MD_GRAD_REDUCE_FLYING] = {0}, most[2] = {0};
+    for (int k = 0; k < s->buckets.count; k++) {
+        const md_bucket *b = &s->buckets.bucket[k];
+        md_comm *c = md_shard_group(&p->topo, b->set);
+        double bytes = 4.0 * (double)(b->hi - b->lo);
+        if (s->share_at[k] >= 0)
+            most[c == p->topo.all] = MD_MAX(most[c == p->topo.all], bytes);
+        for (int i = 0; s->share_at[k] < 0 && md_comm_size(c) > 1 && i < MD_GRAD_REDUCE_FLYING; i++)
+            if (bytes > whole[i]) { /* the largest that can be under way at once */
+                double smaller = whole[i];
+                whole[i] = bytes;
+                bytes = smaller;
+            }
+    }
+    double copies = MD_GRAD_REDUCE_FLYING * (most[0] + most[1]);
+    for (int i = 0; i < MD_GRAD_REDUCE_FLYING; i++)
+        copies += 2.0 * whole[i];
+    return copies;
 }
 
 static void report_work(const plan *p)
@@ -221,7 +238,7 @@ static void report_advice(const plan *p)
     if (p->layout.tp > 1 && p->layout.batch % p->layout.ranks == 0)
         printf(
             "advice                     parallel.tensor = 1 with parallel.zero = 1 sends %.3f GB, "
-            "all of it while something is computed; tensor parallelism pays where a model does "
+            "beside the backward pass and the teacher; tensor parallelism pays where a model does "
             "not fit or ranks outnumber images\n",
             1e-9 * alone);
     else if (p->layout.dp > 1 && !p->model.shard.zero)

@@ -59,6 +59,9 @@ md_status md_config_check(const md_config *c);
  * origin behind it. origins false: values only. Local. */
 md_status md_config_write(const md_config *c, FILE *f, bool origins);
 
+/* The same values as text, freed with free(). Local. MD_ERR_MEMORY. */
+md_status md_config_text(const md_config *c, char **text);
+
 /* What md_config_compare found: was and now as md_config_write writes them. `experiment`: the key
  * is part of what the run is (model, method, pictures, seed); else it may be tuned under way. */
 typedef void (*md_config_differ)(void *arg, bool experiment, const char *key, const char *was,

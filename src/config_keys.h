@@ -94,8 +94,8 @@ X(train_micro_batch, "train.micro_batch", INT, "0", 0, 65536, "images", "Images 
 X(parallel_tensor, "parallel.tensor", INT, "1", 1, 1024, "ranks", "Ranks that share one model (tensor parallel); divides model.heads, model.width and the MLP's width, and the images of a pass. The rest of the ranks is data parallel.")
 X(parallel_tensor_across_nodes, "parallel.tensor_across_nodes", BOOL, "false", 0, 0, "", "Let ranks that share a model sit on several nodes (slow).")
 X(parallel_sequence, "parallel.sequence", BOOL, "false", 0, 0, "", "Tensor-parallel ranks also share what lies between the cut layers: norms, residuals, layer scale and drop path run on each rank's own images.")
-X(parallel_zero, "parallel.zero", INT, "0", 0, 1, "", "1 = ZeRO-1: data-parallel ranks share the optimizer's moments and its work.")
-X(parallel_bucket_mib, "parallel.bucket_mib", INT, "4", 1, 4096, "MiB", "Size of a gradient bucket of the data-parallel reduction; four are under way at once.")
+X(parallel_zero, "parallel.zero", INT, "0", 0, 1, "", "1 = ZeRO-1: ranks that hold the same parameters share the optimizer's moments and its work.")
+X(parallel_bucket_mib, "parallel.bucket_mib", REAL, "4", 0.001, 1024, "MiB", "Size from which a gradient bucket takes no more parameters; four are under way at once.")
 X(parallel_overlap, "parallel.overlap", BOOL, "true", 0, 0, "", "Reduce gradient buckets while the backward pass goes on.")
 
 /* checkpoints, logs, checks */

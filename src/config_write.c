@@ -187,6 +187,18 @@ md_status md_config_diff(const md_config *c, FILE *f)
 }
 
 /* How a key may change in the course of a run: by the first row that its name starts with. */
+md_status md_config_text(const md_config *c, char **text)
+{
+    size_t size;
+    FILE *f = open_memstream(text, &size);
+    if (!f)
+        MD_FAIL(MD_ERR_MEMORY, "out of memory for the config's text");
+    md_status st = md_config_write(c, f, false);
+    if (fclose(f) != 0 && st == MD_OK)
+        st = md_error_set(MD_ERR_MEMORY, "out of memory for the config's text");
+    return st;
+}
+
 typedef enum key_change { CHANGE_FREE, CHANGE_TUNED, CHANGE_EXPERIMENT } key_change;
 
 static key_change change_of(const char *key)

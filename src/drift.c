@@ -1,6 +1,5 @@
 /* drift: see drift.h. */
 #include "src/drift.h"
-#include "mpi/agree.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -78,16 +77,24 @@ void md_drift_judge(const md_drift_row *row, int n, char *buf, size_t size)
         snprintf(buf + used, size - used, " and %d more", named - NAMED);
 }
 
-md_status md_drift_check(const md_topo *topo, const md_model *model, int64_t step)
+md_status md_drift_make(int ranks, md_drift *d)
 {
-    const int n = md_comm_size(topo->world);
-    md_drift_row mine, *all = md_alloc((size_t)n * sizeof *all, "drift check");
+    MD_NEW(d->row, ranks, "drift check");
+    return MD_OK;
+}
+
+void md_drift_free(md_drift *d)
+{
+    md_free(d->row);
+    d->row = NULL;
+}
+
+md_status md_drift_check(md_drift *d, const md_topo *topo, const md_model *model, int64_t step)
+{
     char who[1024];
-    MD_TRY(md_agree(topo->world, all ? MD_OK : MD_ERR_MEMORY));
-    mine = own_row(topo, model);
-    md_comm_allgather(topo->world, &mine, all, (int64_t)sizeof mine);
-    md_drift_judge(all, n, who, sizeof who);
-    md_free(all);
+    md_drift_row mine = own_row(topo, model);
+    md_comm_allgather(topo->world, &mine, d->row, (int64_t)sizeof mine);
+    md_drift_judge(d->row, md_comm_size(topo->world), who, sizeof who);
     if (*who)
         MD_FAIL(MD_ERR_DEVICE,
                 "at step %lld the parameters of %s differ from their replicas' (check.every): the "

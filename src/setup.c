@@ -60,11 +60,12 @@ md_status md_model_make(const md_config *c, const md_teacher_info *info, const m
                                                 .sequence = c->parallel_sequence,
                                                 .align = md_shard_align(topo, zero)}));
     MD_TRY(md_method_build(&out->method, layout->micro, layout->batch));
-    return md_shard_make(&(md_shard_args){.graph = &out->method.student_graph,
-                                          .topo = topo,
-                                          .zero = zero,
-                                          .bucket_bytes = c->parallel_bucket_mib << 20},
-                         &out->shard);
+    return md_shard_make(
+        &(md_shard_args){.graph = &out->method.student_graph,
+                         .topo = topo,
+                         .zero = zero,
+                         .bucket_bytes = (int64_t)(c->parallel_bucket_mib * 1048576.0)},
+        &out->shard);
 }
 
 md_status md_model_allocate(const md_config *c, md_model *m)

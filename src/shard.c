@@ -30,7 +30,11 @@ md_comm *md_shard_group(const md_topo *topo, int set)
 
 int64_t md_shard_align(const md_topo *topo, bool zero)
 {
-    return MD_PARAM_ALIGN * (zero ? (int64_t)topo->dp_size * topo->tp_size : 1);
+    const int64_t shares = 4 * (int64_t)topo->dp_size * topo->tp_size; /* of 16 bytes */
+    int64_t align = zero ? shares : MD_PARAM_ALIGN;
+    while (align % MD_PARAM_ALIGN != 0)
+        align += shares;
+    return align;
 }
 
 /* Spans of all parameters in backward order. */
@@ -121,7 +125,7 @@ static void sharded_pieces(const md_shard_args *a, md_shard *s)
 
 md_status md_shard_make(const md_shard_args *args, md_shard *out)
 {
-    *out = (md_shard){.zero = args->zero && args->topo->dp_size * args->topo->tp_size > 1};
+    *out = (md_shard){0};
     md_status st = make_buckets(args, out);
     const size_t n = (size_t)MD_MAX(out->buckets.count, (int)MD_GROUPS);
     if (st == MD_OK) {
@@ -136,6 +140,8 @@ md_status md_shard_make(const md_shard_args *args, md_shard *out)
     }
     for (size_t k = 0; k < n; k++)
         out->share_at[k] = -1;
+    for (int k = 0; args->zero && k < out->buckets.count; k++)
+        out->zero |= md_comm_size(md_shard_group(args->topo, out->buckets.bucket[k].set)) > 1;
     if (out->zero)
         sharded_pieces(args, out);
     else

@@ -190,19 +190,6 @@ static md_status read_counters(md_train_state *state, const md_checkpoint *ck)
 
 /* ---- public ---- */
 
-/* The resolved config as text, freed with free(). */
-static md_status config_text(const md_config *c, char **text)
-{
-    size_t size;
-    FILE *f = open_memstream(text, &size);
-    if (!f)
-        MD_FAIL(MD_ERR_MEMORY, "out of memory for the config's text");
-    md_status st = md_config_write(c, f, false);
-    if (fclose(f) != 0 && st == MD_OK)
-        st = md_error_set(MD_ERR_MEMORY, "out of memory for the config's text");
-    return st;
-}
-
 md_status md_snapshot_write(const md_snapshot *s, char *path, size_t size)
 {
     char dir[1024], *text = NULL;
@@ -212,7 +199,7 @@ md_status md_snapshot_write(const md_snapshot *s, char *path, size_t size)
     if (st == MD_OK)
         st = items_make(s, true, &items);
     if (st == MD_OK)
-        st = config_text(s->config, &text);
+        st = md_config_text(s->config, &text);
     st = md_agree(s->comm, st);
     if (st == MD_OK) {
         facts_make(s, &facts);

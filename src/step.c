@@ -42,6 +42,7 @@ md_status md_stepper_plan(const md_method *method, md_backend *backend, md_stepp
         return st;
     }
     m.teacher_graph.tp = m.student_graph.tp = tp;
+    m.teacher_graph.between = NULL;
     st = md_graph_forward(&m.teacher_graph, plan);
     md_plan_total teacher = md_plan_take(plan);
     if (st == MD_OK)
@@ -117,6 +118,7 @@ void md_stepper_free(md_stepper *t)
 {
     if (!t)
         return;
+    t->args.method->teacher_graph.between = NULL;
     md_grad_reduce_free(t->reduce);
     md_step_batch_free(&t->batch);
     md_free(t->args.backend->scratch);
@@ -182,9 +184,14 @@ static md_status run_graphs(md_stepper *t, int micro, md_step_result *out)
     MD_TRY(md_graph_forward(&m->student_graph, be));
     md_fault("step.backward");
     out->backward_begin = md_now();
-    MD_TRY(md_graph_backward(&m->student_graph, be, micro > 0, last ? grad_ready : NULL, t));
-    out->backward_end = md_now();
-    return MD_OK;
+    return md_graph_backward(&m->student_graph, be, micro > 0, last ? grad_ready : NULL, t);
+}
+
+/* What the other ranks wait for in the middle of a pass or an update will not come. */
+_Noreturn static void give_up(md_status st)
+{
+    md_log_rank(MD_LOG_ERROR, "%s", md_error_text());
+    md_abort(st);
 }
 
 static md_status micro_pass(md_stepper *t, int64_t step, int micro, md_step_result *out)
@@ -202,10 +209,8 @@ static md_status micro_pass(md_stepper *t, int64_t step, int micro, md_step_resu
         int64_t passes = (int64_t)topo->dp_rank * t->args.accumulation + micro;
         md_step_batch_set(&t->batch, batch, step, passes * m->images);
         st = run_graphs(t, micro, out);
-        if (st != MD_OK && topo->tp_size > 1) {
-            md_log_rank(MD_LOG_ERROR, "%s", md_error_text());
-            md_abort(st);
-        }
+        if (st != MD_OK && topo->tp_size > 1)
+            give_up(st);
         out->loss += md_fault("step.nan") ? (double)NAN : t->batch.loss;
     }
     if (mine)
@@ -273,11 +278,14 @@ static md_status update(md_stepper *t, md_train_state *s, const double *v, md_st
     s->updates++;
     const md_shard *shard = t->args.shard;
     md_params *p = &t->args.method->params;
-    MD_TRY(md_optim_update(t->args.backend, p, shard->update, shard->updates,
-                           &(md_optim_args){.config = c,
-                                            .lr = out->learning_rate,
-                                            .clip = md_optim_clip(out->grad_norm, c->optim_clip),
-                                            .update = s->updates}));
+    const md_optim_args how = {.config = c,
+                               .lr = out->learning_rate,
+                               .clip = md_optim_clip(out->grad_norm, c->optim_clip),
+                               .update = s->updates};
+    md_status st = md_optim_update(t->args.backend, p, shard->update, shard->updates, &how);
+    if (st != MD_OK && md_comm_size(t->args.topo->world) > 1)
+        give_up(st);
+    MD_TRY(st);
     if (shard->zero)
         md_grad_reduce_gather(t->reduce, p->value);
     return MD_OK;

@@ -19,8 +19,8 @@ typedef struct md_train_state {
 
 typedef struct md_step_result {
     double loss, grad_norm, learning_rate;
-    double data_wait, comm_wait;         /* seconds on this rank */
-    double backward_begin, backward_end; /* of the last pass, as md_now() has them */
+    double data_wait, comm_wait; /* seconds on this rank */
+    double backward_begin;       /* of the last pass, as md_now() has it */
     int64_t bad; /* images replaced in this step, on all ranks; also when it fails */
     bool skipped;
     bool stop; /* some rank wants to stop */
@@ -63,7 +63,7 @@ md_status md_stepper_plan(const md_method *method, md_backend *backend, md_stepp
 /* Collective(world). Runs step s->step on its images and advances s. stop_wanted travels to all
  * ranks in the step's one small reduction. A failure of the loader on one rank is agreed upon after
  * the gradient reduction, so that every rank returns the same status and none waits; one of an op
- * ends the job where ranks share a model, because the others wait in the middle of it. MD_ERR_DATA
+ * ends the job where other ranks would wait in the middle of a pass or an update. MD_ERR_DATA
  * beyond data.max_bad, counted over all ranks; MD_ERR_NUMERICS after optim.max_skipped skipped
  * updates in a row. On error the parameters are those of the last finished step.
  *

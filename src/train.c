@@ -18,9 +18,13 @@
 #include <errno.h>
 #include <signal.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
+
+#define XXH_INLINE_ALL /* no library to link, compiled for this machine */
+#include <xxhash.h>
 
 typedef struct run {
     md_config config;
@@ -34,6 +38,7 @@ typedef struct run {
     md_dataset *data;
     md_loader *loader;
     md_stepper *stepper;
+    md_drift drift;
     md_bad_images *bad;
     md_run_lock *lock;
     md_runlog *log;
@@ -123,6 +128,17 @@ static md_status open_data(run *r)
     return MD_OK;
 }
 
+/* Collective(world). Ranks with other values would exchange other numbers of bytes. */
+static md_status same_config(run *r)
+{
+    char *text = NULL;
+    md_status st = md_agree(r->world, md_config_text(&r->config, &text));
+    int64_t h = st == MD_OK ? (int64_t)(XXH3_64bits(text, strlen(text)) >> 1) : 0;
+    free(text);
+    MD_TRY(st);
+    return md_agree_same(r->world, "the configuration (a hash of its values)", h);
+}
+
 /* mkdir -p. */
 static md_status make_dirs(const char *dir)
 {
@@ -197,6 +213,7 @@ static md_status make_stepper(run *r)
                              .start_step = r->state.step};
     md_loader_configure(&loader, c, r->model.method.teacher_image);
     MD_TRY(md_loader_create(&r->loader, &loader));
+    MD_TRY(md_drift_make(md_comm_size(r->world), &r->drift));
     MD_TRY(md_bad_images_create(r->world, r->data, r->loader, &r->bad));
     return md_stepper_create(&(md_stepper_args){.config = c,
                                                 .method = &r->model.method,
@@ -289,6 +306,7 @@ static md_status set_up(run *r, int argc, char **argv)
     md_comm *w = r->world;
     md_phase("setup.config");
     MD_TRY(md_agree(w, load_config(r, argc, argv)));
+    MD_TRY(same_config(r));
     md_phase("setup.grid");
     MD_TRY(md_topo_create(w,
                           &(md_topo_args){.tensor = (int)r->config.parallel_tensor,
@@ -385,7 +403,7 @@ static md_status one_step(run *r, bool *stop)
         md_progress_line(&r->progress, &metrics);
     if (c->check_every && r->state.step % c->check_every == 0) {
         md_step_settle(r->stepper);
-        MD_TRY(md_drift_check(&r->topo, &r->model, r->state.step));
+        MD_TRY(md_drift_check(&r->drift, &r->topo, &r->model, r->state.step));
     }
     if (checkpoint_due(r))
         save(r);
@@ -436,6 +454,7 @@ static void tear_down(run *r, md_status st)
     close_logs(r, st);
     md_bad_images_free(r->bad);
     md_stepper_free(r->stepper);
+    md_drift_free(&r->drift);
     md_loader_destroy(r->loader);
     md_dataset_close(r->data);
     md_model_free(&r->model);

@@ -53,7 +53,9 @@ const char *md_phase(const char *name)
 {
     const char *was = atomic_load_explicit(&mark.phase, memory_order_relaxed);
     uint64_t marks = atomic_load_explicit(&mark.marks, memory_order_relaxed);
-    if (strncmp(name, "comm.", 5) == 0) {
+    /* A collective is entered once, whatever it calls; waits for buckets come as they come. */
+    if (strncmp(name, "comm.", 5) == 0 && strncmp(was, "comm.", 5) != 0 &&
+        strcmp(name, "comm.wait") != 0) {
         int64_t n = atomic_load_explicit(&mark.collectives, memory_order_relaxed);
         atomic_store_explicit(&mark.collectives, n + 1, memory_order_relaxed);
     }
@@ -143,8 +145,9 @@ static void on_stack_signal(int number)
     errno = saved;
 }
 
-/* Lets the main thread write its stack to fd; it has a second. */
-static void write_stack(int fd)
+/* Lets the main thread write its stack to fd; it has a second. False: it may still be writing, and
+ * fd must stay open. */
+static bool write_stack(int fd)
 {
     static const char none[] = "the main thread does not answer\n";
     atomic_store(&watch.stack_done, false);
@@ -153,10 +156,11 @@ static void write_stack(int fd)
     struct timespec ms = {0, 10000000};
     for (int i = 0; sent && i < 100 && !atomic_load(&watch.stack_done); i++)
         nanosleep(&ms, NULL);
-    if (atomic_exchange(&watch.stack_fd, -1) == fd) {
-        ssize_t done = write(fd, none, sizeof none - 1);
-        (void)done;
-    }
+    if (atomic_exchange(&watch.stack_fd, -1) != fd)
+        return atomic_load(&watch.stack_done);
+    ssize_t done = write(fd, none, sizeof none - 1);
+    (void)done;
+    return true;
 }
 
 /* ---- speaking for the rank; clerk only ---- */
@@ -171,9 +175,8 @@ static bool record_write(const char *run, bool moves, bool caller)
         return false;
     if (caller)
         md_hang_put(run, MD_HANG_CALL, "");
-    if (!moves)
-        write_stack(fd);
-    close(fd);
+    if (moves || write_stack(fd))
+        close(fd);
     return true;
 }
 
@@ -268,7 +271,7 @@ static void inquest(const char *run, bool caller)
         if (!moves && marks_now() != marks)
             moves = record_write(run, true, false);
         double waited = md_now() - start;
-        if (waited > 3 * grace() || (waited > grace() && md_hang_lowest(run, md_base_rank())))
+        if (waited > 4 * grace() || (waited > 2 * grace() && md_hang_lowest(run, md_base_rank())))
             judge(run);
     }
     if (caller)
@@ -337,7 +340,7 @@ static void *timer_main(void *arg)
         bool breach = idle - forgiven > md_hang_limit(&limits, phase, part);
         atomic_store(&watch.breach, breach);
         since = breach ? since + passed : 0;
-        if (since > 4 * grace() + 5)
+        if (since > 6 * grace() + 5)
             last_resort();
     }
     return arg;

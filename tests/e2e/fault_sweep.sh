@@ -40,13 +40,14 @@ base.alloc#45 0 1             watchdog.thread#1 0 1         dataset.open#1 0 1
 dataset.index#2 0             h5.open#3 0                   run_dir.lock#1 0
 weights.load#3 0              loader.thread#1 0 1           comm.allreduce#20 0 1
 comm.allgather#1 0 1          comm.bcast#3 0 1              log.open#1 0
+comm.split#2 0 1              comm.shared#1 0 1
 publish.sync#1 0              log.replace#1 0'
 # Sites that training does not pass.
 elsewhere='convert.read convert.write convert.publish weights.read weights.write comm.exscan
 ckpt.abandon'
 
 # ---- no site is forgotten ----
-mapfile -t sites < <(grep -rhoE '(md_fault\(|comm_enter\(c, |(sum|gather|scatter)\(g, )"[a-z0-9_.]+"' src io mpi kernels |
+mapfile -t sites < <(grep -rhoE '(md_fault\(|comm_enter\(c, |pass_site\(c, |(sum|gather|scatter)\(g, )"[a-z0-9_.]+"' src io mpi kernels |
     grep -oE '[a-z0-9_.]+"$' | tr -d '"' | sort -u)
 [ ${#sites[@]} -gt 30 ] || fail "only ${#sites[@]} fault sites in the sources"
 known=$(tr ' ' '\n' <<<"$sweep $elsewhere" | sed 's/#.*//' | grep '[.]' | sort -u)

@@ -70,4 +70,20 @@ printf '\377' | dd of="$scratch/aside/checkpoints/step-00000008.h5" bs=1 seek=90
 MD_FAULT=ckpt.abandon done_well 2 aside "${keys[@]}" checkpoint.every=1
 says 'checkpoint skipped: ' 'is written, but: ' 'cannot be set aside'
 same base aside
+
+# Four ranks, two to a model, two passes a step: one model's ranks fail, the others go through the
+# step; nobody waits.
+for grid in "" "parallel.sequence=true parallel.zero=1 parallel.bucket_mib=0.01"; do
+    read -ra more <<<"parallel.tensor=2 train.micro_batch=4 $grid"
+    for row in "65 io.read@rank3 no.usable.picture" "65 loader.decode@rank1 loader.decode" \
+        "79 step.nan@rank2 not.finite" "0 io.read.transient@rank3#6 step......8/8"; do
+        read -r code faults words <<<"$row"
+        rm -rf "$scratch/x"
+        MD_FAULT=$faults tiny 4 x "${keys[@]}" "${more[@]}"
+        [ "$rc" = "$code" ] || fail "$faults ${more[*]}: exit code $rc instead of $code"
+        grep -qE -- "$words" "$log" || fail "$faults: the output lacks $words"
+        [ "$code" = 0 ] || done_well 4 x "${keys[@]}" "${more[@]}"
+        near base x
+    done
+done
 echo ok

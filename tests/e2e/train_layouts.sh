@@ -29,15 +29,18 @@ done_well 2 again
 same two again
 done_well 2 plain parallel.overlap=false data.workers=3 data.prefetch=7
 same two plain
-done_well 2 buckets parallel.bucket_mib=1 data.sync=true data.workers=2
+done_well 2 buckets parallel.bucket_mib=0.01 data.sync=true data.workers=2
 same two buckets
 done_well 2 hdf5 data.reader=hdf5 check.every=3
 same two hdf5
 done_well 1 checked backend=check
 same one checked
+done_well 2 checked_tensor backend=check parallel.tensor=2 parallel.sequence=true parallel.zero=1
+near one checked_tensor
 
 # Ranks that share a model: near; the same grid again: bit for bit.
-grids=("tensor=2" "tensor=2 sequence=true" "tensor=2 zero=1 micro=4" "zero=1")
+grids=("tensor=2" "tensor=2 sequence=true bucket_mib=0.01" "tensor=2 zero=1 micro=4 bucket_mib=0.01"
+    "tensor=2 sequence=true zero=1 overlap=false bucket_mib=0.01" "zero=1 bucket_mib=0.01")
 grid_keys() { # "tensor=2 zero=1"
     local k
     for k in $1; do
@@ -58,7 +61,8 @@ for mutant in tp_enter.bwd tp_exit.fwd all_rows.fwd sp_gather.fwd sp_gather.bwd 
     sp_scatter.bwd; do
     sequence=false
     case $mutant in sp_*) sequence=true ;; esac
-    MD_FAULT=$mutant tiny 2 mutant parallel.tensor=2 parallel.sequence=$sequence
+    MD_FAULT=$mutant done_well 2 mutant parallel.tensor=2 parallel.sequence=$sequence
+    whole mutant 20
     if (near one mutant >/dev/null 2>&1); then fail "nobody misses $mutant"; fi
     rm -rf "$scratch/mutant"
 done
@@ -81,6 +85,8 @@ done_well 4 vit_tensor parallel.tensor=2 "${teacher[@]}"
 near vit_one vit_tensor
 done_well 2 vit_sequence parallel.tensor=2 parallel.sequence=true "${teacher[@]}"
 near vit_one vit_sequence
+done_well 4 vit_zero parallel.tensor=2 parallel.zero=1 parallel.bucket_mib=0.01 "${teacher[@]}"
+near vit_one vit_zero
 config=tiny.cfg
 
 # The comparison can fail.

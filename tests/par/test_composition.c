@@ -20,7 +20,7 @@ enum { STEPS = 10, BATCH = 16, SIDE = 8, RATE_INV = 250 };
 typedef struct layout {
     int dp, tp, accumulation;
     bool sequence, zero;
-    const char *last_block;
+    const char *more[2]; /* further keys, the same for the run it is compared with */
 } layout;
 
 typedef struct run {
@@ -38,31 +38,32 @@ typedef struct run {
 
 static void configure(run *r, const layout *l)
 {
-    char keys[5][64];
+    char keys[4][64];
     snprintf(keys[0], 64, "parallel.tensor=%d", l->tp);
     snprintf(keys[1], 64, "parallel.sequence=%s", l->sequence ? "true" : "false");
     snprintf(keys[2], 64, "parallel.zero=%d", l->zero);
     snprintf(keys[3], 64, "train.micro_batch=%d", BATCH / l->dp / l->accumulation);
-    snprintf(keys[4], 64, "model.last_block=%s", l->last_block);
     char *list[] = {"method.teacher.kind=pixel",
+                    "method.target.norm=none",
+                    "method.mask.count=6",
+                    "method.mask.min_block=4",
                     "model.layers=2",
                     "model.width=16",
                     "model.heads=4",
-                    "image.size=8",
                     "model.patch=2",
-                    "method.mask.count=6",
-                    "train.batch=16",
-                    "method.mask.min_block=4",
                     "model.drop_path=0.3",
+                    "image.size=8",
+                    "train.batch=16",
                     "optim.lr=4e-3",
                     "optim.warmup_epochs=0",
-                    "method.target.norm=none",
                     "optim.clip=0.5",
+                    "parallel.bucket_mib=0.001", /* many buckets, more than can be under way */
                     keys[0],
                     keys[1],
                     keys[2],
                     keys[3],
-                    keys[4]};
+                    (char *)l->more[0],
+                    (char *)l->more[1]};
     assert_ok(md_config_init(&r->config));
     assert_ok(md_config_load(&r->config, NULL, (int)MD_COUNT(list), list));
 }
@@ -197,41 +198,70 @@ static void check_layout(const run *alone, const layout *l)
     md_comm_free(some);
 }
 
-static void check_all(const char *last_block)
+static void begin_alone(run *alone, const char *const more[2])
 {
+    run_make(alone, NULL, &(layout){1, 1, 1, false, false, {more[0], more[1]}});
+    assert_true(alone->model.shard.buckets.count > 8);
+    run_steps(alone);
+    assert_true(alone->loss[STEPS - 1] < 0.9 * alone->loss[0]); /* it learns, so it can go wrong */
+}
+
+/* The whole product, as far as there are ranks. */
+static void test_every_layout(void **state)
+{
+    (void)state;
     static const int sizes[] = {1, 2, 4};
+    static const char *const more[2] = {"model.last_block=chosen", "model.abs_pos=false"};
     static run alone;
-    run_make(&alone, NULL, &(layout){1, 1, 1, false, false, last_block});
-    run_steps(&alone);
-    assert_true(alone.loss[STEPS - 1] < 0.9 * alone.loss[0]); /* it learns, so it can go wrong */
+    int checked = 0;
+    begin_alone(&alone, more);
     for (int k = 0; k < 9 * 8; k++) {
         layout l = {.dp = sizes[k % 3],
                     .tp = sizes[k / 3 % 3],
                     .accumulation = k / 9 % 2 ? 2 : 1,
                     .sequence = k / 18 % 2,
                     .zero = k / 36,
-                    .last_block = last_block};
-        if (l.dp * l.tp <= 8 && (!l.sequence || l.tp > 1))
-            check_layout(&alone, &l);
+                    .more = {more[0], more[1]}};
+        if (l.dp * l.tp > 8 || (l.sequence && l.tp == 1))
+            continue;
+        check_layout(&alone, &l);
+        checked += l.dp * l.tp <= md_comm_size(par_world);
     }
+    if (md_comm_size(par_world) == 8)
+        assert_int_equal(checked, 4 * (3 + 2 * 5));
     run_free(&alone);
 }
 
-static void test_last_block_chosen(void **state)
+/* Other models on the layouts in which most happens. */
+static void test_other_models(void **state)
 {
     (void)state;
-    check_all("chosen");
-}
-
-static void test_last_block_all(void **state)
-{
-    (void)state;
-    check_all("all");
+    static const char *const models[][2] = {{"model.last_block=all", "model.abs_pos=true"},
+                                            {"model.rel_pos=per_layer", "model.last_block=chosen"},
+                                            {"model.rel_pos=none", "model.layer_scale=0"},
+                                            {"parallel.overlap=false", "model.last_block=chosen"},
+                                            {"method.loss.on=all", "method.loss.kind=l2"}};
+    static run alone;
+    for (size_t i = 0; i < MD_COUNT(models); i++) {
+        begin_alone(&alone, models[i]);
+        for (int k = 0; k < 4; k++) {
+            layout l = {.dp = 2,
+                        .tp = 2,
+                        .accumulation = 2,
+                        .sequence = k & 1,
+                        .zero = k >> 1,
+                        .more = {models[i][0], models[i][1]}};
+            check_layout(&alone, &l);
+            l.dp = 1;
+            check_layout(&alone, &l);
+        }
+        run_free(&alone);
+    }
 }
 
 static const struct CMUnitTest tests[] = {
-    cmocka_unit_test(test_last_block_chosen),
-    cmocka_unit_test(test_last_block_all),
+    cmocka_unit_test(test_every_layout),
+    cmocka_unit_test(test_other_models),
 };
 
 PAR_MAIN(tests)

@@ -1,0 +1,29 @@
+#!/bin/bash
+# md_hpc bench: what the collectives of a step send is within 1 % of what the model's shapes predict,
+# on every kind of grid; a forgotten or a doubled one would not be.
+set -eu
+cd "$(dirname "$0")/../.."
+. tests/tiny_run.sh
+keys=(image.size=32 model.patch=8 model.width=192 model.heads=4 model.layers=3 method.mask.count=6
+    method.mask.min_block=4 train.batch=16 parallel.bucket_mib=0.25)
+
+sends() { # RANKS key=value...
+    "$MPIRUN" -np "$1" "$MD_HPC" bench comm --threads 1 --steps 2 --warmup 1 "${keys[@]}" "${@:2}" \
+        >"$log" 2>&1 || fail "bench comm $*"
+    awk '$1 ~ /^(tensor|data|all)$/ && $2 > 1 && $(NF - 1) > 0 {
+            lines++
+            if ($NF < 0.99 || $NF > 1.01) bad = 1
+        }
+        /buckets were started before/ { buckets = $3 }
+        END { exit bad || !lines || buckets < 4 }' "$log" || fail "bench comm $*"
+}
+sends 2
+sends 2 parallel.zero=1 train.micro_batch=4
+sends 2 parallel.tensor=2
+sends 2 parallel.tensor=2 parallel.sequence=true model.last_block=all
+sends 4 parallel.tensor=2 train.micro_batch=4
+sends 4 parallel.tensor=2 parallel.sequence=true parallel.zero=1
+"$MPIRUN" -np 2 "$MD_HPC" bench step --threads 1 --steps 1 --warmup 0 "${keys[@]}" parallel.tensor=2 \
+    >"$log" 2>&1 || fail "bench step"
+says '"data": 1, "tensor": 2' '"images_per_second"'
+echo ok
