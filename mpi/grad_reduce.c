@@ -5,7 +5,7 @@
 /* A message in shared memory moves by fragments, a few at each test, so that a bucket needs many
  * tests; one when there is nothing to move is a waste. A poll tests for at most this part of the
  * time since the last one. */
-#define POLL_SHARE 0.1
+#define POLL_SHARE 0.02
 
 struct md_grad_reduce {
     md_grad_reduce_args args;

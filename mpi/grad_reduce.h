@@ -46,7 +46,7 @@ void md_grad_reduce_reset(md_grad_reduce *g);
  * left, and waits for earlier ones if too many are under way. Collective(groups) in the sense that
  * all ranks reach finish. */
 void md_grad_reduce_ready(md_grad_reduce *g, int i);
-/* Lets what is under way advance, for at most a tenth of the time since the last call. Local. */
+/* Lets what is under way advance, for at most a fiftieth of the time since the last call. Local. */
 void md_grad_reduce_poll(md_grad_reduce *g);
 /* Collective(groups). Waits until all sums are there; returns the seconds this rank has waited
  * since reset. Every span must be ready: a missing one is a bug and named. */
