@@ -33,7 +33,13 @@ case_of() { # RANKS NAME key=value...
 case_of 1 demo
 case_of 2 demo2
 case_of 2 wide model.width=256 model.layers=8 train.batch=256
-case_of 1 vit_b16 model.width=768 model.layers=12 model.heads=12 image.size=224 model.patch=16 \
-    method.mask.min_block=16 train.batch=4
-case_of 2 vit_b16x2 model.width=768 model.layers=12 model.heads=12 image.size=224 model.patch=16 \
-    method.mask.min_block=16 train.batch=4
+vit_b16=(model.width=768 model.layers=12 model.heads=12 image.size=224 model.patch=16
+    method.mask.min_block=16 train.batch=4)
+case_of 1 vit_b16 "${vit_b16[@]}"
+case_of 2 vit_b16x2 "${vit_b16[@]}"
+case_of 2 zero "${vit_b16[@]}" parallel.zero=1
+case_of 4 zero4 "${vit_b16[@]}" parallel.zero=1
+case_of 2 tensor "${vit_b16[@]}" parallel.tensor=2
+case_of 2 sequence "${vit_b16[@]}" parallel.tensor=2 parallel.sequence=true
+case_of 4 all "${vit_b16[@]}" parallel.tensor=2 parallel.sequence=true parallel.zero=1
+case_of 4 tensor4 "${vit_b16[@]}" parallel.tensor=4

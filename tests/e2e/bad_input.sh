@@ -35,7 +35,7 @@ bad 78 'optim.lr must be a number from 0 to 100, not 1000' optim.lr=1000
 bad 78 'train.batch: 9+ is too large' train.batch=99999999999999999999
 bad 78 'method.loss.kind must be .*smooth_l1' method.loss.kind=l3
 bad 78 'tiny.cfg:6, .*model.heads = 3 must divide model.width = 32' model.heads=3
-bad 78 'train.batch = 17 does not divide over 2 ranks' train.batch=17
+bad 78 'train.batch = 17 does not divide over 2 data-parallel ranks' train.batch=17
 bad 78 'train.micro_batch = 3 must divide train.batch' train.micro_batch=3
 bad 78 'train.micro_batch = 16 does not divide the 8 images of a rank' train.micro_batch=16
 bad 78 'train.epochs = 0.01 is less than half a step' train.epochs=0.01 optim.warmup_epochs=0

@@ -309,7 +309,7 @@ static void check_grid(const int grid[2], bool sequence, bool zero)
             assert_true(p->count <= ROWS);
             assert_true(moments < 0 || moments == h->moments); /* the same load on all */
             moments = h->moments;
-            assert_true(h->zero == (zero && grid[0] * grid[1] > 1));
+            assert_true(h->zero == (zero && (grid[0] > 1 || (sequence && grid[1] > 1))));
             mark(p, h->own, h->owns, own);
             mark(p, h->update, h->updates, update);
             if (h->zero) /* the pieces fill the moments without a gap */
