@@ -35,9 +35,12 @@ bad 78 'optim.lr must be a number from 0 to 100, not 1000' optim.lr=1000
 bad 78 'train.batch: 9+ is too large' train.batch=99999999999999999999
 bad 78 'method.loss.kind must be .*smooth_l1' method.loss.kind=l3
 bad 78 'tiny.cfg:6, .*model.heads = 3 must divide model.width = 32' model.heads=3
+bad 78 'parallel.sequence = true needs parallel.tensor of at least 2' parallel.sequence=true
+bad 78 'parallel.tensor = 4 does not divide the 2 ranks' parallel.tensor=4 model.heads=4
+bad 78 'do not divide over parallel.tensor = 2 ranks' parallel.tensor=2 train.micro_batch=1
 bad 78 'train.batch = 17 does not divide over 2 data-parallel ranks' train.batch=17
 bad 78 'train.micro_batch = 3 must divide train.batch' train.micro_batch=3
-bad 78 'train.micro_batch = 16 does not divide the 8 images of a rank' train.micro_batch=16
+bad 78 'train.micro_batch = 16 does not divide the 8 images of a data-parallel rank' train.micro_batch=16
 bad 78 'train.epochs = 0.01 is less than half a step' train.epochs=0.01 optim.warmup_epochs=0
 bad 78 'data.train is not set' data.train=
 bad 78 "backend 'cuda' is not in this program" backend=cuda
@@ -175,4 +178,13 @@ rc=0
 OMPI_MCA_orte_execute_quiet=0 tiny 2 x optim.lrr=1
 [ "$rc" = 78 ] || fail "exit code $rc"
 [ "$(grep -c 'md_hpc: error: .*optim.lrr' "$log")" = 1 ] || fail "not one error"
+# A rank with another config would exchange other numbers of bytes.
+cat >"$scratch/other.sh" <<'END_OF_SCRIPT'
+[ "${OMPI_COMM_WORLD_RANK:-${PMI_RANK:-0}}" = 0 ] || set -- "$@" parallel.bucket_mib=2
+exec "$@"
+END_OF_SCRIPT
+wrap=(bash "$scratch/other.sh")
+tiny 2 other
+[ "$rc" = 78 ] || fail "exit code $rc of ranks with different configs"
+says 'the configuration (a hash of its values) differs between ranks'
 echo ok
