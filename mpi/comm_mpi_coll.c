@@ -9,7 +9,8 @@
 
 #include <string.h>
 
-#define PIECE_BYTES ((size_t)1 << 18) /* small enough to be still in the cache when it is added */
+#define PIECE_BYTES ((size_t)1 << 18)  /* small enough to be still in the cache when it is added */
+#define LONG_PART   ((int64_t)1 << 15) /* bytes of a part from which sums go in two phases */
 
 /* A reduce-scatter under way, and the memory it keeps between two. */
 struct mpi_work {
@@ -57,15 +58,6 @@ static MPI_Op op_of(md_reduce op)
 void md_mpi_barrier(md_comm *c)
 {
     MPI_Barrier(mpi_handle(c));
-}
-
-void md_mpi_allreduce(md_comm *c, void *buf, int64_t n, md_dtype dtype, md_reduce op)
-{
-    size_t width = md_dtype_bytes(dtype);
-    for (int64_t at = 0; at < n; at += slice_elements)
-        MPI_Allreduce(MPI_IN_PLACE, (char *)buf + (size_t)at * width,
-                      (int)MD_MIN(slice_elements, n - at), type_of(dtype), op_of(op),
-                      mpi_handle(c));
 }
 
 void md_mpi_bcast(md_comm *c, void *buf, int64_t bytes, int root)
@@ -123,16 +115,18 @@ static void add(void *sum, const void *x, int64_t n, md_dtype dtype)
 }
 
 /* Of elements [0, n) of every part of `stride` elements: what is this rank's, added up. The sum of
- * the first two begins in recv itself. */
+ * the first two begins in recv itself, unless recv is this rank's part of send. */
 static void exchange_piece(md_comm *c, const char *send, char *recv, piece p)
 {
     static _Alignas(64) char taken[PIECE_BYTES];
+    const char *own = send + c->rank * p.stride;
     MPI_Datatype type = type_of(p.dtype);
     for (int k = 1; k < c->size; k++) {
         int to = (c->rank + k) % c->size, from = (c->rank - k + c->size) % c->size;
-        MPI_Sendrecv(send + to * p.stride, p.n, type, to, 0, k == 1 ? recv : taken, p.n, type, from,
+        bool direct = k == 1 && recv != own;
+        MPI_Sendrecv(send + to * p.stride, p.n, type, to, 0, direct ? recv : taken, p.n, type, from,
                      0, mpi_handle(c), MPI_STATUS_IGNORE);
-        add(recv, k == 1 ? send + c->rank * p.stride : taken, p.n, p.dtype);
+        add(recv, direct ? own : taken, p.n, p.dtype);
     }
 }
 
@@ -146,6 +140,29 @@ void md_mpi_reduce_scatter(md_comm *c, const void *send, void *recv, int64_t n, 
         for (int64_t at = 0; at < part; at += most)
             exchange_piece(c, (const char *)send + at * width, (char *)recv + at * width,
                            (piece){(int)MD_MIN(most, part - at), part * width, dtype});
+}
+
+/* A long sum over more than two ranks as a reduce-scatter and an all-gather, which send least; the
+ * library's own choice sends up to twice as much. Elements that do not divide are left to it. */
+static int64_t sum_in_two(md_comm *c, char *buf, int64_t n, md_dtype dtype)
+{
+    const int64_t width = (int64_t)md_dtype_bytes(dtype), part = n / c->size;
+    if (c->size <= 2 || part * width < LONG_PART)
+        return 0;
+    char *own = buf + c->rank * part * width;
+    md_mpi_reduce_scatter(c, buf, own, part * c->size, dtype);
+    md_mpi_allgather(c, own, buf, part * width);
+    return part * c->size;
+}
+
+void md_mpi_allreduce(md_comm *c, void *buf, int64_t n, md_dtype dtype, md_reduce op)
+{
+    size_t width = md_dtype_bytes(dtype);
+    bool sums = op == MD_SUM && dtype != MD_U8;
+    for (int64_t at = sums ? sum_in_two(c, buf, n, dtype) : 0; at < n; at += slice_elements)
+        MPI_Allreduce(MPI_IN_PLACE, (char *)buf + (size_t)at * width,
+                      (int)MD_MIN(slice_elements, n - at), type_of(dtype), op_of(op),
+                      mpi_handle(c));
 }
 
 int64_t md_mpi_exscan(md_comm *c, int64_t value)

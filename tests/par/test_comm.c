@@ -142,6 +142,40 @@ static void test_long_reduce_scatter(void **state)
     md_free(recv);
 }
 
+/* Sums so long that they go in two phases, with elements that do not divide; and that every rank
+ * gets the same bits where sums are not exact. */
+static void check_long_sum(md_comm *c)
+{
+    enum { LONG = 100003 };
+    static float x[LONG];
+    static int64_t n[LONG];
+    for (int64_t i = 0; i < LONG; i++) {
+        x[i] = (float)value(i, md_comm_rank(c));
+        n[i] = value(i, md_comm_rank(c));
+    }
+    md_comm_allreduce(c, x, LONG, MD_F32, MD_SUM);
+    md_comm_allreduce(c, n, LONG, MD_I64, MD_SUM);
+    for (int64_t i = 0; i < LONG; i++)
+        assert_true(x[i] == (float)expected(i, md_comm_size(c), MD_SUM) &&
+                    n[i] == expected(i, md_comm_size(c), MD_SUM));
+    for (int64_t i = 0; i < LONG; i++)
+        x[i] = 1.0f / (float)(i + 3 + 7 * md_comm_rank(c));
+    md_comm_allreduce(c, x, LONG, MD_F32, MD_SUM);
+    static float first[LONG];
+    memcpy(first, x, sizeof first);
+    md_comm_bcast(c, first, sizeof first, 0);
+    assert_memory_equal(x, first, sizeof first);
+}
+
+static void test_long_sum(void **state)
+{
+    (void)state;
+    on_every_group(check_long_sum);
+    md_mpi_set_slice(9973);
+    check_long_sum(par_world);
+    md_mpi_set_slice((int64_t)1 << 28);
+}
+
 static void test_split_order(void **state)
 {
     (void)state;
@@ -182,11 +216,9 @@ static void test_shared(void **state)
 }
 
 static const struct CMUnitTest tests[] = {
-    cmocka_unit_test(test_collectives),
-    cmocka_unit_test(test_sliced),
-    cmocka_unit_test(test_long_reduce_scatter),
-    cmocka_unit_test(test_split_order),
-    cmocka_unit_test(test_shared),
+    cmocka_unit_test(test_collectives),         cmocka_unit_test(test_sliced),
+    cmocka_unit_test(test_long_reduce_scatter), cmocka_unit_test(test_long_sum),
+    cmocka_unit_test(test_split_order),         cmocka_unit_test(test_shared),
 };
 
 PAR_MAIN(tests)
