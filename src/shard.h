@@ -42,7 +42,7 @@ int64_t md_shard_align(const md_topo *topo, bool zero);
 md_status md_shard_make(const md_shard_args *args, md_shard *out);
 void md_shard_free(md_shard *s);
 
-/* The group of a bucket's set, and whether its parameters are cut. Local. */
+/* The ranks over which the gradients of a bucket's set are summed, and shared under ZeRO. Local. */
 md_comm *md_shard_group(const md_topo *topo, int set);
 
 /* Elements [*lo, *lo + count) of row `row` that lie in one of the n pieces; returns count, 0 when
