@@ -144,14 +144,6 @@ int64_t md_params_total(const md_params *p)
     return n;
 }
 
-int64_t md_params_local(const md_params *p)
-{
-    int64_t n = 0;
-    for (int i = 0; i < p->count; i++)
-        n += p->row[i].count;
-    return n;
-}
-
 size_t md_params_block_bytes(const md_params *p)
 {
     return (size_t)p->elements * sizeof(float);

@@ -92,9 +92,8 @@ md_param_group md_param_group_of(const md_param *row);
 /* The groups that are not empty as pieces, moments at the same offsets; returns how many. Local. */
 int md_params_pieces(const md_params *p, md_piece out[MD_GROUPS]);
 
-/* Elements of all rows at their global shapes, and of this rank's parts, both without padding. */
+/* Elements of all rows at their global shapes, without padding. */
 int64_t md_params_total(const md_params *p);
-int64_t md_params_local(const md_params *p);
 /* Bytes of one flat fp32 block. */
 size_t md_params_block_bytes(const md_params *p);
 

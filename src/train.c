@@ -300,6 +300,13 @@ static void announce(const run *r)
                 *r->checkpoint ? ", resumed from " : "", r->checkpoint);
 }
 
+/* Whether the run goes on from its own directory, not from another run's checkpoint. */
+static bool resumed_own(const run *r)
+{
+    size_t n = strlen(r->dir);
+    return strncmp(r->checkpoint, r->dir, n) == 0 && r->checkpoint[n] == '/';
+}
+
 /* Collective(world). Every step is either local and agreed upon, or collective by itself. */
 static md_status set_up(run *r, int argc, char **argv)
 {
@@ -323,7 +330,7 @@ static md_status set_up(run *r, int argc, char **argv)
     md_phase("setup.resume");
     md_snapshot s = snapshot_of(r);
     MD_TRY(md_snapshot_resume(&s, r->checkpoint, sizeof r->checkpoint));
-    r->saved_step = strncmp(r->checkpoint, r->dir, strlen(r->dir)) == 0 ? r->state.step : -1;
+    r->saved_step = resumed_own(r) ? r->state.step : -1;
     md_phase("setup.memory");
     MD_TRY(md_agree(w, make_stepper(r)));
     md_phase("setup.logs");

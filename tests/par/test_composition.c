@@ -10,10 +10,11 @@
 #include "src/setup.h"
 #include "src/step.h"
 
-/* Relative; sums of fp32 in another order. Ten AdamW updates make a parameter's error at most that
- * of its gradient's sign near 0: see PARAM_LIMIT, in units of the learning rate. */
-#define LIMIT       2e-6
-#define PARAM_LIMIT 2e-2
+/* Relative, of losses and norms: sums of fp32 in another order, a few 1e-8 where it was measured.
+ * Parameters, in learning rates: AdamW's first updates are nearly the gradient's sign, so that a
+ * gradient near 0 shows its rounding; 3e-4 was measured. */
+#define LIMIT       1e-6
+#define PARAM_LIMIT 3e-3
 
 enum { STEPS = 10, BATCH = 16, SIDE = 8, RATE_INV = 250 };
 
@@ -159,7 +160,7 @@ static void compare(const run *r, const run *alone, const layout *l)
 {
     for (int i = 0; i < STEPS; i++)
         if (!(fabs(r->loss[i] - alone->loss[i]) <= LIMIT * alone->loss[i] &&
-              fabs(r->norm[i] - alone->norm[i]) <= 20 * LIMIT * alone->norm[i]))
+              fabs(r->norm[i] - alone->norm[i]) <= LIMIT * alone->norm[i]))
             fail_msg(
                 "data %d tensor %d sequence %d zero %d accumulation %d, step %d: loss %.9g and "
                 "norm %.9g, alone %.9g and %.9g",
