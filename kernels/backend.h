@@ -3,7 +3,12 @@
  *
  * Letters (everywhere): B images, T tokens of an image with cls, N = B*T rows, C width, H heads,
  * D = C/H head width, F mlp width, P patch side, G = patches of an image, M masked patches of an
- * image, K width of a target. All floating tensors fp32 unless a row says otherwise.
+ * image, K width of a target.
+ *
+ * Types: activations, the weights of matrix products and their gradients in flight are of the
+ * compute type, f32 or bf16, all of one call alike. What a row says is f32 stays f32 under bf16:
+ * statistics (mean, rstd, lse), every gradient of a parameter, and parameters that are vectors or
+ * tables. Sums and everything inside an op are f32 (the cpu backend computes in f32 only).
  *
  * Contract of every op: inputs are not changed; every element of an output is written, or, when its
  * bit is set in `accumulate`, added to; an output may share memory with an input only where the row
@@ -16,6 +21,8 @@
 #define MD_BACKEND_H
 
 #include "src/tensor.h"
+
+MD_C_BEGIN
 
 #define MD_OP_IN  10
 #define MD_OP_OUT 6
@@ -48,10 +55,10 @@ typedef struct md_backend md_backend;
 
 typedef enum md_act { MD_ACT_NONE, MD_ACT_GELU, MD_ACT_QUICK_GELU } md_act;
 
-/* y = act(op_a(a) op_b(b) + bias). a [m,k] (or [k,m] with trans_a), b [k,n] (or [n,k] with
- * trans_b), y [m,n] in the matrix view; bias [n]. With act, pre (optional) receives the value
- * before act; y accumulates only without act, pre never.
- * Linear layer: fwd trans_b; data gradient plain; weight gradient trans_a with accumulate. */
+/* y = act(op_a(a) op_b(b) + bias), y of the compute type or f32. a [m,k] (or [k,m] with trans_a), b
+ * [k,n] (or [n,k] with trans_b), y [m,n] in the matrix view; bias [n]. With act, pre (optional)
+ * receives the value before act; y accumulates only without act, pre never. Linear layer: fwd
+ * trans_b; data gradient plain; weight gradient trans_a with accumulate. */
 typedef struct md_gemm_args {
     MD_IN(*a, *b, *bias);
     MD_OUT(*y, *pre);
@@ -59,22 +66,22 @@ typedef struct md_gemm_args {
     md_act act;
 } md_gemm_args;
 
-/* y[c] = sum over rows of x[r, c]: gradient of a bias. y [C]. */
+/* y[c] = sum over rows of x[r, c]: gradient of a bias. y f32 [C]. */
 typedef struct md_colsum_args {
     MD_IN(*x);
     MD_OUT(*y);
 } md_colsum_args;
 
-/* dx = dy * act'(x) with x the value before the activation; dx may be dy. dbias [C] (optional, may
- * accumulate) = column sums of dx. */
+/* dx = dy * act'(x) with x the value before the activation; dx may be dy. dbias f32 [C] (optional,
+ * may accumulate) = column sums of dx. */
 typedef struct md_act_bwd_args {
     MD_IN(*x, *dy);
     MD_OUT(*dx, *dbias);
     md_act act;
 } md_act_bwd_args;
 
-/* y = (x - mean) * rstd * weight + bias over the last axis, biased variance. weight, bias optional
- * (both or none). mean, rstd [rows] optional. y may be x when mean and rstd are NULL.
+/* y = (x - mean) * rstd * weight + bias over the last axis, biased variance. weight, bias f32,
+ * optional (both or none). mean, rstd f32 [rows] optional. y may be x when mean and rstd are NULL.
  * unbiased: divide by cols - 1 (MAE's patch normalisation). */
 typedef struct md_layernorm_args {
     MD_IN(*x, *weight, *bias);
@@ -86,9 +93,9 @@ typedef struct md_layernorm_args {
 /* One residual step and the LayerNorm after it, in one pass:
  *   r = x + keep[image] * gamma * branch          (branch absent: r = x, and r may be NULL)
  *   y = LN(r) * weight + bias, mean, rstd of r
- * x, branch, r, y [N, C] in the matrix view; gamma [C] optional; keep [B] optional (0 or 1/(1-p),
- * drop path; N is a multiple of B, rows of an image follow each other). r may be x. y optional:
- * then only the residual is done. No accumulation. */
+ * x, branch, r, y [N, C] in the matrix view; gamma, weight, bias f32 [C], gamma optional; keep f32
+ * [B] optional (0 or 1/(1-p), drop path; N is a multiple of B, rows of an image follow each other).
+ * r may be x. y optional: then only the residual is done. No accumulation. */
 typedef struct md_residual_ln_args {
     MD_IN(*x, *branch, *gamma, *keep, *weight, *bias);
     MD_OUT(*r, *y, *mean, *rstd);
@@ -99,14 +106,16 @@ typedef struct md_residual_ln_args {
  * step, dy at y (optional). g = dr + LN'(dy);  dx = g;  dbranch = keep * gamma * g; dgamma[c] = sum
  * keep * branch * g;  dweight[c] = sum dy * (r - mean) * rstd;  dbias[c] = sum dy. dx may be dr.
  * dbranch, dgamma absent when there was no branch or no gamma. mean, rstd [N]; r, weight (ones when
- * NULL), mean and rstd are needed with dy only. Only the three parameter gradients accumulate. */
+ * NULL), mean and rstd are needed with dy only. Only the three parameter gradients accumulate; they
+ * are f32, as gamma, keep, weight, mean and rstd. Where dx is of a narrower type, dbranch and the
+ * sums take g before it is rounded. */
 typedef struct md_residual_ln_bwd_args {
     MD_IN(*r, *branch, *gamma, *keep, *weight, *mean, *rstd, *dr, *dy);
     MD_OUT(*dx, *dbranch, *dgamma, *dweight, *dbias);
 } md_residual_ln_bwd_args;
 
 /* Softmax attention of every image and head with an additive bias:
- *   o = softmax(q k^T * scale + rel) v,  lse [B, H, T] = log of the softmax denominators.
+ *   o = softmax(q k^T * scale + rel) v,  lse f32 [B, H, T] = log of the softmax denominators.
  * qkv [B, T, 3C], each row q, k, v in this order, each [H, D]; rel [H, T, T] optional; o [B, T, C],
  * each row [H, D]; lse optional. */
 typedef struct md_attention_args {
@@ -116,8 +125,8 @@ typedef struct md_attention_args {
     float scale;
 } md_attention_args;
 
-/* dqkv [B, T, 3C] from d_o; drel [H,T,T] = sum over images of dlogits (optional; may accumulate).
- * dqkv must not share memory with qkv. */
+/* dqkv [B, T, 3C] from d_o; drel f32 [H,T,T] = sum over images of dlogits (optional; may
+ * accumulate). dqkv must not share memory with qkv. */
 typedef struct md_attention_bwd_args {
     MD_IN(*qkv, *rel, *o, *lse, *d_o);
     MD_OUT(*dqkv, *drel);
@@ -125,13 +134,13 @@ typedef struct md_attention_bwd_args {
     float scale;
 } md_attention_bwd_args;
 
-/* rel[h, i, j] = table[index[i, j], h]. index i32 [T, T], table [R, H], rel [H, T, T]. */
+/* rel[h, i, j] = table[index[i, j], h]. index i32 [T, T], table f32 [R, H], rel [H, T, T]. */
 typedef struct md_rel_gather_args {
     MD_IN(*table, *index);
     MD_OUT(*rel);
 } md_rel_gather_args;
 
-/* dtable[index[i,j], h] (+)= drel[h, i, j]: zero first unless accumulate. */
+/* dtable[index[i,j], h] (+)= drel[h, i, j], both f32: zero first unless accumulate. */
 typedef struct md_rel_scatter_args {
     MD_IN(*drel, *index);
     MD_OUT(*dtable);
@@ -151,14 +160,15 @@ typedef struct md_patchify_args {
 } md_patchify_args;
 
 /* tokens[b, 0] = cls + pos[0];  tokens[b, 1+i] = (masked ? mask_token : patch[b, i]) + pos[1+i].
- * patch [B, G, C]; cls, mask_token [C]; pos [G+1, C] optional; mask u8 [B, G] optional (with
- * mask_token); tokens [B, G+1, C]. */
+ * patch [B, G, C]; cls, mask_token f32 [C]; pos f32 [G+1, C] optional; mask u8 [B, G] optional
+ * (with mask_token); tokens [B, G+1, C]. */
 typedef struct md_tokens_args {
     MD_IN(*patch, *cls, *mask_token, *pos, *mask);
     MD_OUT(*tokens);
 } md_tokens_args;
 
-/* dpatch = 0 at masked tokens; dcls [C], dmask_token [C], dpos [G+1, C] sums over the batch. */
+/* dpatch = 0 at masked tokens; dcls [C], dmask_token [C], dpos [G+1, C], all f32, sums over the
+ * batch. */
 typedef struct md_tokens_bwd_args {
     MD_IN(*dtokens, *mask);
     MD_OUT(*dpatch, *dcls, *dmask_token, *dpos);
@@ -188,7 +198,7 @@ typedef struct md_loss_args {
     float beta, scale;
 } md_loss_args;
 
-/* sum[0] = sum of x^2 (f64), nonfinite[0] (f64) = number of NaN or Inf elements. */
+/* sum[0] = sum of x^2 (f64), nonfinite[0] (f64) = number of NaN or Inf elements; x f32. */
 typedef struct md_sumsq_args {
     MD_IN(*x);
     MD_OUT(*sum, *nonfinite);
@@ -197,10 +207,11 @@ typedef struct md_sumsq_args {
 /* Decoupled AdamW on one contiguous range (Loshchilov and Hutter 2019), g = grad * grad_scale:
  *   p *= 1 - lr*wd;  m += (1-b1)(g-m);  v = b2 v + (1-b2) g^2;
  *   p -= lr / (1-b1^t) * m / (sqrt(v) / sqrt(1-b2^t) + eps).
- * param, m, v are accumulated outputs (updated in place). step = t >= 1. */
+ * param, m, v are accumulated outputs (updated in place), all f32. copy (bf16, optional) receives
+ * the new param, rounded. step = t >= 1. */
 typedef struct md_adamw_args {
     MD_IN(*grad);
-    MD_OUT(*param, *m, *v);
+    MD_OUT(*param, *m, *v, *copy);
     double lr, beta1, beta2, eps, weight_decay, grad_scale;
     int64_t step;
 } md_adamw_args;
@@ -218,6 +229,12 @@ typedef struct md_axpy_args {
     MD_OUT(*y);
     float alpha;
 } md_axpy_args;
+
+/* y = x in another type, f32 or bf16, rounded to nearest even; the same type copies. */
+typedef struct md_cast_args {
+    MD_IN(*x);
+    MD_OUT(*y);
+} md_cast_args;
 
 #define MD_OPS(X)      \
     X(gemm)            \
@@ -239,7 +256,8 @@ typedef struct md_axpy_args {
     X(sumsq)           \
     X(adamw)           \
     X(fill)            \
-    X(axpy)
+    X(axpy)            \
+    X(cast)
 
 typedef enum md_op {
 #define MD_OP_ENUM(op) MD_OP_##op,
@@ -255,9 +273,33 @@ typedef struct md_op_table {
 #undef MD_OP_FIELD
 } md_op_table;
 
+/* A stretch of recorded work, for replaying. */
+typedef struct md_recording md_recording;
+
+/* Where a backend's operands live. All Local; a backend without this table works on host memory.
+ * What is issued runs in the order of issue, and after sync the host sees all of it. The functions
+ * md_backend_alloc ... md_backend_sync below say what each does. */
+typedef struct md_memory_ops {
+    md_status (*alloc)(md_backend *be, size_t bytes, void **out);
+    void (*free)(md_backend *be, void *p);
+    md_status (*pinned)(md_backend *be, size_t bytes, void **out);
+    void (*pinned_free)(md_backend *be, void *p);
+    md_status (*upload)(md_backend *be, void *dst, const void *src, size_t bytes);
+    md_status (*download)(md_backend *be, void *dst, const void *src, size_t bytes);
+    md_status (*feed)(md_backend *be, int slot, void *dst, const void *src, size_t bytes);
+    md_status (*feed_wait)(md_backend *be, int slot);
+    md_status (*feed_used)(md_backend *be, int slot);
+    md_status (*sync)(md_backend *be);
+    md_status (*record_begin)(md_backend *be);
+    md_status (*record_end)(md_backend *be, md_recording **out);
+    md_status (*replay)(md_backend *be, md_recording *r);
+    void (*record_free)(md_backend *be, md_recording *r);
+} md_memory_ops;
+
 struct md_backend {
     const char *name;
     const md_op_table *ops;
+    const md_memory_ops *memory; /* NULL: host memory */
     /* Scratch bytes this op needs with these arguments (a is the whole args struct; data pointers
      * may be NULL). Also the place where a backend prepares what depends on shapes only, so that
      * the op itself allocates nothing; an op whose scratch was never asked for prepares itself at
@@ -289,17 +331,71 @@ bool md_op_may_share(md_op op, int in, int out);
 const char *md_op_in_name(md_op op, int i);
 const char *md_op_out_name(md_op op, int i);
 
-/* Makes the backend of this name: "cpu", or "check" (cpu with every call watched). threads: OpenMP
- * threads to use, 0 = all this process may use. MD_ERR_CONFIG for a name that this
- * program has not, with those it has. The backend is used by one thread at a time (it starts its
- * own OpenMP threads). Local. */
+typedef struct md_backend_args {
+    const char *name; /* "cpu"; "check": cpu with every call watched; "cuda" */
+    int threads;      /* OpenMP threads to use, 0 = all this process may use */
+    md_dtype compute; /* type of activations and matrix weights */
+    /* cuda: this rank and the number of ranks on its node; the GPU is the one of this number among
+     * those that are visible, or the only visible one. */
+    int node_rank, node_size;
+    bool planning; /* no device is touched: shapes and scratch sizes only */
+} md_backend_args;
+
+/* Makes a backend. MD_ERR_CONFIG for a name that this program has not, with those it has, for a
+ * compute type that it cannot, and where no GPU can be used; MD_ERR_MEMORY. The backend is used by
+ * one thread at a time (it starts its own OpenMP threads). Local. */
+md_status md_backend_make(const md_backend_args *args, md_backend **out);
+/* The same for name and threads alone, in f32, for the only rank of a node. */
 md_status md_backend_create(const char *name, int threads, md_backend **out);
 void md_backend_destroy(md_backend *be);
+
+/* ---- memory. On host memory these are allocation, memcpy and nothing. ---- */
+
+/* Zeroed memory for operands, 64-byte aligned. MD_ERR_MEMORY names `what` and the bytes. Local. */
+md_status md_backend_alloc(md_backend *be, size_t bytes, const char *what, void **out);
+void md_backend_free(md_backend *be, void *p);
+/* Zeroed host memory that copies fast; where the backend works on host memory, plain memory. */
+md_status md_backend_pinned(md_backend *be, size_t bytes, const char *what, void **out);
+void md_backend_pinned_free(md_backend *be, void *p);
+/* Operands live in memory that the host cannot read. */
+static inline bool md_backend_is_device(const md_backend *be)
+{
+    return be->memory != NULL;
+}
+/* Host to operands and back, in the order of ops issued. src of an upload must stay as it is, dst
+ * of a download is filled, not before md_backend_sync returns. Local. MD_ERR_DEVICE. */
+md_status md_backend_upload(md_backend *be, void *dst, const void *src, size_t bytes);
+md_status md_backend_download(md_backend *be, void *dst, const void *src, size_t bytes);
+/* Waits for all that was issued. MD_ERR_DEVICE: something of it failed. */
+md_status md_backend_sync(md_backend *be);
+
+/* Input that is copied while earlier work still runs. There are MD_FEED_SLOTS slots, each with a
+ * pinned source and a destination of its own. A pass: feed_wait (the source may be filled again),
+ * fill it, feed (ops issued later see dst), the ops, feed_used (the next feed of this slot waits
+ * for them). Local. MD_ERR_DEVICE. */
+#define MD_FEED_SLOTS 2
+md_status md_backend_feed_wait(md_backend *be, int slot);
+md_status md_backend_feed(md_backend *be, int slot, void *dst, const void *src, size_t bytes);
+md_status md_backend_feed_used(md_backend *be, int slot);
+
+/* Records the ops issued between begin and end, without running them, so that replay issues them
+ * again at once with the same operands (a CUDA graph). Only ops may be issued meanwhile, each once
+ * run before (it may have to prepare itself). False: this backend does not record. Local. */
+static inline bool md_backend_can_record(const md_backend *be)
+{
+    return be->memory && be->memory->record_begin;
+}
+md_status md_backend_record_begin(md_backend *be);
+md_status md_backend_record_end(md_backend *be, md_recording **out);
+md_status md_backend_replay(md_backend *be, md_recording *r);
+void md_backend_record_free(md_backend *be, md_recording *r); /* NULL is fine */
 
 /* "oneDNN 2.6.3": what the cpu backend multiplies matrices with. */
 const char *md_backend_library(void);
 
 /* Comma separated names of the backends in this binary. */
 const char *md_backend_list(void);
+
+MD_C_END
 
 #endif

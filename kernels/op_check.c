@@ -2,10 +2,11 @@
  * repeats shape checks.
  *
  * A rule is "name[?][@input][:dtype] mode dims": ? = optional; @ names the input an output may be
- * the same memory as; dtype f32 when absent; mode '=' exact dimensions, '~' matrix view (all
- * leading dimensions multiplied, then the last), '#' only the number of elements. dims are
- * separated by blanks, each "3", "C", "3C" or "G+1"; a letter gets its value at its first use and
- * must agree afterwards. gemm's transposes swap the dims of a and b. */
+ * the same memory as; dtype the compute type (f32 or bf16, in one call all alike) when absent,
+ * FLOAT either of the two for itself; mode '=' exact dimensions, '~' matrix view (all leading
+ * dimensions multiplied, then the last), '#' only the number of elements. dims are separated by
+ * blanks, each "3", "C", "3C" or "G+1"; a letter gets its value at its first use and must agree
+ * afterwards. gemm's transposes swap the dims of a and b. */
 #include "kernels/backend.h"
 
 #include <ctype.h>
@@ -17,37 +18,41 @@ typedef struct op_rule {
 } op_rule;
 
 static const op_rule rules[MD_OP_COUNT] = {
-    [MD_OP_gemm] = {{"a ~ M K", "b ~ K N", "bias? # N"}, {"y ~ M N", "pre? ~ M N"}},
-    [MD_OP_colsum] = {{"x ~ N C"}, {"y # C"}},
-    [MD_OP_act_bwd] = {{"x ~ N C", "dy ~ N C"}, {"dx@dy ~ N C", "dbias? # C"}},
-    [MD_OP_layernorm] = {{"x ~ N C", "weight? # C", "bias? # C"},
-                         {"y@x ~ N C", "mean? # N", "rstd? # N"}},
-    [MD_OP_residual_ln] = {{"x ~ N C", "branch? ~ N C", "gamma? # C", "keep? # B", "weight? # C",
-                            "bias? # C"},
-                           {"r?@x ~ N C", "y? ~ N C", "mean? # N", "rstd? # N"}},
-    [MD_OP_residual_ln_bwd] = {{"r? ~ N C", "branch? ~ N C", "gamma? # C", "keep? # B",
-                                "weight? # C", "mean? # N", "rstd? # N", "dr? ~ N C", "dy? ~ N C"},
-                               {"dx@dr ~ N C", "dbranch? ~ N C", "dgamma? # C", "dweight? # C",
-                                "dbias? # C"}},
-    [MD_OP_attention] = {{"qkv = B T 3C", "rel? = H T T"}, {"o = B T C", "lse? = B H T"}},
-    [MD_OP_attention_bwd] = {{"qkv = B T 3C", "rel? = H T T", "o = B T C", "lse = B H T",
+    [MD_OP_gemm] = {{"a ~ M K", "b ~ K N", "bias? # N"}, {"y:FLOAT ~ M N", "pre? ~ M N"}},
+    [MD_OP_colsum] = {{"x ~ N C"}, {"y:F32 # C"}},
+    [MD_OP_act_bwd] = {{"x ~ N C", "dy ~ N C"}, {"dx@dy ~ N C", "dbias?:F32 # C"}},
+    [MD_OP_layernorm] = {{"x ~ N C", "weight?:F32 # C", "bias?:F32 # C"},
+                         {"y@x ~ N C", "mean?:F32 # N", "rstd?:F32 # N"}},
+    [MD_OP_residual_ln] = {{"x ~ N C", "branch? ~ N C", "gamma?:F32 # C", "keep?:F32 # B",
+                            "weight?:F32 # C", "bias?:F32 # C"},
+                           {"r?@x ~ N C", "y? ~ N C", "mean?:F32 # N", "rstd?:F32 # N"}},
+    [MD_OP_residual_ln_bwd] = {{"r? ~ N C", "branch? ~ N C", "gamma?:F32 # C", "keep?:F32 # B",
+                                "weight?:F32 # C", "mean?:F32 # N", "rstd?:F32 # N", "dr? ~ N C",
+                                "dy? ~ N C"},
+                               {"dx@dr ~ N C", "dbranch? ~ N C", "dgamma?:F32 # C",
+                                "dweight?:F32 # C", "dbias?:F32 # C"}},
+    [MD_OP_attention] = {{"qkv = B T 3C", "rel? = H T T"}, {"o = B T C", "lse?:F32 = B H T"}},
+    [MD_OP_attention_bwd] = {{"qkv = B T 3C", "rel? = H T T", "o = B T C", "lse:F32 = B H T",
                               "d_o = B T C"},
-                             {"dqkv = B T 3C", "drel? = H T T"}},
-    [MD_OP_rel_gather] = {{"table = R H", "index:I32 = T T"}, {"rel = H T T"}},
-    [MD_OP_rel_scatter] = {{"drel = H T T", "index:I32 = T T"}, {"dtable = R H"}},
+                             {"dqkv = B T 3C", "drel?:F32 = H T T"}},
+    [MD_OP_rel_gather] = {{"table:F32 = R H", "index:I32 = T T"}, {"rel = H T T"}},
+    [MD_OP_rel_scatter] = {{"drel:F32 = H T T", "index:I32 = T T"}, {"dtable:F32 = R H"}},
     [MD_OP_patchify] = {{"image:U8 = B S S 3"}, {"patch ~ N 3Q"}},
-    [MD_OP_tokens] = {{"patch = B G C", "cls # C", "mask_token? # C", "pos? = G+1 C",
+    [MD_OP_tokens] = {{"patch = B G C", "cls:F32 # C", "mask_token?:F32 # C", "pos?:F32 = G+1 C",
                        "mask?:U8 = B G"},
                       {"tokens = B G+1 C"}},
     [MD_OP_tokens_bwd] = {{"dtokens = B G+1 C", "mask?:U8 = B G"},
-                          {"dpatch = B G C", "dcls? # C", "dmask_token? # C", "dpos? = G+1 C"}},
+                          {"dpatch = B G C", "dcls?:F32 # C", "dmask_token?:F32 # C",
+                           "dpos?:F32 = G+1 C"}},
     [MD_OP_gather_rows] = {{"x ~ N C", "index:I32 # R"}, {"y ~ R C"}},
     [MD_OP_scatter_rows] = {{"dy ~ R C", "index:I32 # R"}, {"dx ~ N C"}},
     [MD_OP_loss] = {{"pred ~ N C", "target ~ N C"}, {"loss:F64 # 1", "dpred?@pred ~ N C"}},
-    [MD_OP_sumsq] = {{"x # E"}, {"sum:F64 # 1", "nonfinite:F64 # 1"}},
-    [MD_OP_adamw] = {{"grad # E"}, {"param # E", "m # E", "v # E"}},
+    [MD_OP_sumsq] = {{"x:F32 # E"}, {"sum:F64 # 1", "nonfinite:F64 # 1"}},
+    [MD_OP_adamw] = {{"grad:F32 # E"},
+                     {"param:F32 # E", "m:F32 # E", "v:F32 # E", "copy?:BF16 # E"}},
     [MD_OP_fill] = {{NULL}, {"y # E"}},
     [MD_OP_axpy] = {{"x # E"}, {"y@x # E"}},
+    [MD_OP_cast] = {{"x:FLOAT # E"}, {"y:FLOAT # E"}},
 };
 
 static const char *const op_names[] = {
@@ -140,8 +145,29 @@ static bool dims_fit(const char *dims, const md_tensor *t, bool swap, int64_t le
     return i == n;
 }
 
+/* What a call has bound so far: its letters and its compute type (-1: none yet). */
+typedef struct bindings {
+    int64_t letter[26];
+    int compute;
+} bindings;
+
+static bool type_fits(const char *rule, uint8_t have, bindings *b)
+{
+    const char *colon = memchr(rule, ':', strcspn(rule, " "));
+    const bool floating = have == MD_F32 || have == MD_BF16;
+    if (colon && strncmp(colon, ":FLOAT ", 7) == 0)
+        return floating;
+    if (colon) {
+        const char *name = md_dtype_name((md_dtype)have);
+        return strncmp(colon + 1, name, strlen(name)) == 0 && colon[1 + strlen(name)] == ' ';
+    }
+    if (b->compute < 0 && floating)
+        b->compute = have;
+    return have == b->compute;
+}
+
 static md_status operand_check(md_op op, const char *rule, const md_tensor *t, bool swap,
-                               int64_t letter[26])
+                               bindings *b)
 {
     if (!rule) {
         if (t)
@@ -154,11 +180,8 @@ static md_status operand_check(md_op op, const char *rule, const md_tensor *t, b
             MD_FAIL(MD_ERR_BUG, "%s: operand %s is missing", md_op_name(op), rule_name(rule));
         return MD_OK;
     }
-    const char *colon = memchr(rule, ':', strcspn(rule, " "));
-    const char *want = colon ? colon + 1 : "F32";
-    const char *have = md_dtype_name((md_dtype)t->dtype);
     char shape[96];
-    if (strncmp(want, have, strlen(have)) != 0 || !dims_fit(strpbrk(rule, "~=#"), t, swap, letter))
+    if (!type_fits(rule, t->dtype, b) || !dims_fit(strpbrk(rule, "~=#"), t, swap, b->letter))
         MD_FAIL(MD_ERR_BUG, "%s: operand %s is %s but the rule is '%s'", md_op_name(op),
                 rule_name(rule), md_tensor_describe(t, shape, sizeof shape), rule);
     return MD_OK;
@@ -166,9 +189,9 @@ static md_status operand_check(md_op op, const char *rule, const md_tensor *t, b
 
 md_status md_op_check(md_op op, const md_operands *a)
 {
-    int64_t letter[26];
-    for (size_t i = 0; i < MD_COUNT(letter); i++)
-        letter[i] = -1;
+    bindings b = {.compute = -1};
+    for (size_t i = 0; i < MD_COUNT(b.letter); i++)
+        b.letter[i] = -1;
     bool trans[2] = {false, false};
     if (op == MD_OP_gemm) {
         const md_gemm_args *g = (const md_gemm_args *)(const void *)a;
@@ -176,10 +199,10 @@ md_status md_op_check(md_op op, const md_operands *a)
         trans[1] = g->trans_b;
     }
     for (int i = 0; i < MD_OP_IN; i++)
-        MD_TRY(operand_check(op, rules[op].in[i], a->in[i], i < 2 && trans[i], letter));
+        MD_TRY(operand_check(op, rules[op].in[i], a->in[i], i < 2 && trans[i], &b));
     uint32_t outputs = 0;
     for (int i = 0; i < MD_OP_OUT; i++) {
-        MD_TRY(operand_check(op, rules[op].out[i], a->out[i], false, letter));
+        MD_TRY(operand_check(op, rules[op].out[i], a->out[i], false, &b));
         outputs |= rules[op].out[i] ? 1u << i : 0u;
     }
     if (a->accumulate & ~outputs)

@@ -11,6 +11,8 @@
 
 #include "src/tensor.h"
 
+MD_C_BEGIN
+
 typedef struct md_comm md_comm;
 
 typedef enum md_reduce { MD_SUM, MD_MAX_OP, MD_MIN_OP } md_reduce;
@@ -88,5 +90,7 @@ md_comm_count md_comm_counted(const md_comm *c);
 /* One block of memory that all ranks of a node map: `bytes` zeroed bytes allocated on group rank 0.
  * c must come from md_comm_split_node (or be a self group). Freed with the group. */
 md_status md_comm_shared(md_comm *c, size_t bytes, void **out);
+
+MD_C_END
 
 #endif

@@ -7,6 +7,8 @@
 
 #include "mpi/comm.h"
 
+MD_C_BEGIN
+
 typedef struct md_comm_ops {
     const char *name;
     void (*free)(md_comm *c);
@@ -37,6 +39,8 @@ struct md_comm {
 };
 
 /* Reports a dead collective on stderr and ends the job with MD_ERR_DEVICE. */
-_Noreturn void md_comm_die(const md_comm *c, const char *what, const char *why);
+MD_NORETURN void md_comm_die(const md_comm *c, const char *what, const char *why);
+
+MD_C_END
 
 #endif

@@ -11,6 +11,19 @@
 #include <stddef.h>
 #include <stdint.h>
 
+/* The headers of ops and groups are read by the CUDA side too, which is C++. */
+#ifdef __cplusplus
+#define MD_NORETURN [[noreturn]]
+#define MD_C_BEGIN  extern "C" {
+#define MD_C_END    }
+#else
+#define MD_NORETURN _Noreturn
+#define MD_C_BEGIN
+#define MD_C_END
+#endif
+
+MD_C_BEGIN
+
 #define MD_VERSION "0.1.0"
 
 /* X(name, exit code, what it means to a user) */
@@ -64,7 +77,7 @@ md_status md_error_prefix(md_status st, const char *fmt, ...) __attribute__((for
         if (__builtin_expect(!(cond), 0))                                \
             md_assert_fail(__FILE__, __LINE__, #cond, ": " __VA_ARGS__); \
     } while (0)
-_Noreturn void md_assert_fail(const char *file, int line, const char *cond, const char *fmt, ...)
+MD_NORETURN void md_assert_fail(const char *file, int line, const char *cond, const char *fmt, ...)
     __attribute__((format(printf, 4, 5)));
 
 /* Who we are in the job: shown by asserts and fault sites, set once after MPI_Init. The hook ends
@@ -73,10 +86,10 @@ void md_base_set_rank(int rank, int size);
 int md_base_rank(void);
 int md_base_size(void);
 void md_base_set_abort_hook(void (*hook)(int code));
-_Noreturn void md_abort(int code);
+MD_NORETURN void md_abort(int code);
 /* Ends this process at once, without a word to MPI: for a thread that may not call it. The launcher
  * then ends the other ranks. */
-_Noreturn void md_exit_now(md_status code);
+MD_NORETURN void md_exit_now(md_status code);
 
 /* Host memory, counted. md_alloc returns 64-byte aligned (2 MiB and huge-page advised from 4 MiB
  * on) zeroed bytes, or NULL with the error sentence set (status MD_ERR_MEMORY is the caller's to
@@ -106,5 +119,7 @@ double md_now(void);
 #define MD_MIN(a, b)    ((a) < (b) ? (a) : (b))
 #define MD_MAX(a, b)    ((a) > (b) ? (a) : (b))
 #define MD_COUNT(array) (sizeof(array) / sizeof((array)[0]))
+
+MD_C_END
 
 #endif

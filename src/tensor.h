@@ -7,6 +7,8 @@
 
 #include "src/base.h"
 
+MD_C_BEGIN
+
 /* X(name, bytes) */
 #define MD_DTYPES(X) X(F32, 4) X(BF16, 2) X(F64, 8) X(I32, 4) X(I64, 8) X(U8, 1) X(F16, 2)
 
@@ -76,5 +78,7 @@ static inline int32_t *md_i32(const md_tensor *t)
 {
     return (int32_t *)t->data;
 }
+
+MD_C_END
 
 #endif

@@ -1,6 +1,7 @@
 /* check_backend: see check_backend.h. It works through md_operands and the rows of MD_OPS, so it
  * knows no op by name. */
 #include "kernels/check/check_backend.h"
+#include "kernels/scalar_math.h"
 
 #include <math.h>
 #include <string.h>
@@ -25,14 +26,14 @@ static bool overlap(const md_tensor *a, const md_tensor *b)
 
 static bool is_floating(const md_tensor *t)
 {
-    return t->dtype == MD_F32 || t->dtype == MD_F64;
+    return t->dtype == MD_F32 || t->dtype == MD_BF16 || t->dtype == MD_F64;
 }
 
 static void poison(const md_tensor *t)
 {
-    uint32_t *word = t->data;
-    for (size_t i = 0; i < md_tensor_bytes(t) / sizeof *word; i++)
-        word[i] = POISON;
+    uint16_t *half = t->data;
+    for (size_t i = 0; i < md_tensor_bytes(t) / sizeof *half; i++)
+        half[i] = (uint16_t)(t->dtype == MD_BF16 || i % 2 == 1 ? POISON >> 16 : POISON & 0xffff);
 }
 
 static md_status check_memory(md_op op, const md_tensor *t, const char *name)
@@ -82,6 +83,10 @@ static md_status check_output(md_op op, int o, const md_tensor *t)
         if (t->dtype == MD_F32) {
             memcpy(&word, (const float *)t->data + i, sizeof word);
             value = (double)((const float *)t->data)[i];
+        } else if (t->dtype == MD_BF16) {
+            uint16_t half = ((const uint16_t *)t->data)[i];
+            value = (double)md_f32_from_bf16(half);
+            word = half == POISON >> 16 ? POISON : 0;
         } else {
             memcpy(&word, (const double *)t->data + i, sizeof word);
             value = ((const double *)t->data)[i];

@@ -61,6 +61,15 @@ md_status cpu_scratch(const md_backend *be, md_op op, size_t need, void **scratc
     return MD_OK;
 }
 
+md_status cpu_check(md_op op, const md_operands *a)
+{
+    MD_TRY(md_op_check(op, a));
+    for (int i = 0; i < MD_OP_IN; i++)
+        if (a->in[i] && a->in[i]->dtype == MD_BF16)
+            MD_FAIL(MD_ERR_BUG, "%s: the cpu backend has no bf16", md_op_name(op));
+    return MD_OK;
+}
+
 md_status cpu_check_index(md_op op, const md_tensor *index, int64_t limit)
 {
     const int32_t *ix = index->data;

@@ -118,6 +118,8 @@ MD_OPS(CPU_DECLARE)
 CPU_OPS_WITH_SCRATCH(CPU_DECLARE)
 #undef CPU_DECLARE
 
-#define CPU_CHECK(op, a) MD_TRY(md_op_check(MD_OP_##op, (const md_operands *)(const void *)(a)))
+/* md_op_check, and f32 throughout. */
+md_status cpu_check(md_op op, const md_operands *a);
+#define CPU_CHECK(op, a) MD_TRY(cpu_check(MD_OP_##op, (const md_operands *)(const void *)(a)))
 
 #endif

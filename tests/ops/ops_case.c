@@ -1,6 +1,7 @@
 /* ops_case: see ops_case.h. */
 #include "tests/ops/ops_case.h"
 
+#include "kernels/scalar_math.h"
 #include "src/rng.h"
 
 #include <stdarg.h>
@@ -53,6 +54,9 @@ static void store(const md_tensor *t, int64_t i, double value)
     case MD_F64:
         ((double *)t->data)[i] = value;
         break;
+    case MD_BF16:
+        ((uint16_t *)t->data)[i] = md_bf16_from_f32((float)value);
+        break;
     case MD_I32:
         ((int32_t *)t->data)[i] = (int32_t)value;
         break;
@@ -68,6 +72,8 @@ static double load(const md_tensor *t, int64_t i)
         return (double)((const float *)t->data)[i];
     case MD_F64:
         return ((const double *)t->data)[i];
+    case MD_BF16:
+        return (double)md_f32_from_bf16(((const uint16_t *)t->data)[i]);
     case MD_I32:
         return (double)((const int32_t *)t->data)[i];
     default:
@@ -175,7 +181,8 @@ double case_error(const op_case *c)
             scale = fmax(scale, fabs(c->ref[o][i]));
             error = e > error || isnan(e) ? e : error;
         }
-        double tolerance = (double)FLT_EPSILON * sqrt(c->terms) * c->factor * scale;
+        double eps = t->dtype == MD_BF16 ? 0x1p-8 : (double)FLT_EPSILON;
+        double tolerance = eps * sqrt(c->terms) * c->factor * scale;
         if (isnan(error) || (error > 0.0 && tolerance == 0.0))
             return INFINITY;
         worst = error > 0.0 ? fmax(worst, error / tolerance) : worst;

@@ -1,9 +1,9 @@
-/* ops_vector: cases of loss, sumsq, adamw, fill and axpy. */
+/* ops_vector: cases of loss, sumsq, adamw, fill, axpy and cast. */
 #include "tests/ops/ops_case.h"
 
 #include <math.h>
 
-enum { L1 = 1, L2 = 2, DPRED = 4, ADD = 8, IN_PLACE = 16 };
+enum { L1 = 1, L2 = 2, DPRED = 4, ADD = 8, IN_PLACE = 16, COPY = 32 };
 
 static md_loss_kind kind_of(const op_case *c)
 {
@@ -95,6 +95,8 @@ static void build_adamw(op_case *c)
     a->param = F32(c, n);
     a->m = F32(c, n);
     a->v = TENSOR(c, MD_F32, FILL_POSITIVE, n);
+    if (c->row->flags & COPY)
+        a->copy = TENSOR(c, MD_BF16, FILL_UNIT, n);
     a->accumulate = 7;
     a->lr = 1e-2, a->beta1 = 0.9, a->beta2 = 0.98, a->eps = 1e-6;
     a->weight_decay = 0.05, a->grad_scale = 0.5;
@@ -114,6 +116,8 @@ static void ref_adamw(op_case *c, bool mutant)
         v[i] = b2 * v[i] + (1.0 - b2) * g * g;
         p[i] -= mutant ? 0.0 : lr * a->weight_decay * p[i];
         p[i] -= lr * (m[i] / c1) / (sqrt(v[i] / c2) + a->eps);
+        if (a->copy)
+            REF(c, adamw, copy)[i] = p[i];
     }
 }
 
@@ -146,6 +150,21 @@ static void ref_axpy(op_case *c, bool mutant)
         REF(c, axpy, y)[i] += (double)0.3f * X(c, axpy, x)[i];
 }
 
+/* n: elements, type of x, type of y. */
+static void build_cast(op_case *c)
+{
+    const int64_t *n = c->row->n;
+    c->args.cast.x = TENSOR(c, (md_dtype)n[1], FILL_WIDE, n[0]);
+    c->args.cast.y = TENSOR(c, (md_dtype)n[2], FILL_UNIT, n[0]);
+    c->factor = n[1] == n[2] || n[1] == MD_BF16 ? 0.0 : 1.0;
+}
+
+static void ref_cast(op_case *c, bool mutant)
+{
+    for (int64_t i = mutant ? 1 : 0; i < c->row->n[0]; i++)
+        REF(c, cast, y)[i] = X(c, cast, x)[i];
+}
+
 #define LOSS(r, k, f)                                               \
     {                                                               \
         MD_OP_loss, build_loss, ref_loss, {r, k}, f, objective_loss \
@@ -154,9 +173,13 @@ static void ref_axpy(op_case *c, bool mutant)
     {                                                     \
         MD_OP_sumsq, build_sumsq, ref_sumsq, {n}, f, NULL \
     }
-#define ADAMW(n, t)                                          \
+#define ADAMW(n, t, f)                                       \
     {                                                        \
-        MD_OP_adamw, build_adamw, ref_adamw, {n, t}, 0, NULL \
+        MD_OP_adamw, build_adamw, ref_adamw, {n, t}, f, NULL \
+    }
+#define CAST(n, x, y)                                        \
+    {                                                        \
+        MD_OP_cast, build_cast, ref_cast, {n, x, y}, 0, NULL \
     }
 #define FILL(n)                                        \
     {                                                  \
@@ -179,14 +202,19 @@ const op_row vector_rows[] = {
     SUMSQ(1, 0),
     SUMSQ(17, ADD),
     SUMSQ(257 * 65, 0),
-    ADAMW(1, 1),
-    ADAMW(17, 2),
-    ADAMW(12289, 1000),
+    ADAMW(1, 1, 0),
+    ADAMW(17, 2, COPY),
+    ADAMW(12289, 1000, COPY),
     FILL(1),
     FILL(12289),
     AXPY(1, 0),
     AXPY(17, ADD),
     AXPY(12289, IN_PLACE),
     AXPY(12289, ADD),
+    CAST(1, MD_F32, MD_BF16),
+    CAST(12289, MD_F32, MD_BF16),
+    CAST(17, MD_BF16, MD_F32),
+    CAST(257, MD_BF16, MD_BF16),
+    CAST(257, MD_F32, MD_F32),
 };
 const int vector_row_count = (int)MD_COUNT(vector_rows);
