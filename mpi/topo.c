@@ -5,6 +5,7 @@
 #include <stdlib.h>
 
 #include "mpi/agree.h"
+#include "mpi/comm_device.h"
 
 #define LIST_SIZE 200 /* of the divisors named in a message */
 
@@ -127,6 +128,11 @@ static void fill(md_topo *t, const md_topo_cell *cell, int ranks, int tensor)
     }
 }
 
+static void operands_on_host(md_topo *t)
+{
+    t->op_tp = t->tp, t->op_dp = t->dp, t->op_all = t->all;
+}
+
 /* Collective(world), with agreed statuses. Groups made before a failure are left to the caller. */
 static md_status make_groups(md_topo *t)
 {
@@ -154,6 +160,7 @@ md_status md_topo_create(md_comm *world, const md_topo_args *args, md_topo *out)
     }
     md_free(node);
     md_free(cell);
+    operands_on_host(&t);
     if (st == MD_OK)
         *out = t;
     else
@@ -167,6 +174,7 @@ static md_status finish_local(md_status st, md_topo *t)
         md_topo_free(t);
     else
         t->world = t->all;
+    operands_on_host(t);
     return st;
 }
 
@@ -198,8 +206,21 @@ md_status md_topo_plan(int ranks, int tensor, md_topo *out)
     return finish_local(plan_groups(out), out);
 }
 
+md_status md_topo_operands(md_topo *t, md_backend *be, const char *kind)
+{
+    if (!md_backend_is_device(be))
+        return MD_OK;
+    MD_TRY(md_comm_for_backend(t->tp, be, kind, &t->op_tp));
+    MD_TRY(md_comm_for_backend(t->dp, be, kind, &t->op_dp));
+    return md_comm_for_backend(t->all, be, kind, &t->op_all);
+}
+
 void md_topo_free(md_topo *t)
 {
+    md_comm *const group[] = {t->tp, t->dp, t->all}, *const op[] = {t->op_tp, t->op_dp, t->op_all};
+    for (size_t i = 0; i < MD_COUNT(op); i++)
+        if (op[i] != group[i])
+            md_comm_free(op[i]);
     md_comm_free(t->all);
     md_comm_free(t->dp);
     md_comm_free(t->tp);

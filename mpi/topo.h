@@ -8,6 +8,7 @@
 #ifndef MD_TOPO_H
 #define MD_TOPO_H
 
+#include "kernels/backend.h"
 #include "mpi/comm.h"
 
 typedef struct md_topo {
@@ -15,6 +16,8 @@ typedef struct md_topo {
     md_comm *tp;    /* owned: ranks that share one model copy, by tp_rank */
     md_comm *dp;    /* owned: ranks that hold the same shard of it, by dp_rank */
     md_comm *all;   /* owned: all ranks by grid rank, for gradient traffic of its own */
+    md_comm *op_tp, *op_dp, *op_all; /* owned: the same groups for operands of a backend; where they
+                                        are host memory, the very groups above */
     int tp_rank, tp_size, dp_rank, dp_size;
     int node, nodes;          /* in the order above */
     int node_rank, node_size; /* this rank among the ranks of its node */
@@ -38,6 +41,11 @@ md_status md_topo_place(const int *node, int ranks, const md_topo_args *args, md
 /* Finds the nodes, places the ranks and makes the groups. Collective(world). world must outlive
  * *out. Errors as md_topo_place, alike on every rank; *out is then empty. */
 md_status md_topo_create(md_comm *world, const md_topo_args *args, md_topo *out);
+
+/* Makes the groups for operands of `be`, carried by `kind` ("auto", "mpi", "nccl"); before,
+ * operands are host memory. Collective(world). Errors of md_comm_for_backend, alike on every rank.
+ */
+md_status md_topo_operands(md_topo *t, md_backend *be, const char *kind);
 
 /* One rank, no MPI. Local. MD_ERR_MEMORY; *out is then empty. */
 md_status md_topo_self(md_topo *out);

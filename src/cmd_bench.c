@@ -20,6 +20,10 @@ static const struct bench_case {
     {"small",
      {"train.batch=128", "image.size=32", "model.patch=4", "model.width=192", "model.layers=12",
       "model.heads=3", "method.mask.count=26", "method.teacher.kind=pixel", "model.drop_path=0"}},
+    {"vit_h14",
+     {"train.batch=32", "model.patch=14", "model.width=1280", "model.layers=32", "model.heads=16",
+      "model.layer_scale=1e-5", "model.drop_path=0.25", "method.mask.count=102",
+      "method.teacher.arch=clip_vit_l14"}},
 };
 
 static md_status choose_case(md_bench_options *o, const char *name)
@@ -122,17 +126,24 @@ static md_status load(md_bench *b, const md_bench_options *o)
         keys[n++] = o->overrides[i];
     MD_TRY(md_config_init(&b->config));
     MD_TRY(md_config_load(&b->config, NULL, n, keys));
-    if (md_method_needs_weights(&b->config))
-        MD_FAIL(MD_ERR_CONFIG, "bench runs with method.teacher.kind = pixel");
+    if (md_method_needs_weights(&b->config) && strcmp(b->config.teacher_arch, "file") == 0)
+        MD_FAIL(MD_ERR_CONFIG, "bench reads no weights: set method.teacher.arch to the name of a "
+                               "teacher, or method.teacher.kind = pixel");
     return md_batch_layout_make(&b->config, md_comm_size(b->world), &b->layout);
 }
 
 static md_status make(md_bench *b, const md_bench_options *o)
 {
     const md_config *c = &b->config;
-    MD_TRY(md_backend_create(c->backend, o->threads, &b->be));
-    MD_TRY(md_model_make(c, NULL, &b->topo, &b->layout, &b->model));
-    MD_TRY(md_model_allocate(c, &b->model));
+    md_teacher_info info;
+    char hash[17];
+    const bool named = md_method_needs_weights(c);
+    if (named)
+        MD_TRY(md_teacher_info_get(c, true, &info, hash));
+    MD_TRY(md_model_make(c, named ? &info : NULL, &b->topo, &b->layout, &b->model));
+    MD_TRY(md_model_allocate(c, b->be, &b->model));
+    md_params_initialise(&b->model.method.teacher_params, 1);
+    MD_TRY(md_params_store(&b->model.method.teacher_params));
     MD_TRY(make_up(b));
     MD_NEW(b->ms, o->steps, "timings");
     MD_NEW(b->loss, o->steps, "losses");
@@ -153,6 +164,10 @@ static md_status set_up(md_bench *b, const md_bench_options *o)
     const md_topo_args grid = {.tensor = b->layout.tp,
                                .across_nodes = b->config.parallel_tensor_across_nodes};
     MD_TRY(md_topo_create(b->world, &grid, &b->topo));
+    if (o->threads > 0)
+        b->config.threads = o->threads;
+    MD_TRY(md_agree(b->world, md_model_backend(&b->config, &b->topo, &b->be)));
+    MD_TRY(md_topo_operands(&b->topo, b->be, b->config.parallel_comm));
     return md_agree(b->world, make(b, o));
 }
 
@@ -241,7 +256,8 @@ static md_status cmd_bench(int argc, char **argv)
 
 const md_verb md_verb_bench = {
     "bench", cmd_bench, "measure training steps, or count what ranks send, on made-up pictures",
-    "[mpirun -np N] md_hpc bench step|comm [--case vit_b16|small] [--threads N] [--steps N]\n"
+    "[mpirun -np N] md_hpc bench step|comm [--case vit_b16|small|vit_h14] [--threads N] [--steps "
+    "N]\n"
     "                                          [--warmup N] [key=value ...]\n"
     "\n"
     "step  one JSON line with the milliseconds of each step and images per second\n"

@@ -48,12 +48,24 @@ static void print_buckets(const md_bench *b, const md_step_result *r)
            k->count - late, k->count);
 }
 
+/* Of a group, and of the same ranks' group for operands where that is another one. */
+static md_comm_count counted(const md_comm *host, const md_comm *operands)
+{
+    md_comm_count n = md_comm_counted(host);
+    if (operands == host)
+        return n;
+    md_comm_count more = md_comm_counted(operands);
+    return (md_comm_count){n.calls + more.calls, n.bytes + more.bytes, n.sent + more.sent};
+}
+
 /* Counts since the last call; both ends of the measured steps. */
 static void count(const md_bench *b, line *l)
 {
-    md_comm *const group[] = {b->topo.tp, b->topo.dp, b->topo.all, b->topo.world};
+    const md_topo *t = &b->topo;
+    md_comm *const group[] = {t->tp, t->dp, t->all, t->world};
+    md_comm *const operands[] = {t->op_tp, t->op_dp, t->op_all, t->world};
     for (size_t i = 0; i < MD_COUNT(group); i++) {
-        md_comm_count now = md_comm_counted(group[i]);
+        md_comm_count now = counted(group[i], operands[i]);
         l[i].ranks = md_comm_size(group[i]);
         l[i].count = (md_comm_count){now.calls - l[i].count.calls, now.bytes - l[i].count.bytes,
                                      now.sent - l[i].count.sent};

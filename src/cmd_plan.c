@@ -159,7 +159,12 @@ static md_status work_out(plan *p, const options *o)
     const md_teacher_info *known = md_method_needs_weights(c) ? &info : NULL;
     MD_TRY(md_topo_plan(o->ranks, p->layout.tp, &p->topo));
     MD_TRY(md_model_make(c, known, &p->topo, &p->layout, &p->model));
-    MD_TRY(md_backend_create("cpu", (int)c->threads, &p->be));
+    const bool cuda = strcmp(c->backend, "cuda") == 0;
+    MD_TRY(md_backend_make(&(md_backend_args){.name = cuda ? "cuda" : "cpu",
+                                              .threads = (int)c->threads,
+                                              .compute = md_config_compute(c),
+                                              .planning = true},
+                           &p->be));
     MD_TRY(md_stepper_plan(&p->model.method, p->be, &p->step));
     MD_TRY(count_flops(p, known));
     MD_TRY(look_at_data(p, o));
@@ -283,7 +288,8 @@ static void report(const plan *p, const options *o)
                         {"Adam moments", 2 * shard},
                         {"teacher", (double)md_params_block_bytes(&p->model.method.teacher_params)},
                         {"activations", (double)p->step.activations},
-                        {"op scratch and batch buffers", (double)(p->step.scratch + p->step.batch)},
+                        {"op scratch and batch buffers",
+                         (double)(p->step.scratch + p->step.batch + p->step.host_batch)},
                         {"loader", (double)md_loader_bytes(&p->loader)},
                         {"image index (one a node)", (double)p->index_bytes},
                         {"messages under way", mpi_copies(p)},

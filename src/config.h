@@ -4,7 +4,7 @@
 #ifndef MD_CONFIG_H
 #define MD_CONFIG_H
 
-#include "src/base.h"
+#include "src/tensor.h"
 
 #include <stdio.h>
 
@@ -98,6 +98,8 @@ const char *md_config_library(void);
 /* Index of `value` among the choices of a CHOICE key, which is the order of the enum it stands for.
  * Both must exist: values have passed the checks. Local. */
 int md_config_choice(const char *key, const char *value);
+/* The compute type that `precision` asks for on `backend`. Local. */
+md_dtype md_config_compute(const md_config *c);
 
 /* Index of `value` in a CHOICE's comma separated list "a,b,c"; -1 when absent. Local. */
 int md_choice_index(const char *list, const char *value);

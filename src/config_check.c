@@ -47,6 +47,23 @@ static void check_shapes(const md_config *c, md_config_errors *e)
          c->augment_crop_max);
 }
 
+md_dtype md_config_compute(const md_config *c)
+{
+    const bool automatic = strcmp(c->precision, "auto") == 0;
+    const char *precision = automatic && strcmp(c->backend, "cuda") == 0 ? "bf16" : c->precision;
+    return strcmp(precision, "bf16") == 0 ? MD_BF16 : MD_F32;
+}
+
+static void check_backend(const md_config *c, md_config_errors *e)
+{
+    const bool cuda = strcmp(c->backend, "cuda") == 0;
+    RULE(cuda || md_config_compute(c) == MD_F32, "precision", "backend",
+         "precision = \"bf16\" needs backend = \"cuda\": backend \"%s\" computes in fp32",
+         c->backend);
+    RULE(cuda || strcmp(c->parallel_comm, "nccl") != 0, "parallel.comm", "backend",
+         "parallel.comm = \"nccl\" needs backend = \"cuda\"");
+}
+
 static void check_mask(const md_config *c, md_config_errors *e)
 {
     bool none = strcmp(c->mask_kind, "none") == 0;
@@ -95,6 +112,7 @@ md_status md_config_check(const md_config *c)
     md_config_errors e = {0};
     check_shapes(c, &e);
     check_mask(c, &e);
+    check_backend(c, &e);
     check_schedule(c, &e);
     return md_errors_finish(&e);
 }

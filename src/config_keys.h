@@ -13,7 +13,7 @@
 /* run */
 X(task, "task", CHOICE, "pretrain", 0, 0, "pretrain", "What to train.")
 X(backend, "backend", CHOICE, "cpu", 0, 0, "cpu,check,cuda", "Where the ops run; check = cpu with every op's access rules enforced (slow).")
-X(precision, "precision", CHOICE, "fp32", 0, 0, "fp32", "Compute precision of the ops.")
+X(precision, "precision", CHOICE, "auto", 0, 0, "auto,fp32,bf16", "Type of activations and matrix weights; sums, statistics, gradients, master weights and moments are always fp32. auto = bf16 on cuda, else fp32; bf16 needs cuda.")
 X(threads, "threads", INT, "0", 0, 1024, "threads", "Compute threads of a rank; 0 = its share of the cores it may run on.")
 X(run_dir, "run.dir", STR, "", 0, 0, "path", "Run directory; empty = runs/<name of the config file>.")
 X(run_seed, "run.seed", INT, "0", 0, 9007199254740991, "", "Seed of initialisation, order, crops, masks and drop path.")
@@ -97,6 +97,8 @@ X(parallel_sequence, "parallel.sequence", BOOL, "false", 0, 0, "", "Tensor-paral
 X(parallel_zero, "parallel.zero", INT, "0", 0, 1, "", "1 = ZeRO-1: ranks that hold the same parameters share the optimizer's moments and its work.")
 X(parallel_bucket_mib, "parallel.bucket_mib", REAL, "4", 0.001, 1024, "MiB", "Size from which a gradient bucket takes no more parameters; four are under way at once.")
 X(parallel_overlap, "parallel.overlap", BOOL, "true", 0, 0, "", "Reduce gradient buckets while the backward pass goes on.")
+
+X(parallel_comm, "parallel.comm", CHOICE, "auto", 0, 0, "auto,mpi,nccl", "What carries gradients and activations between GPUs: NCCL, or MPI through host memory (slow, also where ranks share a GPU); auto = NCCL where every rank has a GPU of its own.")
 
 /* checkpoints, logs, checks */
 X(checkpoint_every, "checkpoint.every", INT, "0", 0, 1000000000, "steps", "Steps between checkpoints; 0 = once an epoch. One is always written at the end and when stopped.")

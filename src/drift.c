@@ -1,5 +1,6 @@
 /* drift: see drift.h. */
 #include "src/drift.h"
+#include "mpi/agree.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -11,11 +12,11 @@
 static uint64_t hash_piece(const md_params *p, const md_piece *piece, bool moments, uint64_t h)
 {
     const size_t bytes = (size_t)piece->count * sizeof(float);
-    h = XXH3_64bits_withSeed(p->value + piece->offset, bytes, h);
+    h = XXH3_64bits_withSeed(p->host_value + piece->offset, bytes, h);
     if (!moments)
         return h;
-    h = XXH3_64bits_withSeed(p->m + piece->moment, bytes, h);
-    return XXH3_64bits_withSeed(p->v + piece->moment, bytes, h);
+    h = XXH3_64bits_withSeed(p->host_m + piece->moment, bytes, h);
+    return XXH3_64bits_withSeed(p->host_v + piece->moment, bytes, h);
 }
 
 static md_drift_row own_row(const md_topo *topo, const md_model *model)
@@ -89,9 +90,10 @@ void md_drift_free(md_drift *d)
     d->row = NULL;
 }
 
-md_status md_drift_check(md_drift *d, const md_topo *topo, const md_model *model, int64_t step)
+md_status md_drift_check(md_drift *d, const md_topo *topo, md_model *model, int64_t step)
 {
     char who[1024];
+    MD_TRY(md_agree(topo->world, md_params_fetch(&model->method.params)));
     md_drift_row mine = own_row(topo, model);
     md_comm_allgather(topo->world, &mine, d->row, (int64_t)sizeof mine);
     md_drift_judge(d->row, md_comm_size(topo->world), who, sizeof who);

@@ -22,7 +22,7 @@ void md_drift_free(md_drift *d);
 /* Collective(world). Compares hashes: parameters that are whole over all ranks, cut ones over the
  * ranks of dp, and, without ZeRO, the moments of both. MD_ERR_DEVICE on every rank names the ranks
  * that differ from most of their replicas, or all of them when no value has most. */
-md_status md_drift_check(md_drift *d, const md_topo *topo, const md_model *model, int64_t step);
+md_status md_drift_check(md_drift *d, const md_topo *topo, md_model *model, int64_t step);
 
 /* The verdict over n rows as a sentence in buf, "" when all agree. Local, pure. */
 void md_drift_judge(const md_drift_row *row, int n, char *buf, size_t size);

@@ -110,8 +110,14 @@ md_status md_node_output(md_graph *g, md_node *n, int k, md_dtype dtype, int ran
     n->out[k] = s;
     if (s == MD_NO_SLOT)
         return g->status;
-    g->slot[s].needs_grad = node_needs_grad(g, n) && dtype == MD_F32;
+    g->slot[s].needs_grad = node_needs_grad(g, n) && (dtype == MD_F32 || dtype == MD_BF16);
     return MD_OK;
+}
+
+void md_node_grad_f32(md_graph *g, const md_node *n, int k)
+{
+    if (g->status == MD_OK && n->out[k] != MD_NO_SLOT)
+        g->slot[n->out[k]].grad_f32 = true;
 }
 
 /* ---- places ---- */
@@ -292,18 +298,20 @@ static void plan_grad(md_graph *g, md_slot s)
     if (!row->needs_grad || row->last_use < 0)
         return;
     row->grad = row->value;
+    if (row->grad_f32)
+        row->grad.dtype = MD_F32;
     int begin = backward_time(g, row->last_use), end = backward_time(g, row->producer);
     const md_node *reader = &g->node[row->last_use];
     md_slot y = reader->out[0];
     if (reader->kind->alias_bwd && reader->in[0] == s && row->first_use == row->last_use &&
         y != MD_NO_SLOT && g->slot[y].grad_block >= 0 &&
-        md_tensor_bytes(&g->slot[y].value) == md_tensor_bytes(&row->value)) {
+        md_tensor_bytes(&g->slot[y].grad) == md_tensor_bytes(&row->grad)) {
         row->grad_block = g->slot[y].grad_block;
         md_arena_block *b = &g->blocks[row->grad_block];
         b->last = MD_MAX(b->last, end);
         return;
     }
-    row->grad_block = new_block(g, md_tensor_bytes(&row->value), begin, end);
+    row->grad_block = new_block(g, md_tensor_bytes(&row->grad), begin, end);
 }
 
 /* Where several nodes feed the gradient of one slot, all but the first in backward order add. */

@@ -73,6 +73,7 @@ typedef struct md_slot_row {
     char name[32];
     md_tensor value, grad; /* data NULL until bound */
     bool external, needs_grad;
+    bool grad_f32;               /* a parameter in disguise: its gradient is f32 */
     int producer;                /* node, -1 for inputs */
     int first_use, last_use;     /* nodes that read the value in the forward pass; -1 none */
     int value_block, grad_block; /* arena blocks, -1 none */
@@ -120,6 +121,9 @@ md_node *md_graph_add(md_graph *g, const md_node *node);
 /* For infer: declares output k of node n. needs_grad is derived. */
 md_status md_node_output(md_graph *g, md_node *n, int k, md_dtype dtype, int rank,
                          const int64_t *dim);
+
+/* For infer: output k stands for parameters, so its gradient is f32 whatever its type. */
+void md_node_grad_f32(md_graph *g, const md_node *n, int k);
 
 /* Ends building: returns the first error, finds lifetimes and plans the region. Local. */
 md_status md_graph_finish(md_graph *g);

@@ -54,6 +54,7 @@ md_status md_method_resolve(md_method *m, const md_config *c, const md_teacher_i
                      .proj_w = MD_NO_PARAM,
                      .s_mask = MD_NO_SLOT,
                      .s_rel_index = MD_NO_SLOT};
+    m->params.dtype = m->teacher_params.dtype = md_config_compute(c);
     MD_TRY(look_up(m));
     choose_tokens(m);
     if (m->teacher->trained_weights && !info)
@@ -106,8 +107,8 @@ static md_status build_student(md_method *m, int64_t step_images)
     m->s_all_rows = n == m->images ? m->s_rows
                                    : md_graph_input(g, "all rows", MD_I32, 2,
                                                     (int64_t[]){m->images, m->chosen});
-    m->s_target =
-        md_method_input(m, g, "target", MD_F32, 2, (int64_t[]){n * m->chosen, m->target_width});
+    m->s_target = md_method_input(m, g, "target", g->params->dtype, 2,
+                                  (int64_t[]){n * m->chosen, m->target_width});
     md_slot pred = m->head->build(m, g, m->student->build(m, g));
     double values = (double)step_images * m->chosen * m->target_width;
     m->s_loss = md_n_loss(g, pred, m->s_target,

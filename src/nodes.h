@@ -10,8 +10,14 @@
 /* Runs one op on the graph's backend. */
 #define MD_RUN(op, ...) g->be->ops->op(g->be, &(md_##op##_args){__VA_ARGS__})
 
-/* Value and gradient of parameter k of node n, through the tensor variable t; NULL when absent. */
+/* The compute type: of activations, and of what matrix products read. */
+#define MD_COMPUTE(g) ((g)->params->dtype)
+
+/* Value (in f32, and in the compute type) and gradient of parameter k of node n, through the tensor
+ * variable t; NULL when absent. */
 #define MD_PARAM(k, t) \
+    (n->param[k] == MD_NO_PARAM ? NULL : ((t) = md_param_f32(g->params, n->param[k]), &(t)))
+#define MD_PARAM_ROUNDED(k, t) \
     (n->param[k] == MD_NO_PARAM ? NULL : ((t) = md_param_value(g->params, n->param[k]), &(t)))
 #define MD_PARAM_GRAD(k, t) \
     (n->param[k] == MD_NO_PARAM ? NULL : ((t) = md_param_grad(g->params, n->param[k]), &(t)))

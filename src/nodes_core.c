@@ -32,7 +32,7 @@ static md_status patchify_infer(md_graph *g, md_node *n)
     if (image->rank != 4 || image->dim[2] != s || image->dim[3] != 3 || s % p != 0)
         MD_FAIL(MD_ERR_BUG, "an image side of %lld does not divide into patches of %lld",
                 (long long)s, (long long)p);
-    return md_node_output(g, n, 0, MD_F32, 2, (int64_t[]){b * (s / p) * (s / p), 3 * p * p});
+    return md_node_output(g, n, 0, MD_COMPUTE(g), 2, (int64_t[]){b * (s / p) * (s / p), 3 * p * p});
 }
 
 static md_status patchify_fwd(md_graph *g, const md_node *n)
@@ -63,7 +63,7 @@ md_slot md_n_patchify(md_graph *g, md_slot image, const md_attr *attr)
 static md_tensor weight_matrix(md_tensor w)
 {
     int64_t rows = w.dim[0], cols = md_tensor_count(&w) / rows;
-    return MD_TENSOR(w.data, MD_F32, rows, cols);
+    return MD_TENSOR(w.data, (md_dtype)w.dtype, rows, cols);
 }
 
 static bool row_cut(const md_graph *g, const md_node *n)
@@ -107,9 +107,9 @@ static md_status linear_infer(md_graph *g, md_node *n)
     for (int i = 0; i < rank; i++)
         dim[i] = x->dim[i];
     dim[rank - 1] = w.dim[0];
-    MD_TRY(md_node_output(g, n, 0, MD_F32, rank, dim));
+    MD_TRY(md_node_output(g, n, 0, MD_COMPUTE(g), rank, dim));
     if (n->attr.act != MD_ACT_NONE && g->training)
-        MD_TRY(md_node_output(g, n, 1, MD_F32, rank, dim));
+        MD_TRY(md_node_output(g, n, 1, MD_COMPUTE(g), rank, dim));
     md_node_set_place(g, n, 0, place);
     md_node_set_place(g, n, 1, place);
     return MD_OK;
@@ -118,7 +118,7 @@ static md_status linear_infer(md_graph *g, md_node *n)
 static md_status linear_fwd(md_graph *g, const md_node *n)
 {
     md_tensor w = weight_matrix(md_param_value(g->params, n->param[0])), b;
-    const md_tensor *bias = n->in[1] != MD_NO_SLOT ? md_in(g, n, 1) : MD_PARAM(1, b);
+    const md_tensor *bias = n->in[1] != MD_NO_SLOT ? md_in(g, n, 1) : MD_PARAM_ROUNDED(1, b);
     if (row_cut(g, n) && g->tp_rank != 0)
         bias = NULL;
     return MD_RUN(gemm, .a = md_in(g, n, 0), .b = &w, .bias = bias, .y = md_out(g, n, 0),
@@ -129,7 +129,7 @@ static md_status linear_fwd(md_graph *g, const md_node *n)
 static md_tensor own_rows(const md_graph *g, const md_tensor *t)
 {
     int64_t rows = md_tensor_rows(t) / g->tp_size, cols = md_tensor_cols(t);
-    return MD_TENSOR(t->data ? md_f32(t) + g->tp_rank * rows * cols : NULL, MD_F32, rows, cols);
+    return MD_TENSOR(md_tensor_from(t, g->tp_rank * rows * cols), (md_dtype)t->dtype, rows, cols);
 }
 
 static md_status linear_bwd(md_graph *g, const md_node *n)
@@ -189,7 +189,8 @@ static md_status qv_bias_infer(md_graph *g, md_node *n)
     md_tensor q = md_param_value(g->params, n->param[0]), v;
     int64_t c = md_tensor_count(&q);
     MD_TRY(md_want_count(MD_PARAM(1, v), c, "v_bias"));
-    MD_TRY(md_node_output(g, n, 0, MD_F32, 1, (int64_t[]){3 * c}));
+    MD_TRY(md_node_output(g, n, 0, MD_COMPUTE(g), 1, (int64_t[]){3 * c}));
+    md_node_grad_f32(g, n, 0);
     md_node_set_place(g, n, 0, g->params->row[n->param[0]].cut ? MD_CUT_COLS : MD_REPL);
     return MD_OK;
 }
@@ -198,16 +199,16 @@ static md_status qv_bias_infer(md_graph *g, md_node *n)
 static md_tensor third(const md_tensor *t, int k)
 {
     int64_t c = t->dim[0] / 3;
-    return MD_TENSOR(t->data ? (float *)t->data + k * c : NULL, MD_F32, c);
+    return MD_TENSOR(md_tensor_from(t, k * c), (md_dtype)t->dtype, c);
 }
 
 static md_status qv_bias_fwd(md_graph *g, const md_node *n)
 {
     const md_tensor *out = md_out(g, n, 0);
     md_tensor q, v, part[3] = {third(out, 0), third(out, 1), third(out, 2)};
-    MD_TRY(MD_RUN(axpy, .x = MD_PARAM(0, q), .y = &part[0], .alpha = 1.0f));
+    MD_TRY(MD_RUN(axpy, .x = MD_PARAM_ROUNDED(0, q), .y = &part[0], .alpha = 1.0f));
     MD_TRY(MD_RUN(fill, .y = &part[1], .value = 0.0f));
-    return MD_RUN(axpy, .x = MD_PARAM(1, v), .y = &part[2], .alpha = 1.0f);
+    return MD_RUN(axpy, .x = MD_PARAM_ROUNDED(1, v), .y = &part[2], .alpha = 1.0f);
 }
 
 static md_status qv_bias_bwd(md_graph *g, const md_node *n)
@@ -246,7 +247,7 @@ static md_status tokens_infer(md_graph *g, md_node *n)
     MD_TRY(md_want_count(MD_PARAM(1, t), c, "mask_token"));
     MD_TRY(md_want_count(MD_PARAM(2, t), (rows / b + 1) * c, "pos_embed"));
     MD_TRY(md_want_count(md_in(g, n, 1), rows, "mask"));
-    return md_node_output(g, n, 0, MD_F32, 3, (int64_t[]){b, rows / b + 1, c});
+    return md_node_output(g, n, 0, MD_COMPUTE(g), 3, (int64_t[]){b, rows / b + 1, c});
 }
 
 static md_tensor as_matrix(const md_tensor *t)
@@ -270,7 +271,8 @@ static md_tensor *drop_ones(md_tensor *t, bool matrix)
 /* [B*G, C] seen as [B, G, C]. */
 static md_tensor by_image(const md_tensor *patch, const md_tensor *tokens)
 {
-    return MD_TENSOR(patch->data, MD_F32, tokens->dim[0], tokens->dim[1] - 1, tokens->dim[2]);
+    return MD_TENSOR(patch->data, (md_dtype)patch->dtype, tokens->dim[0], tokens->dim[1] - 1,
+                     tokens->dim[2]);
 }
 
 static md_status tokens_fwd(md_graph *g, const md_node *n)
@@ -320,7 +322,8 @@ static md_status rel_bias_infer(md_graph *g, md_node *n)
     md_tensor table = md_param_value(g->params, n->param[0]);
     int64_t t = index->dim[0];
     MD_TRY(md_want_place(g, n, 0, MD_PLACE_BIT(MD_REPL)));
-    MD_TRY(md_node_output(g, n, 0, MD_F32, 3, (int64_t[]){table.dim[1], t, t}));
+    MD_TRY(md_node_output(g, n, 0, MD_COMPUTE(g), 3, (int64_t[]){table.dim[1], t, t}));
+    md_node_grad_f32(g, n, 0);
     md_node_set_place(g, n, 0, g->params->row[n->param[0]].cut ? MD_CUT_COLS : MD_REPL);
     return MD_OK;
 }
@@ -371,7 +374,7 @@ static md_status attention_infer(md_graph *g, md_node *n)
                 (long long)h);
     MD_TRY(md_want_count(rel, h * t * t, "relative position bias"));
     n->attr.scale = 1.0f / __builtin_sqrtf((float)(c / h));
-    MD_TRY(md_node_output(g, n, 0, MD_F32, 3, (int64_t[]){b, t, c}));
+    MD_TRY(md_node_output(g, n, 0, MD_COMPUTE(g), 3, (int64_t[]){b, t, c}));
     if (g->training)
         MD_TRY(md_node_output(g, n, 1, MD_F32, 3, (int64_t[]){b, h, t}));
     md_node_set_place(g, n, 0, place);
@@ -420,7 +423,7 @@ static md_status gather_rows_infer(md_graph *g, md_node *n)
     MD_TRY(md_want_place(
         g, n, 0, MD_PLACE_BIT(MD_REPL) | MD_PLACE_BIT(MD_CUT_ROWS) | MD_PLACE_BIT(MD_CUT_COLS)));
     MD_TRY(md_want_place(g, n, 1, MD_PLACE_BIT(place == MD_CUT_COLS ? MD_REPL : place)));
-    MD_TRY(md_node_output(g, n, 0, MD_F32, 3,
+    MD_TRY(md_node_output(g, n, 0, MD_COMPUTE(g), 3,
                           (int64_t[]){index->dim[0], index->dim[1], md_tensor_cols(x)}));
     md_node_set_place(g, n, 0, place);
     return MD_OK;

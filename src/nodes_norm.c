@@ -26,10 +26,10 @@ static md_status residual_ln_infer(md_graph *g, md_node *n)
     MD_TRY(md_want_count(MD_PARAM(2, t), c, "norm bias"));
     md_tensor shape = *x;
     if (has_branch(n))
-        MD_TRY(md_node_output(g, n, 0, MD_F32, shape.rank, shape.dim));
+        MD_TRY(md_node_output(g, n, 0, MD_COMPUTE(g), shape.rank, shape.dim));
     if (!has_norm(n))
         return MD_OK;
-    MD_TRY(md_node_output(g, n, 1, MD_F32, shape.rank, shape.dim));
+    MD_TRY(md_node_output(g, n, 1, MD_COMPUTE(g), shape.rank, shape.dim));
     if (!g->training)
         return MD_OK;
     int64_t rows = md_tensor_rows(&shape);
@@ -105,7 +105,7 @@ void md_n_residual_ln(md_graph *g, const md_residual_in *in, md_slot *r, md_slot
 static md_status same_shape_infer(md_graph *g, md_node *n)
 {
     md_tensor shape = *md_in(g, n, 0);
-    return md_node_output(g, n, 0, MD_F32, shape.rank, shape.dim);
+    return md_node_output(g, n, 0, MD_COMPUTE(g), shape.rank, shape.dim);
 }
 
 static md_status layernorm_fwd(md_graph *g, const md_node *n)

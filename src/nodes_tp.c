@@ -10,8 +10,9 @@
  *   sp_scatter  PARTIAL   CUT_ROWS  reduce-scatter   all-gather
  *   all_rows    CUT_ROWS  REPL      all-gather       (none)
  *
- * Rows are cut at image borders: 257 tokens never divide, images do. The nodes run on host memory
- * and wait; a group of the plan carrier counts only. */
+ * Rows are cut at image borders: 257 tokens never divide, images do. The group moves operands where
+ * they are; ops issued after a node see what it received. A group of the plan carrier counts only.
+ */
 #include "src/nodes.h"
 
 /* The same values in other memory, unless the plan let them stay. */
@@ -28,7 +29,7 @@ static md_status pass_on(md_graph *g, const md_tensor *from, md_tensor *to)
 static void sum(md_graph *g, const char *site, md_tensor *t)
 {
     if (!md_fault(site))
-        md_comm_allreduce(g->tp, t->data, md_tensor_count(t), MD_F32, MD_SUM);
+        md_comm_allreduce(g->tp, t->data, md_tensor_count(t), (md_dtype)t->dtype, MD_SUM);
 }
 
 static void gather(md_graph *g, const char *site, const md_tensor *part, md_tensor *whole)
@@ -40,7 +41,8 @@ static void gather(md_graph *g, const char *site, const md_tensor *part, md_tens
 static void scatter(md_graph *g, const char *site, const md_tensor *whole, md_tensor *part)
 {
     if (!md_fault(site))
-        md_comm_reduce_scatter(g->tp, whole->data, part->data, md_tensor_count(whole), MD_F32);
+        md_comm_reduce_scatter(g->tp, whole->data, part->data, md_tensor_count(whole),
+                               (md_dtype)whole->dtype);
 }
 
 /* Output 0 as input 0 with `numerator / denominator` of its images, in place `to`. */
@@ -51,7 +53,7 @@ static md_status images_infer(md_graph *g, md_node *n, int numerator, int denomi
         MD_FAIL(MD_ERR_BUG, "%lld images do not divide over %d tensor-parallel ranks",
                 (long long)x.dim[0], denominator);
     x.dim[0] = x.dim[0] * numerator / denominator;
-    MD_TRY(md_node_output(g, n, 0, MD_F32, x.rank, x.dim));
+    MD_TRY(md_node_output(g, n, 0, MD_COMPUTE(g), x.rank, x.dim));
     md_node_set_place(g, n, 0, to);
     return MD_OK;
 }

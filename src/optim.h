@@ -11,8 +11,8 @@ typedef struct md_grad_stats {
     double nonfinite; /* elements that are NaN or Inf */
 } md_grad_stats;
 
-/* Of the reduced gradients of n pieces. Local: the caller sums over the ranks what each answers
- * for; the norm is the root of that sum. */
+/* Of the reduced gradients of n pieces, into operand memory, which stays as it is without a piece.
+ * Local: the caller sums over the ranks what each answers for; the norm is the root of that sum. */
 md_status md_optim_grad_stats(md_backend *be, const md_params *p, const md_piece *piece, int n,
                               md_grad_stats *out);
 

@@ -13,14 +13,34 @@ void md_params_init(md_params *p)
     *p = (md_params){0};
 }
 
+static bool on_device(const md_params *p)
+{
+    return p->be && md_backend_is_device(p->be);
+}
+
+static void free_block(const md_params *p, void *block)
+{
+    if (p->be)
+        md_backend_free(p->be, block);
+    else
+        md_free(block);
+}
+
+void md_params_drop_host(md_params *p)
+{
+    float *const copy[] = {p->host_value, p->host_m, p->host_v};
+    for (size_t i = 0; on_device(p) && i < MD_COUNT(copy); i++)
+        md_backend_pinned_free(p->be, copy[i]);
+    p->host_value = p->host_m = p->host_v = NULL;
+}
+
 void md_params_free(md_params *p)
 {
     md_free(p->row);
-    md_free(p->value);
-    md_free(p->grad);
-    md_free(p->m);
-    md_free(p->v);
-    md_free(p->reduced);
+    md_params_drop_host(p);
+    float *const block[] = {p->value, p->grad, p->m, p->v, p->reduced, (float *)(void *)p->rounded};
+    for (size_t i = 0; i < MD_COUNT(block); i++)
+        free_block(p, block[i]);
     *p = (md_params){0};
 }
 
@@ -149,12 +169,39 @@ size_t md_params_block_bytes(const md_params *p)
     return (size_t)p->elements * sizeof(float);
 }
 
-md_status md_params_allocate(md_params *p, bool grads)
+/* One flat block of operand memory, and the host's way to it. */
+static md_status new_block(md_params *p, int64_t n, const char *what, float **block, float **host)
+{
+    const size_t bytes = (size_t)n * sizeof **block;
+    void *memory = NULL;
+    if (p->be)
+        MD_TRY(md_backend_alloc(p->be, bytes, what, &memory));
+    else if (!(memory = md_alloc(bytes, what)))
+        return MD_ERR_MEMORY;
+    *block = memory;
+    if (host && on_device(p)) {
+        MD_TRY(md_backend_pinned(p->be, bytes, what, &memory));
+        *host = memory;
+    } else if (host) {
+        *host = *block;
+    }
+    return MD_OK;
+}
+
+md_status md_params_allocate(md_params *p, md_backend *be, bool grads)
 {
     MD_ASSERT(p->sealed && !p->value);
-    MD_NEW(p->value, p->elements, "parameters");
+    p->be = be;
+    MD_TRY(new_block(p, p->elements, "parameters", &p->value, &p->host_value));
     if (grads)
-        MD_NEW(p->grad, p->elements, "gradients");
+        MD_TRY(new_block(p, p->elements, "gradients", &p->grad, NULL));
+    if (p->dtype == MD_BF16) {
+        void *memory;
+        MD_ASSERT(be, "bf16 needs a backend");
+        MD_TRY(md_backend_alloc(be, (size_t)p->elements * sizeof *p->rounded, "bf16 parameters",
+                                &memory));
+        p->rounded = memory;
+    }
     return MD_OK;
 }
 
@@ -162,11 +209,58 @@ md_status md_params_allocate_moments(md_params *p, int64_t n, bool reduced)
 {
     MD_ASSERT(p->sealed && !p->m);
     p->moments = n;
-    MD_NEW(p->m, n, "first moments");
-    MD_NEW(p->v, n, "second moments");
+    MD_TRY(new_block(p, n, "first moments", &p->m, &p->host_m));
+    MD_TRY(new_block(p, n, "second moments", &p->v, &p->host_v));
     if (reduced)
-        MD_NEW(p->reduced, n, "reduced gradients");
+        MD_TRY(new_block(p, n, "reduced gradients", &p->reduced, NULL));
     return MD_OK;
+}
+
+typedef struct mirror {
+    float *block, *host;
+    int64_t count;
+} mirror;
+
+enum { MIRRORS = 3 };
+static void mirrors_of(const md_params *p, mirror m[MIRRORS])
+{
+    m[0] = (mirror){p->value, p->host_value, p->elements};
+    m[1] = (mirror){p->m, p->host_m, p->moments};
+    m[2] = (mirror){p->v, p->host_v, p->moments};
+}
+
+md_status md_params_fetch(md_params *p)
+{
+    mirror m[MIRRORS];
+    mirrors_of(p, m);
+    if (!on_device(p))
+        return MD_OK;
+    for (int i = 0; i < MIRRORS; i++)
+        if (m[i].host)
+            MD_TRY(md_backend_download(p->be, m[i].host, m[i].block,
+                                       (size_t)m[i].count * sizeof(float)));
+    return md_backend_sync(p->be);
+}
+
+md_status md_params_store(md_params *p)
+{
+    mirror m[MIRRORS];
+    mirrors_of(p, m);
+    for (int i = 0; on_device(p) && i < MIRRORS; i++)
+        if (m[i].host)
+            MD_TRY(md_backend_upload(p->be, m[i].block, m[i].host,
+                                     (size_t)m[i].count * sizeof(float)));
+    MD_TRY(md_params_round(p));
+    return p->be ? md_backend_sync(p->be) : MD_OK;
+}
+
+md_status md_params_round(md_params *p)
+{
+    if (!p->rounded)
+        return MD_OK;
+    md_tensor x = MD_TENSOR(p->value, MD_F32, p->elements);
+    md_tensor y = MD_TENSOR(p->rounded, MD_BF16, p->elements);
+    return MD_OP(p->be, cast, .x = &x, .y = &y);
 }
 
 static md_tensor row_view(const md_params *p, int i, float *block)
@@ -177,7 +271,20 @@ static md_tensor row_view(const md_params *p, int i, float *block)
 
 md_tensor md_param_value(const md_params *p, int i)
 {
+    const md_param *r = &p->row[i];
+    if (p->dtype == MD_F32)
+        return row_view(p, i, p->value);
+    return md_tensor_make(p->rounded ? p->rounded + r->offset : NULL, MD_BF16, r->rank, r->local);
+}
+
+md_tensor md_param_f32(const md_params *p, int i)
+{
     return row_view(p, i, p->value);
+}
+
+md_tensor md_param_host(const md_params *p, int i)
+{
+    return row_view(p, i, p->host_value);
 }
 
 md_tensor md_param_grad(const md_params *p, int i)
@@ -236,7 +343,7 @@ void md_params_initialise(md_params *p, uint64_t seed)
 {
     for (int i = 0; i < p->count; i++) {
         const md_param *r = &p->row[i];
-        float *out = p->value + r->offset;
+        float *out = p->host_value + r->offset;
         if (r->init == MD_INIT_TRUNC_NORMAL)
             draw_row(out, r, seed, i);
         else

@@ -9,11 +9,16 @@
  * order of declaration, every row aligned. Gradients and moments use the same offsets, so one
  * optimizer launch covers a group, and the backward pass, which meets the rows in reverse,
  * completes gradients at falling offsets of each group. Padding between rows is zero and stays
- * zero. */
+ * zero.
+ *
+ * The blocks are operands: they live where the backend works. What the host reads and writes
+ * (initial values, checkpoints, checks) are the host_ blocks: the same memory on a backend that
+ * works on host memory, else copies that fetch and store bring up to date. Under bf16 matrix
+ * products read a rounded copy of the values; the f32 values are the master. */
 #ifndef MD_PARAM_H
 #define MD_PARAM_H
 
-#include "src/tensor.h"
+#include "kernels/backend.h"
 
 #define MD_PARAM_ALIGN 16
 #define MD_PARAM_NAME  80
@@ -53,10 +58,14 @@ typedef struct md_params {
     bool sealed, incomplete; /* incomplete: no memory for a row */
     int64_t elements;        /* of a flat block, padding included */
     int64_t end[MD_GROUPS];  /* group g is [end of group g - 1, end[g]) of the flat blocks */
+    md_dtype dtype;          /* the compute type; set before the graphs are built */
+    md_backend *be;          /* whose memory the blocks are; NULL: the host's */
     float *value, *grad;     /* flat blocks; NULL until md_params_allocate */
+    uint16_t *rounded;       /* bf16 copy of value where that is the compute type, or NULL */
     float *m, *v;            /* moments [moments]; NULL until md_params_allocate_moments */
     float *reduced;          /* [moments] gradients of this rank's parts under ZeRO, or NULL */
     int64_t moments;
+    float *host_value, *host_m, *host_v;
 } md_params;
 
 /* A stretch of the flat blocks that is updated, counted or written as one. */
@@ -97,18 +106,33 @@ int64_t md_params_total(const md_params *p);
 /* Bytes of one flat fp32 block. */
 size_t md_params_block_bytes(const md_params *p);
 
-/* Allocates the flat blocks: values always; gradients if asked. Local. */
-md_status md_params_allocate(md_params *p, bool grads);
+/* Allocates the flat blocks for a backend (NULL: host memory), which must outlive them: values
+ * always; gradients if asked. Local. MD_ERR_MEMORY. */
+md_status md_params_allocate(md_params *p, md_backend *be, bool grads);
 /* Allocates both moments with n elements and, if asked, the block of reduced gradients. Local. */
 md_status md_params_allocate_moments(md_params *p, int64_t n, bool reduced);
 
-/* Tensors over one row's part of the value or gradient block (data NULL when not allocated). */
+/* Brings the host_ blocks up to date with the operands, and the operands, with the rounded copy,
+ * up to date with the host_ blocks (values and, where there are any, moments). They wait until it
+ * is done. Local. MD_ERR_DEVICE. */
+md_status md_params_fetch(md_params *p);
+md_status md_params_store(md_params *p);
+/* Rounds the values anew, after they changed other than by the optimizer. In the order of ops. */
+md_status md_params_round(md_params *p);
+/* Gives back host copies that are not needed any more. */
+void md_params_drop_host(md_params *p);
+
+/* Tensors over one row's part (data NULL when not allocated): the value in the compute type, as
+ * matrix products read it; in f32; on the host, in f32; the gradient, f32. */
 md_tensor md_param_value(const md_params *p, int i);
+md_tensor md_param_f32(const md_params *p, int i);
+md_tensor md_param_host(const md_params *p, int i);
 md_tensor md_param_grad(const md_params *p, int i);
 
 /* Draws initial values: element e of the global array of row i is a function of (seed, i, e) only,
  * so every process grid starts from the same weights. The normal is cut at one sigma by inverse
- * CDF, as BEiT's initialisation (microsoft/unilm, beit/modeling_pretrain.py). Local. */
+ * CDF, as BEiT's initialisation (microsoft/unilm, beit/modeling_pretrain.py). Writes the host_
+ * values: store follows. Local. */
 void md_params_initialise(md_params *p, uint64_t seed);
 
 /* Hash of names, global shapes and order: two registries with the same hash hold the same

@@ -54,7 +54,7 @@ md_status md_model_make(const md_config *c, const md_teacher_info *info, const m
 {
     const bool zero = c->parallel_zero > 0;
     MD_TRY(md_method_resolve(&out->method, c, info,
-                             &(md_method_split){.tp = topo->tp,
+                             &(md_method_split){.tp = topo->op_tp,
                                                 .tp_rank = topo->tp_rank,
                                                 .tp_size = topo->tp_size,
                                                 .sequence = c->parallel_sequence,
@@ -68,14 +68,24 @@ md_status md_model_make(const md_config *c, const md_teacher_info *info, const m
         &out->shard);
 }
 
-md_status md_model_allocate(const md_config *c, md_model *m)
+md_status md_model_allocate(const md_config *c, md_backend *be, md_model *m)
 {
     md_params *p = &m->method.params;
-    MD_TRY(md_params_allocate(p, true));
+    MD_TRY(md_params_allocate(p, be, true));
     MD_TRY(md_params_allocate_moments(p, m->shard.moments, m->shard.zero));
-    MD_TRY(md_params_allocate(&m->method.teacher_params, false));
+    MD_TRY(md_params_allocate(&m->method.teacher_params, be, false));
     md_params_initialise(p, (uint64_t)c->run_seed);
-    return MD_OK;
+    return md_params_store(p);
+}
+
+md_status md_model_backend(const md_config *c, const md_topo *topo, md_backend **out)
+{
+    return md_backend_make(&(md_backend_args){.name = c->backend,
+                                              .threads = (int)c->threads,
+                                              .compute = md_config_compute(c),
+                                              .node_rank = topo->node_rank,
+                                              .node_size = topo->node_size},
+                           out);
 }
 
 void md_model_free(md_model *m)
@@ -181,7 +191,7 @@ md_status md_teacher_load(md_comm *world, const md_config *c, md_method *m)
     MD_TRY(md_weights_open(world, c->teacher_weights, &w));
     md_status st = MD_OK;
     for (int i = 0; i < p->count && st == MD_OK; i++) {
-        md_tensor dst = md_param_value(p, i);
+        md_tensor dst = md_param_host(p, i);
         if (i != m->teacher_vit.pos || info->grid == md_vit_side(s)) {
             st = md_weights_load(w, p->row[i].name, &dst);
             continue;
@@ -204,5 +214,8 @@ md_status md_teacher_load(md_comm *world, const md_config *c, md_method *m)
         md_free(stored);
     }
     md_weights_close(w);
+    if (st == MD_OK)
+        st = md_agree(world, md_params_store(p));
+    md_params_drop_host(p);
     return st;
 }

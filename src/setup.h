@@ -27,8 +27,11 @@ typedef struct md_model {
  * Allocates no parameters. Local. */
 md_status md_model_make(const md_config *c, const md_teacher_info *info, const md_topo *topo,
                         const md_batch_layout *layout, md_model *out);
-/* Allocates parameters, gradients and moments, and draws the initial values. Local. */
-md_status md_model_allocate(const md_config *c, md_model *m);
+/* Allocates parameters, gradients and moments on the backend, which must outlive them, and draws
+ * the initial values. Local. MD_ERR_MEMORY, MD_ERR_DEVICE. */
+md_status md_model_allocate(const md_config *c, md_backend *be, md_model *m);
+/* The backend that a config asks for, on this rank's device. Local. Errors of md_backend_make. */
+md_status md_model_backend(const md_config *c, const md_topo *topo, md_backend **out);
 void md_model_free(md_model *m);
 
 /* What md_method_resolve needs to know of the teacher, from its weights file, and the hash of the

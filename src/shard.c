@@ -25,7 +25,7 @@ static bool set_decay(int set)
 
 md_comm *md_shard_group(const md_topo *topo, int set)
 {
-    return set_partial(set) ? topo->all : topo->dp;
+    return set_partial(set) ? topo->op_all : topo->op_dp;
 }
 
 int64_t md_shard_align(const md_topo *topo, bool zero)

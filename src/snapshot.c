@@ -35,7 +35,7 @@ static void choose(const md_snapshot *s, const md_param *row, int part, bool wri
 {
     const md_params *p = s->params;
     const md_shard *h = s->shard;
-    float *const block[PARTS] = {p->value, p->m, p->v};
+    float *const block[PARTS] = {p->host_value, p->host_m, p->host_v};
     int64_t moment = 0;
     item->lo = 0;
     item->count = row->count;
@@ -197,6 +197,8 @@ md_status md_snapshot_write(const md_snapshot *s, char *path, size_t size)
     fact_list facts;
     md_status st = checkpoint_dir(s, dir, sizeof dir, true);
     if (st == MD_OK)
+        st = md_params_fetch(s->params);
+    if (st == MD_OK)
         st = items_make(s, true, &items);
     if (st == MD_OK)
         st = md_config_text(s->config, &text);
@@ -239,6 +241,8 @@ static md_status read_state(const md_snapshot *s, md_checkpoint *ck, bool own)
     st = md_agree(s->comm, st);
     if (st == MD_OK)
         st = md_checkpoint_read(ck, items.item, items.count);
+    if (st == MD_OK)
+        st = md_agree(s->comm, md_params_store(s->params));
     items_free(&items);
     MD_TRY(st);
     return read_counters(s->state, ck);

@@ -12,6 +12,9 @@
 #include <math.h>
 #include <string.h>
 
+/* Stretches of a pass without communication, which a backend may record. */
+typedef enum stretch { TEACHER, FORWARD, BACKWARD, BACKWARD_ADD, STRETCHES } stretch;
+
 struct md_stepper {
     md_stepper_args args;
     md_schedule schedule;
@@ -19,8 +22,15 @@ struct md_stepper {
     void *region; /* activations of either graph: the teacher is done before the student starts */
     md_step_batch batch;
     bool *span_ready;
-    bool collecting; /* gradients of this step go into the reduction */
-    double settled;  /* seconds waited for parameters since the last step's end */
+    bool collecting;      /* gradients of this step go into the reduction */
+    bool unrounded;       /* parameters have been gathered since they were last rounded */
+    bool nan;             /* a test spoils this step's loss */
+    double settled;       /* seconds waited for parameters since the last step's end */
+    md_grad_stats *stats; /* operand */
+    double *loss;         /* [accumulation] what the host has read of the passes' losses, */
+    md_grad_stats *read;  /* and of the stats: after a sync */
+    md_recording *recording[MD_FEED_SLOTS][STRETCHES];
+    bool ran[MD_FEED_SLOTS][STRETCHES];
 };
 
 /* ---- memory ---- */
@@ -56,12 +66,27 @@ md_status md_stepper_plan(const md_method *method, md_backend *backend, md_stepp
     *out = (md_stepper_bytes){
         .activations = region_bytes(method),
         .scratch = MD_MAX(MD_MAX(teacher.scratch, student.scratch), backward.scratch),
-        .batch = md_step_batch_bytes(method),
         .student_forward = student.flops,
         .student_backward = backward.flops,
         .teacher_forward = teacher.flops,
     };
+    md_step_batch_bytes(method, backend && md_backend_is_device(backend), &out->batch,
+                        &out->host_batch);
     return st;
+}
+
+/* What the host reads of a step. */
+static md_status allocate_results(md_stepper *t)
+{
+    md_backend *be = t->args.backend;
+    void *p;
+    MD_TRY(md_backend_alloc(be, sizeof *t->stats, "gradient norm", &p));
+    t->stats = p;
+    MD_TRY(md_backend_pinned(be, sizeof *t->read, "gradient norm", &p));
+    t->read = p;
+    MD_TRY(md_backend_pinned(be, (size_t)t->args.accumulation * sizeof *t->loss, "losses", &p));
+    t->loss = p;
+    return MD_OK;
 }
 
 static md_status allocate(md_stepper *t)
@@ -70,15 +95,14 @@ static md_status allocate(md_stepper *t)
     md_backend *be = t->args.backend;
     md_stepper_bytes bytes;
     MD_TRY(md_stepper_plan(m, be, &bytes));
-    be->scratch = md_alloc(bytes.scratch, "scratch");
+    MD_TRY(md_backend_alloc(be, bytes.scratch, "scratch", &be->scratch));
     be->scratch_size = bytes.scratch;
-    t->region = md_alloc(region_bytes(m), "activations");
-    if (!be->scratch || !t->region)
-        return MD_ERR_MEMORY;
+    MD_TRY(md_backend_alloc(be, region_bytes(m), "activations", &t->region));
+    MD_TRY(allocate_results(t));
     md_graph_bind_region(&m->teacher_graph, t->region);
     md_graph_bind_region(&m->student_graph, t->region);
     MD_NEW(t->span_ready, t->args.shard->buckets.spans, "gradient order");
-    return md_step_batch_create(m, t->args.topo, (uint64_t)t->args.config->run_seed, &t->batch);
+    return md_step_batch_create(m, t->args.topo, be, (uint64_t)t->args.config->run_seed, &t->batch);
 }
 
 static md_status make_reduce(md_stepper *t)
@@ -118,12 +142,18 @@ void md_stepper_free(md_stepper *t)
 {
     if (!t)
         return;
+    md_backend *be = t->args.backend;
     t->args.method->teacher_graph.between = NULL;
+    for (int i = 0; i < MD_FEED_SLOTS * STRETCHES; i++)
+        md_backend_record_free(be, t->recording[i / STRETCHES][i % STRETCHES]);
     md_grad_reduce_free(t->reduce);
     md_step_batch_free(&t->batch);
-    md_free(t->args.backend->scratch);
-    t->args.backend->scratch = NULL;
-    md_free(t->region);
+    md_backend_free(be, be->scratch);
+    be->scratch = NULL;
+    md_backend_free(be, t->region);
+    md_backend_free(be, t->stats);
+    md_backend_pinned_free(be, t->read);
+    md_backend_pinned_free(be, t->loss);
     md_free(t->span_ready);
     md_free(t);
 }
@@ -161,8 +191,9 @@ static void collect_gradients(md_stepper *t)
     t->collecting = true;
 }
 
-/* After a failure: whatever the buffers hold goes into the reduction, so that no rank waits. */
-static void give_up_gradients(md_stepper *t)
+/* All gradients that have not been handed over one by one: a recorded backward pass calls no hook.
+ * After a failure it is whatever the buffers hold, so that no rank waits. */
+static void hand_over_rest(md_stepper *t)
 {
     collect_gradients(t);
     for (int i = 0; i < t->args.shard->buckets.spans; i++)
@@ -172,19 +203,56 @@ static void give_up_gradients(md_stepper *t)
 
 /* ---- one micro-batch ---- */
 
-/* An op fails for lack of a device or by a bug of ours. */
-static md_status run_graphs(md_stepper *t, int micro, md_step_result *out)
+static md_status issue(md_stepper *t, stretch what, md_grad_ready hook)
 {
     md_method *m = t->args.method;
     md_backend *be = t->args.backend;
+    if (what == TEACHER)
+        return md_graph_forward(&m->teacher_graph, be);
+    if (what == FORWARD)
+        return md_graph_forward(&m->student_graph, be);
+    return md_graph_backward(&m->student_graph, be, what == BACKWARD_ADD, hook, t);
+}
+
+/* Issues a stretch: the first time op by op, then recorded, where the backend records and no
+ * collective stands in the middle. Each slot of the batch has its own operands, thus recordings. */
+static md_status run(md_stepper *t, stretch what, md_grad_ready hook)
+{
+    md_backend *be = t->args.backend;
+    md_recording **r = &t->recording[t->batch.slot][what];
+    bool *ran = &t->ran[t->batch.slot][what];
+    if (!md_backend_can_record(be) || hook || t->args.topo->tp_size > 1 || !*ran) {
+        *ran = true;
+        return issue(t, what, hook);
+    }
+    if (!*r) {
+        MD_TRY(md_backend_record_begin(be));
+        md_status st = issue(t, what, NULL);
+        MD_TRY(st == MD_OK ? md_backend_record_end(be, r) : st);
+    }
+    md_phase(what < BACKWARD ? "forward" : "backward");
+    return md_backend_replay(be, *r);
+}
+
+/* An op fails for lack of a device or by a bug of ours. */
+static md_status run_graphs(md_stepper *t, int micro, md_step_result *out)
+{
+    md_backend *be = t->args.backend;
     const bool last = micro + 1 == t->args.accumulation;
+    const bool alone = md_comm_size(t->args.topo->world) == 1; /* no reduction to overlap */
     md_fault("step.forward");
-    MD_TRY(md_graph_forward(&m->teacher_graph, be));
+    MD_TRY(run(t, TEACHER, NULL));
     collect_gradients(t);
-    MD_TRY(md_graph_forward(&m->student_graph, be));
+    if (t->unrounded)
+        MD_TRY(md_params_round(&t->args.method->params));
+    t->unrounded = false;
+    MD_TRY(run(t, FORWARD, NULL));
     md_fault("step.backward");
     out->backward_begin = md_now();
-    return md_graph_backward(&m->student_graph, be, micro > 0, last ? grad_ready : NULL, t);
+    MD_TRY(run(t, micro > 0 ? BACKWARD_ADD : BACKWARD, last && !alone ? grad_ready : NULL));
+    if (last)
+        hand_over_rest(t);
+    return md_backend_download(be, &t->loss[micro], t->batch.loss, sizeof *t->loss);
 }
 
 /* What the other ranks wait for in the middle of a pass or an update will not come. */
@@ -207,11 +275,14 @@ static md_status micro_pass(md_stepper *t, int64_t step, int micro, md_step_resu
     st = md_agree(topo->tp, st); /* they go through the graphs together or not at all */
     if (st == MD_OK) {
         int64_t passes = (int64_t)topo->dp_rank * t->args.accumulation + micro;
-        md_step_batch_set(&t->batch, batch, step, passes * m->images);
-        st = run_graphs(t, micro, out);
+        st = md_step_batch_set(&t->batch, batch, step, passes * m->images);
+        if (st == MD_OK)
+            st = run_graphs(t, micro, out);
+        if (st == MD_OK)
+            st = md_step_batch_used(&t->batch);
         if (st != MD_OK && topo->tp_size > 1)
             give_up(st);
-        out->loss += md_fault("step.nan") ? (double)NAN : t->batch.loss;
+        t->nan |= md_fault("step.nan");
     }
     if (mine)
         source->release(source->context, batch);
@@ -288,34 +359,43 @@ static md_status update(md_stepper *t, md_train_state *s, const double *v, md_st
     MD_TRY(st);
     if (shard->zero)
         md_grad_reduce_gather(t->reduce, p->value);
+    t->unrounded = shard->zero;
     return MD_OK;
 }
 
-/* What this rank answers for. */
-static md_status grad_stats(md_stepper *t, md_grad_stats *stats)
+/* What this rank answers for, and the sum of its passes' losses: the one wait for the backend. */
+static md_status results(md_stepper *t, double *v)
 {
     const md_shard *s = t->args.shard;
-    return md_optim_grad_stats(t->args.backend, &t->args.method->params, s->own, s->owns, stats);
+    md_backend *be = t->args.backend;
+    MD_TRY(md_optim_grad_stats(be, &t->args.method->params, s->own, s->owns, t->stats));
+    MD_TRY(md_backend_download(be, t->read, t->stats, sizeof *t->read));
+    MD_TRY(md_backend_sync(be));
+    for (int i = 0; i < t->args.accumulation; i++)
+        v[SUM_LOSS] += t->loss[i];
+    if (t->nan)
+        v[SUM_LOSS] = (double)NAN;
+    v[SUM_SQUARES] = t->read->squares;
+    v[SUM_NONFINITE] = t->read->nonfinite;
+    return MD_OK;
 }
 
 md_status md_step_run(md_stepper *t, md_train_state *s, bool stop_wanted, md_step_result *out)
 {
     md_phase_step(s->step + 1);
     md_status st = MD_OK;
-    md_grad_stats stats = {0};
+    double v[SUM_COUNT] = {0};
     *out = (md_step_result){.learning_rate = md_schedule_lr(&t->schedule, s->step)};
     memset(t->span_ready, 0, (size_t)t->args.shard->buckets.spans * sizeof *t->span_ready);
-    t->collecting = false;
+    t->collecting = t->nan = false;
     for (int micro = 0; micro < t->args.accumulation && st == MD_OK; micro++)
         st = micro_pass(t, s->step, micro, out);
     if (st != MD_OK)
-        give_up_gradients(t);
+        hand_over_rest(t);
     out->comm_wait = md_grad_reduce_finish(t->reduce) + t->settled;
     t->settled = 0;
     if (st == MD_OK)
-        st = grad_stats(t, &stats);
-    double v[SUM_COUNT] = {
-        [SUM_LOSS] = out->loss, [SUM_SQUARES] = stats.squares, [SUM_NONFINITE] = stats.nonfinite};
+        st = results(t, v);
     st = share(t, st, stop_wanted, out->bad, v);
     out->bad = (int64_t)v[SUM_BAD];
     MD_TRY(st);

@@ -52,10 +52,11 @@ typedef struct md_stepper md_stepper;
 md_status md_stepper_create(const md_stepper_args *args, md_stepper **out);
 void md_stepper_free(md_stepper *t);
 
-/* Bytes of one stepper's buffers (activations, scratch, batch), from shapes alone; and what this
- * rank computes in one pass. method's graphs run over a group of the plan carrier, or alone. */
+/* Bytes of one stepper's buffers (activations, scratch, batch as operands; host_batch on the host),
+ * from shapes alone; and what this rank computes in one pass. method's graphs run over a group of
+ * the plan carrier, or alone. */
 typedef struct md_stepper_bytes {
-    size_t activations, scratch, batch;
+    size_t activations, scratch, batch, host_batch;
     double student_forward, student_backward, teacher_forward; /* FLOP of one micro-batch */
 } md_stepper_bytes;
 md_status md_stepper_plan(const md_method *method, md_backend *backend, md_stepper_bytes *out);

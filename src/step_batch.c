@@ -2,101 +2,165 @@
 #include "src/step_batch.h"
 #include "src/rng.h"
 
-/* Elements of each buffer, by name, so that allocation and planning cannot differ. */
-typedef struct sizes {
-    size_t target, keep, rel_index, teacher_rows, student_rows, all_rows, chosen, mask, pixels,
-        sample;
-} sizes;
+#include <string.h>
 
-static sizes layout(const md_method *m)
+/* Where each array begins in a block, in bytes. */
+typedef struct layout {
+    size_t keep, teacher_rows, student_rows, all_rows, mask, image, image2, bytes;
+} layout;
+
+static size_t take(size_t *at, size_t bytes)
 {
-    const md_vit_spec *s = &m->student_vit.spec;
-    const size_t images = (size_t)m->images, own = (size_t)m->own_images;
-    const size_t rows = (size_t)m->row_images, chosen = (size_t)m->chosen;
-    const size_t patches = (size_t)md_vit_patches(s), tokens = patches + 1;
-    return (sizes){
-        .target = rows * chosen * (size_t)m->target_width,
-        .keep = 2 * (size_t)s->layers * rows,
-        .rel_index = s->rel_pos == MD_REL_NONE ? 0 : tokens * tokens,
-        .teacher_rows = own * chosen,
-        .student_rows = rows * chosen,
-        .all_rows = rows < images ? images * chosen : 0,
-        .chosen = patches,
-        .mask = (rows < images ? rows + 1 : rows) * patches, /* one for masks of other ranks */
-        .pixels = rows > own ? rows * (size_t)s->image * (size_t)s->image * 3 : 0,
-        .sample = images,
-    };
+    size_t here = *at;
+    *at += (bytes + 63) / 64 * 64;
+    return here;
 }
 
-size_t md_step_batch_bytes(const md_method *m)
+static size_t picture_bytes(int64_t images, int64_t side)
 {
-    sizes n = layout(m);
-    return 4 * (n.target + n.keep + n.rel_index + n.teacher_rows + n.student_rows + n.all_rows +
-                n.chosen) +
-           n.mask + n.pixels + 8 * n.sample;
+    return (size_t)(images * side * side * 3);
+}
+
+/* On host memory pictures are read where the loader put them, but for those of other ranks. */
+static layout layout_of(const md_method *m, bool device)
+{
+    const md_vit_spec *s = &m->student_vit.spec;
+    const size_t rows = (size_t)m->row_images, chosen = (size_t)m->chosen;
+    const bool gathers = m->row_images > m->own_images;
+    layout l = {0};
+    size_t at = 0;
+    l.keep = take(&at, 4 * 2 * (size_t)s->layers * rows);
+    l.teacher_rows = take(&at, 4 * (size_t)m->own_images * chosen);
+    l.student_rows = take(&at, 4 * rows * chosen);
+    l.all_rows = take(&at, m->row_images < m->images ? 4 * (size_t)m->images * chosen : 0);
+    l.mask = take(&at, rows * (size_t)md_vit_patches(s));
+    l.image = take(&at, device || gathers ? picture_bytes(m->row_images, s->image) : 0);
+    l.image2 =
+        take(&at, device && (m->teacher_image || gathers)
+                      ? picture_bytes(m->own_images, m->teacher_image ? m->teacher_image : s->image)
+                      : 0);
+    l.bytes = at;
+    return l;
+}
+
+static size_t target_bytes(const md_method *m)
+{
+    return md_tensor_bytes(md_graph_tensor(&m->student_graph, m->s_target));
+}
+
+static size_t rel_index_bytes(const md_method *m)
+{
+    return m->s_rel_index == MD_NO_SLOT
+               ? 0
+               : md_tensor_bytes(md_graph_tensor(&m->student_graph, m->s_rel_index));
+}
+
+void md_step_batch_bytes(const md_method *m, bool device, size_t *operands, size_t *host)
+{
+    const size_t block = layout_of(m, device).bytes;
+    const size_t patches = (size_t)md_vit_patches(&m->student_vit.spec);
+    const size_t slots = device ? MD_FEED_SLOTS : 1;
+    *operands = slots * block + target_bytes(m) + rel_index_bytes(m) + sizeof(double);
+    *host = (device ? slots * block + rel_index_bytes(m) : 0) + 4 * patches + patches +
+            sizeof(int64_t) * (size_t)m->images;
+}
+
+static md_status operand(md_step_batch *b, size_t bytes, const char *what, void **out)
+{
+    return md_backend_alloc(b->be, bytes, what, out);
 }
 
 static md_status allocate(md_step_batch *b)
 {
-    sizes n = layout(b->method);
-    MD_NEW(b->target, n.target, "targets");
-    MD_NEW(b->keep, n.keep, "drop path");
-    MD_NEW(b->rel_index, n.rel_index, "relative position index");
-    MD_NEW(b->teacher_rows, n.teacher_rows, "chosen rows");
-    MD_NEW(b->student_rows, n.student_rows, "chosen rows");
-    if (n.all_rows)
-        MD_NEW(b->all_rows, n.all_rows, "chosen rows");
-    MD_NEW(b->chosen, n.chosen, "chosen patches");
-    MD_NEW(b->mask, n.mask, "masks");
-    if (n.pixels)
-        MD_NEW(b->pixels, n.pixels, "pictures of the tensor-parallel group");
-    MD_NEW(b->sample, n.sample, "samples");
+    const md_method *m = b->method;
+    const bool device = md_backend_is_device(b->be);
+    const size_t bytes = layout_of(m, device).bytes;
+    const int64_t patches = md_vit_patches(&m->student_vit.spec);
+    void *p;
+    b->slots = device ? MD_FEED_SLOTS : 1;
+    for (int i = 0; i < b->slots; i++) {
+        MD_TRY(operand(b, bytes, "batch", &p));
+        b->host[i] = b->operands[i] = p;
+        if (device) {
+            b->host[i] = NULL;
+            MD_TRY(md_backend_pinned(b->be, bytes, "batch", &p));
+            b->host[i] = p;
+        }
+    }
+    MD_TRY(operand(b, target_bytes(m), "targets", &b->target));
+    MD_TRY(operand(b, rel_index_bytes(m), "relative position index", &b->rel_index));
+    MD_TRY(operand(b, sizeof *b->loss, "loss", &p));
+    b->loss = p;
+    MD_NEW(b->chosen, patches, "chosen patches");
+    MD_NEW(b->other_mask, patches, "masks");
+    MD_NEW(b->sample, m->images, "samples");
     return MD_OK;
 }
 
-static void bind(md_step_batch *b)
+static md_status fill_rel_index(md_step_batch *b)
+{
+    const md_vit_spec *s = &b->method->student_vit.spec;
+    const size_t bytes = rel_index_bytes(b->method);
+    if (bytes == 0)
+        return MD_OK;
+    int32_t *index = md_alloc(bytes, "relative position index");
+    if (!index)
+        return MD_ERR_MEMORY;
+    md_vit_rel_index(md_vit_side(s), index);
+    md_status st = md_backend_upload(b->be, b->rel_index, index, bytes);
+    if (st == MD_OK)
+        st = md_backend_sync(b->be);
+    md_free(index);
+    return st;
+}
+
+/* The present block, and what no pass changes. */
+static void bind(md_step_batch *b, const layout *l)
 {
     md_method *m = b->method;
     md_graph *teacher = &m->teacher_graph, *student = &m->student_graph;
-    md_graph_bind(teacher, m->t_rows, b->teacher_rows);
+    char *block = b->operands[b->slot];
+    md_graph_bind(teacher, m->t_rows, block + l->teacher_rows);
     md_graph_bind(teacher, m->t_target, b->target);
     md_graph_bind(student, m->s_target, b->target);
-    md_graph_bind(student, m->s_rows, b->student_rows);
-    if (b->all_rows)
-        md_graph_bind(student, m->s_all_rows, b->all_rows);
-    md_graph_bind(student, m->s_loss, &b->loss);
+    md_graph_bind(student, m->s_rows, block + l->student_rows);
+    if (m->row_images < m->images)
+        md_graph_bind(student, m->s_all_rows, block + l->all_rows);
+    md_graph_bind(student, m->s_loss, b->loss);
     if (m->s_mask != MD_NO_SLOT)
-        md_graph_bind(student, m->s_mask, b->mask);
-    if (m->s_rel_index != MD_NO_SLOT) {
-        md_vit_rel_index(md_vit_side(&m->student_vit.spec), b->rel_index);
+        md_graph_bind(student, m->s_mask, block + l->mask);
+    if (m->s_rel_index != MD_NO_SLOT)
         md_graph_bind(student, m->s_rel_index, b->rel_index);
-    }
     for (int k = 0; m->s_keep && k < 2 * m->student_vit.spec.layers; k++)
         if (m->s_keep[k] != MD_NO_SLOT)
-            md_graph_bind(student, m->s_keep[k], b->keep + k * m->row_images);
+            md_graph_bind(student, m->s_keep[k], (float *)(block + l->keep) + k * m->row_images);
 }
 
-md_status md_step_batch_create(md_method *m, const md_topo *topo, uint64_t seed, md_step_batch *b)
+md_status md_step_batch_create(md_method *m, const md_topo *topo, md_backend *be, uint64_t seed,
+                               md_step_batch *b)
 {
     b->method = m;
     b->topo = topo;
+    b->be = be;
     b->seed = seed;
     MD_TRY(allocate(b));
-    bind(b);
-    return MD_OK;
+    return fill_rel_index(b);
 }
 
 void md_step_batch_free(md_step_batch *b)
 {
-    md_free(b->target);
-    md_free(b->keep);
-    md_free(b->rel_index);
-    md_free(b->teacher_rows);
-    md_free(b->student_rows);
-    md_free(b->all_rows);
+    for (int i = 0; i < b->slots; i++) {
+        if (b->host[i] != b->operands[i])
+            md_backend_pinned_free(b->be, b->host[i]);
+        md_backend_free(b->be, b->operands[i]);
+    }
+    if (b->be) {
+        md_backend_free(b->be, b->target);
+        md_backend_free(b->be, b->rel_index);
+        md_backend_free(b->be, b->loss);
+    }
     md_free(b->chosen);
-    md_free(b->mask);
-    md_free(b->pixels);
+    md_free(b->other_mask);
     md_free(b->sample);
     *b = (md_step_batch){0};
 }
@@ -116,31 +180,41 @@ static int32_t row_of(int64_t j, int patch, int patches, bool cls)
     return (int32_t)(cls ? j * (patches + 1) + 1 + patch : j * patches + patch);
 }
 
+/* Host side of the block being filled. */
+typedef struct filling {
+    md_step_batch *b;
+    float *keep;
+    int32_t *teacher_rows, *student_rows, *all_rows;
+    uint8_t *mask;
+} filling;
+
 /* The mask of image j of the pass, and its chosen patches as rows of each token matrix that it
  * stands in: the student's, the teacher's, and that of all images. */
-static void draw_mask(md_step_batch *b, uint32_t epoch, int64_t j)
+static void draw_mask(const filling *f, uint32_t epoch, int64_t j)
 {
+    md_step_batch *b = f->b;
     const md_method *m = b->method;
     const int patches = md_vit_patches(&m->student_vit.spec), chosen = m->chosen;
     const bool all = chosen == patches;
     const int64_t own = j - b->topo->tp_rank * m->own_images, row = j - first_row_image(b);
     const bool is_own = own >= 0 && own < m->own_images, is_row = row >= 0 && row < m->row_images;
-    uint8_t *mask = b->mask + (is_row ? row : m->row_images) * patches;
+    uint8_t *mask = is_row ? f->mask + row * patches : b->other_mask;
     md_mask_sample(&m->mask, epoch, b->sample[j], mask, b->chosen, NULL);
     for (int i = 0; i < chosen; i++) {
         int patch = all ? i : b->chosen[i];
         if (is_row)
-            b->student_rows[row * chosen + i] = row_of(row, patch, patches, true);
-        if (b->all_rows)
-            b->all_rows[j * chosen + i] = row_of(j, patch, patches, true);
+            f->student_rows[row * chosen + i] = row_of(row, patch, patches, true);
+        if (m->row_images < m->images)
+            f->all_rows[j * chosen + i] = row_of(j, patch, patches, true);
         if (is_own)
-            b->teacher_rows[own * chosen + i] = row_of(own, patch, patches, m->teacher_cls);
+            f->teacher_rows[own * chosen + i] = row_of(own, patch, patches, m->teacher_cls);
     }
 }
 
 /* Factors of both branches of every block: 0, or what keeps the mean. */
-static void draw_keep(md_step_batch *b, int64_t step, int64_t first)
+static void draw_keep(const filling *f, int64_t step, int64_t first)
 {
+    const md_step_batch *b = f->b;
     const md_method *m = b->method;
     const md_vit_spec *s = &m->student_vit.spec;
     first += first_row_image(b);
@@ -149,24 +223,60 @@ static void draw_keep(md_step_batch *b, int64_t step, int64_t first)
         for (int64_t j = 0; j < m->row_images; j++) {
             uint64_t index = (uint64_t)(first + j) * 2 * (uint64_t)s->layers + (uint64_t)k;
             md_rng r = md_rng_at(b->seed, MD_RNG_DROP_PATH, (uint32_t)step, index);
-            b->keep[k * m->row_images + j] = md_rng_float(&r) >= rate ? 1.0f / (1.0f - rate) : 0.0f;
+            f->keep[k * m->row_images + j] = md_rng_float(&r) >= rate ? 1.0f / (1.0f - rate) : 0.0f;
         }
     }
 }
 
-void md_step_batch_set(md_step_batch *b, const md_batch *batch, int64_t step, int64_t first)
+/* Binds the pictures, in the block where they are there, else where the loader put them. */
+static void place_pictures(md_step_batch *b, const md_batch *batch, const layout *l)
 {
     md_method *m = b->method;
-    md_comm *tp = b->topo->tp;
-    const int64_t own = m->own_images;
-    md_comm_allgather(tp, batch->sample, b->sample, own * (int64_t)sizeof *b->sample);
-    if (b->pixels)
-        md_comm_allgather(tp, batch->image.data, b->pixels,
+    char *host = b->host[b->slot], *block = b->operands[b->slot];
+    const md_tensor *seen = m->teacher_image ? &batch->image2 : &batch->image;
+    const bool device = md_backend_is_device(b->be), gathers = m->row_images > m->own_images;
+    void *student = batch->image.data, *teacher = seen->data;
+    if (gathers)
+        md_comm_allgather(b->topo->tp, batch->image.data, host + l->image,
                           (int64_t)md_tensor_bytes(&batch->image));
+    else if (device)
+        memcpy(host + l->image, batch->image.data, md_tensor_bytes(&batch->image));
+    if (gathers || device)
+        student = block + l->image;
+    if (device)
+        teacher = student;
+    if (device && l->image2 != l->bytes) {
+        memcpy(host + l->image2, seen->data, md_tensor_bytes(seen));
+        teacher = block + l->image2;
+    }
+    md_graph_bind(&m->teacher_graph, m->t_image, teacher);
+    md_graph_bind(&m->student_graph, m->s_image, student);
+}
+
+md_status md_step_batch_set(md_step_batch *b, const md_batch *batch, int64_t step, int64_t first)
+{
+    const md_method *m = b->method;
+    const layout l = layout_of(m, md_backend_is_device(b->be));
+    b->slot = (b->slot + 1) % b->slots;
+    MD_TRY(md_backend_feed_wait(b->be, b->slot));
+    char *host = b->host[b->slot];
+    const filling f = {.b = b,
+                       .keep = (float *)(host + l.keep),
+                       .teacher_rows = (int32_t *)(host + l.teacher_rows),
+                       .student_rows = (int32_t *)(host + l.student_rows),
+                       .all_rows = (int32_t *)(host + l.all_rows),
+                       .mask = (uint8_t *)(host + l.mask)};
+    md_comm_allgather(b->topo->tp, batch->sample, b->sample,
+                      m->own_images * (int64_t)sizeof *b->sample);
     for (int64_t j = 0; j < m->images; j++)
-        draw_mask(b, batch->epoch, j);
-    draw_keep(b, step, first);
-    md_graph_bind(&m->teacher_graph, m->t_image,
-                  m->teacher_image ? batch->image2.data : batch->image.data);
-    md_graph_bind(&m->student_graph, m->s_image, b->pixels ? b->pixels : batch->image.data);
+        draw_mask(&f, batch->epoch, j);
+    draw_keep(&f, step, first);
+    bind(b, &l);
+    place_pictures(b, batch, &l);
+    return md_backend_feed(b->be, b->slot, b->operands[b->slot], host, l.bytes);
+}
+
+md_status md_step_batch_used(md_step_batch *b)
+{
+    return md_backend_feed_used(b->be, b->slot);
 }

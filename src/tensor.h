@@ -70,6 +70,12 @@ static inline int64_t md_view_global(const md_view *v, int64_t e)
     return v->first + e / v->run * v->stride + e % v->run;
 }
 
+/* The tensor's own elements from `first` on, as bytes; NULL stays NULL. */
+static inline void *md_tensor_from(const md_tensor *t, int64_t first)
+{
+    return t->data ? (char *)t->data + (size_t)first * md_dtype_bytes((md_dtype)t->dtype) : NULL;
+}
+
 static inline float *md_f32(const md_tensor *t)
 {
     return (float *)t->data;

@@ -104,10 +104,9 @@ static md_status make_model(run *r)
     md_teacher_info info;
     const md_config *c = &r->config;
     MD_TRY(md_teacher_info_get(c, false, &info, r->teacher_hash));
-    MD_TRY(md_backend_create(c->backend, (int)c->threads, &r->be));
     MD_TRY(md_model_make(c, md_method_needs_weights(c) ? &info : NULL, &r->topo, &r->layout,
                          &r->model));
-    return md_model_allocate(c, &r->model);
+    return md_model_allocate(c, r->be, &r->model);
 }
 
 static md_status open_data(run *r)
@@ -319,6 +318,9 @@ static md_status set_up(run *r, int argc, char **argv)
                           &(md_topo_args){.tensor = (int)r->config.parallel_tensor,
                                           .across_nodes = r->config.parallel_tensor_across_nodes},
                           &r->topo));
+    md_phase("setup.backend");
+    MD_TRY(md_agree(w, md_model_backend(&r->config, &r->topo, &r->be)));
+    MD_TRY(md_topo_operands(&r->topo, r->be, r->config.parallel_comm));
     md_phase("setup.model");
     MD_TRY(md_agree(w, make_model(r)));
     md_phase("setup.data");
@@ -465,9 +467,9 @@ static void tear_down(run *r, md_status st)
     md_loader_destroy(r->loader);
     md_dataset_close(r->data);
     md_model_free(&r->model);
+    md_topo_free(&r->topo);
     md_backend_destroy(r->be);
     md_run_lock_release(r->lock);
-    md_topo_free(&r->topo);
     md_config_free(&r->config);
 }
 

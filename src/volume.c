@@ -22,7 +22,8 @@ md_volume md_volume_predict(const md_model *model, const md_batch_layout *layout
     const md_vit_spec *s = &m->student_vit.spec;
     const double t = layout->tp, d = layout->dp, passes = layout->accumulation;
     const double images = (double)layout->micro, tokens = md_vit_tokens(s), chosen = m->chosen;
-    const double row = 4.0 * s->width; /* bytes of a token */
+    const double size = (double)md_dtype_bytes(m->params.dtype);
+    const double row = size * s->width; /* bytes of a token */
     double cut, whole;
     count(&m->params, &cut, &whole);
     md_volume v = {.gradients_dp = all_reduce(d) * 4.0 * (cut + (m->split.sequence ? 0 : whole))};
@@ -33,7 +34,7 @@ md_volume md_volume_predict(const md_model *model, const md_batch_layout *layout
                                            : 4.0 * s->layers * tokens;
     v.activations = passes * all_reduce(t) * images * row * sums;
     if (!m->split.sequence) {
-        v.targets = passes * 0.5 * all_reduce(t) * images * chosen * 4.0 * m->target_width;
+        v.targets = passes * 0.5 * all_reduce(t) * images * chosen * size * m->target_width;
         v.pictures = passes * 0.5 * all_reduce(t) * images * 3.0 * s->image * s->image;
     }
     return v;

@@ -105,8 +105,8 @@ static void run_make(run *r, md_comm *world, const layout *l)
     assert_ok(md_batch_layout_make(&r->config, ranks, &r->batch_layout));
     assert_int_equal(r->batch_layout.accumulation, l->accumulation);
     assert_ok(md_model_make(&r->config, NULL, &r->topo, &r->batch_layout, &r->model));
-    assert_ok(md_model_allocate(&r->config, &r->model));
     assert_ok(md_backend_create("cpu", 1, &r->be));
+    assert_ok(md_model_allocate(&r->config, r->be, &r->model));
     r->batch.image = MD_TENSOR(r->pixels, MD_U8, r->model.method.own_images, SIDE, SIDE, 3);
     r->batch.sample = r->sample;
     assert_ok(md_stepper_create(&(md_stepper_args){.config = &r->config,

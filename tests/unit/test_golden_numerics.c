@@ -128,7 +128,7 @@ static void two_rows(md_params *p, int64_t n)
     assert_int_equal(md_params_add(p, &matrix), 0);
     assert_int_equal(md_params_add(p, &vector), 1);
     GOLDEN_OK(md_params_seal(p, NULL));
-    GOLDEN_OK(md_params_allocate(p, true));
+    GOLDEN_OK(md_params_allocate(p, NULL, true));
     GOLDEN_OK(md_params_allocate_moments(p, p->elements, false));
 }
 

@@ -116,7 +116,7 @@ static void set_up(run *r, const char *file, const char *backend)
     int64_t batch = golden_int(r->file, "batch");
     GOLDEN_OK(md_method_resolve(&r->method, &r->config, &info, NULL));
     GOLDEN_OK(md_method_build(&r->method, batch, batch));
-    GOLDEN_OK(md_params_allocate(&r->method.params, true));
+    GOLDEN_OK(md_params_allocate(&r->method.params, NULL, true));
     GOLDEN_OK(md_backend_create(backend, 2, &r->backend));
     r->image = golden_load(r->file, "image", MD_U8);
     r->target = golden_load(r->file, "target", MD_F32);

@@ -101,7 +101,7 @@ static double run(const md_safetensors *f, const row *r, const char *backend)
     GOLDEN_OK(md_teacher_info_get(&c, false, &info, hash));
     GOLDEN_OK(md_method_resolve(&m, &c, &info, NULL));
     GOLDEN_OK(md_method_build(&m, c.train_batch, c.train_batch));
-    GOLDEN_OK(md_params_allocate(&m.teacher_params, false));
+    GOLDEN_OK(md_params_allocate(&m.teacher_params, NULL, false));
     GOLDEN_OK(md_comm_self(&self));
     GOLDEN_OK(md_teacher_load(self, &c, &m));
     GOLDEN_OK(md_backend_create(backend, 2, &be));

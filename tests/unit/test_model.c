@@ -160,7 +160,7 @@ static void test_initialisation(void **state)
     md_method m;
     CONFIG(&c, "method.teacher.kind=pixel", "model.layers=2", "model.width=384", "model.heads=6");
     assert_int_equal(md_method_resolve(&m, &c, NULL, NULL), MD_OK);
-    assert_int_equal(md_params_allocate(&m.params, false), MD_OK);
+    assert_int_equal(md_params_allocate(&m.params, NULL, false), MD_OK);
     md_params_initialise(&m.params, 7);
     static const struct {
         const char *name;
@@ -208,7 +208,7 @@ static void tiny_make(tiny *t, const char *backend, const char *rel_pos, const c
     assert_int_equal(md_method_resolve(&t->m, &t->c, NULL, NULL), MD_OK);
     if (md_method_build(&t->m, 3, 3) != MD_OK)
         fail_msg("%s", md_error_text());
-    assert_int_equal(md_params_allocate(&t->m.params, true), MD_OK);
+    assert_int_equal(md_params_allocate(&t->m.params, NULL, true), MD_OK);
     assert_int_equal(md_params_allocate_moments(&t->m.params, t->m.params.elements, false), MD_OK);
     assert_int_equal(md_backend_create(backend, 1, &t->be), MD_OK);
     t->be->scratch_size = 64 << 20;

@@ -42,6 +42,7 @@ static void topo_make(md_topo *o, int d, int dp, int t, int tp)
     assert_int_equal(md_comm_plan(t, tp, &o->tp), MD_OK);
     assert_int_equal(md_comm_plan(d, dp, &o->dp), MD_OK);
     assert_int_equal(md_comm_plan(d * tp + t, dp * tp, &o->all), MD_OK);
+    o->op_tp = o->tp, o->op_dp = o->dp, o->op_all = o->all;
 }
 
 /* One simulated rank. */
@@ -80,13 +81,13 @@ static void test_parts_make_the_whole(void **state)
     (void)state;
     seat whole, part;
     seat_make(&whole, (int[]){0, 0}, (int[]){1, 1}, false, false);
-    assert_int_equal(md_model_allocate(&whole.config, &whole.model), MD_OK);
+    assert_int_equal(md_model_allocate(&whole.config, NULL, &whole.model), MD_OK);
     const md_params *w = &whole.model.method.params;
     for (int tp = 2; tp <= 4; tp += 2) {
         int64_t cut_elements = 0;
         for (int t = 0; t < tp; t++) {
             seat_make(&part, (int[]){0, t}, (int[]){1, tp}, false, false);
-            assert_int_equal(md_model_allocate(&part.config, &part.model), MD_OK);
+            assert_int_equal(md_model_allocate(&part.config, NULL, &part.model), MD_OK);
             const md_params *p = &part.model.method.params;
             assert_int_equal(p->count, w->count);
             assert_true(md_params_hash(p) == md_params_hash(w));
