@@ -8,8 +8,8 @@
 MD_C_BEGIN
 
 /* The ranks of `host`, for operands of `be`. kind: "mpi" through host memory, "nccl", or "auto":
- * NCCL where it is linked in and every rank has a GPU of its own, else MPI. `host` and `be` are kept
- * and must outlive *out. Collective(host). MD_ERR_CONFIG, alike on every rank. */
+ * NCCL where it is linked in and every rank has a GPU of its own, else MPI. `host` and `be` are
+ * kept and must outlive *out. Collective(host). MD_ERR_CONFIG, alike on every rank. */
 md_status md_comm_for_backend(md_comm *host, md_backend *be, const char *kind, md_comm **out);
 
 MD_C_END

@@ -1,8 +1,7 @@
 /* cmd_plan: what a run will need, worked out from the config alone: no MPI, no GPU, no data. The
  * graphs are built as for training and run on the plan backend, which has no memory. */
 #include "src/cli.h"
-#include "src/setup.h"
-#include "src/step.h"
+#include "src/footprint.h"
 #include "src/volume.h"
 
 #include <math.h>
@@ -57,29 +56,6 @@ static md_status parse(int argc, char **argv, options *o)
     o->ranks = (int)ranks;
     o->images = (int64_t)images;
     return MD_OK;
-}
-
-/* What a rank holds before it has allocated anything: MPI, HDF5, oneDNN, thread stacks. Measured
- * with Open MPI 4.1 and HDF5 1.10 on Debian 12. */
-#define BASE_BYTES (40.0 * 1048576.0)
-
-/* One line of the memory table. */
-typedef struct family {
-    const char *name;
-    double bytes;
-} family;
-
-static void print_memory(const family *f, int n, double limit_gib)
-{
-    double total = 0;
-    printf("memory of a rank\n");
-    for (int i = 0; i < n; i++) {
-        total += f[i].bytes;
-        printf("  %-34s %12.3f GiB\n", f[i].name, f[i].bytes / 1073741824.0);
-    }
-    printf("  %-34s %12.3f GiB\n", "peak", total / 1073741824.0);
-    if (limit_gib > 0)
-        printf("  %s\n", total <= limit_gib * 1073741824.0 ? "fits" : "does NOT fit");
 }
 
 typedef struct plan {
@@ -176,51 +152,6 @@ static md_status work_out(plan *p, const options *o)
     return MD_OK;
 }
 
-/* Keeps the largest values seen, falling. */
-static void keep_largest(double *most, int n, double value)
-{
-    for (int i = 0; i < n; i++)
-        if (value > most[i]) {
-            double smaller = most[i];
-            most[i] = value;
-            value = smaller;
-        }
-}
-
-/* What is under way in non-blocking collectives: Open MPI keeps a copy of a bucket that is
- * all-reduced, a reduce-scatter works in memory that was reserved for it, and takes half as much
- * again. And what the transport's fragments take, up to 20 MiB for either kind of traffic: a fit to
- * peaks that were measured with Open MPI 4.1 on one node. */
-static double mpi_copies(const plan *p)
-{
-    enum { FLYING = MD_GRAD_REDUCE_FLYING };
-    const double most_fragments = 20.0 * 1048576.0;
-    const md_shard *s = &p->model.shard;
-    const md_method *m = &p->model.method;
-    double flying[FLYING] = {0}, whole[FLYING] = {0}, reserved[2] = {0}, copies = 0, under_way = 0;
-    for (int k = 0; k < s->buckets.count; k++) {
-        const md_bucket *b = &s->buckets.bucket[k];
-        const md_comm *c = md_shard_group(&p->topo, b->set);
-        const double bytes = 4.0 * (double)(b->hi - b->lo);
-        if (md_comm_size(c) == 1)
-            continue;
-        double *kept = &reserved[c == p->topo.all];
-        keep_largest(flying, FLYING, bytes);
-        if (s->share_at[k] < 0)
-            keep_largest(whole, FLYING, bytes);
-        else
-            *kept = MD_MAX(*kept, 1.5 * FLYING * bytes);
-    }
-    for (int i = 0; i < FLYING; i++) {
-        copies += whole[i];
-        under_way += flying[i];
-    }
-    const double sum =
-        4.0 * (double)m->images * md_vit_tokens(&m->student_vit.spec) * m->student_vit.spec.width;
-    copies += reserved[0] + reserved[1] + MD_MIN(most_fragments, under_way / 2.0);
-    return copies + (p->layout.tp > 1 ? MD_MIN(most_fragments, 8.0 * sum) : 0.0);
-}
-
 static void report_work(const plan *p)
 {
     const md_params *student = &p->model.method.params;
@@ -273,28 +204,39 @@ static void report_advice(const plan *p)
             p->layout.dp);
 }
 
+/* limit: of what holds the operands. */
+static void report_memory(const plan *p, double limit_gib)
+{
+    char text[2048];
+    md_footprint f;
+    md_footprint_make(&(md_footprint_args){.model = &p->model,
+                                           .topo = &p->topo,
+                                           .be = p->be,
+                                           .step = &p->step,
+                                           .loader = &p->loader,
+                                           .index_bytes = p->index_bytes},
+                      &f);
+    if (f.device) {
+        md_memory_map_print(&f.operands, "memory of a GPU", text, sizeof text);
+        fputs(text, stdout);
+    }
+    md_memory_map_print(&f.host, f.device ? "memory of a rank on the host" : "memory of a rank",
+                        text, sizeof text);
+    const double most = f.device ? f.operands.total : f.host.total;
+    const bool fits = most <= limit_gib * 1073741824.0;
+    fputs(text, stdout);
+    if (limit_gib > 0)
+        printf("  %s\n", fits ? "fits" : "does NOT fit");
+}
+
 static void report(const plan *p, const options *o)
 {
-    const md_params *student = &p->model.method.params;
-    const double params = (double)md_params_total(student);
-    const double block = (double)md_params_block_bytes(student);
-    const double shard = 4.0 * (double)p->model.shard.moments;
+    const double params = (double)md_params_total(&p->model.method.params);
     double step_flops = p->nominal * (double)p->layout.batch / (double)p->layout.ranks;
     report_work(p);
     report_traffic(p);
     printf("checkpoint                 %.0f bytes (%.3f GB)\n", 12.0 * params, 12e-9 * params);
-    const family f[] = {{"parameters", block},
-                        {"gradients", block + (p->model.shard.zero ? shard : 0.0)},
-                        {"Adam moments", 2 * shard},
-                        {"teacher", (double)md_params_block_bytes(&p->model.method.teacher_params)},
-                        {"activations", (double)p->step.activations},
-                        {"op scratch and batch buffers",
-                         (double)(p->step.scratch + p->step.batch + p->step.host_batch)},
-                        {"loader", (double)md_loader_bytes(&p->loader)},
-                        {"image index (one a node)", (double)p->index_bytes},
-                        {"messages under way", mpi_copies(p)},
-                        {"program and libraries", BASE_BYTES}};
-    print_memory(f, (int)MD_COUNT(f), o->memory_gib);
+    report_memory(p, o->memory_gib);
     report_advice(p);
     if (o->tflops > 0)
         printf("time                       %.3f s a step, %.2f days in all at %g TFLOP/s a rank\n",
@@ -325,4 +267,4 @@ const md_verb md_verb_plan = {
     "--ranks   ranks in all, of which parallel.tensor share a model (default 1)\n"
     "--images  images of an epoch where data.train is not there (default ImageNet-1k's)\n"
     "--tflops  sustained TFLOP/s of a rank, as `md_hpc bench step` reports: adds the time\n"
-    "--memory  GiB a rank may use: adds whether it fits"};
+    "--memory  GiB a rank, or with backend=cuda its GPU, has: adds whether it fits"};

@@ -1,0 +1,205 @@
+/* footprint: see footprint.h. */
+#include "src/footprint.h"
+
+#include <stdio.h>
+#include <string.h>
+
+/* What a rank holds before it has allocated anything: MPI, HDF5, oneDNN, thread stacks. Measured
+ * with Open MPI 4.1 and HDF5 1.10 on Debian 12. */
+#define BASE_BYTES (40.0 * 1048576.0)
+
+/* What a GPU holds before anything is allocated on it: its context, kernels, cuBLASLt. An estimate;
+ * with several ranks, NCCL's buffers come on top. */
+#define DEVICE_BASE_BYTES (600.0 * 1048576.0)
+#define NCCL_BYTES        (400.0 * 1048576.0)
+
+/* Keeps the largest values seen, falling. */
+static void keep_largest(double *most, int n, double value)
+{
+    for (int i = 0; i < n; i++)
+        if (value > most[i]) {
+            double smaller = most[i];
+            most[i] = value;
+            value = smaller;
+        }
+}
+
+/* What is under way in non-blocking collectives: Open MPI keeps a copy of a bucket that is
+ * all-reduced, a reduce-scatter works in memory that was reserved for it, and takes half as much
+ * again. And what the transport's fragments take, up to 20 MiB for either kind of traffic: a fit to
+ * peaks that were measured with Open MPI 4.1 on one node. */
+static double mpi_copies(const md_footprint_args *a)
+{
+    enum { FLYING = MD_GRAD_REDUCE_FLYING };
+    const double most_fragments = 20.0 * 1048576.0;
+    const md_shard *s = &a->model->shard;
+    const md_method *m = &a->model->method;
+    double flying[FLYING] = {0}, whole[FLYING] = {0}, reserved[2] = {0}, copies = 0, under_way = 0;
+    for (int k = 0; k < s->buckets.count; k++) {
+        const md_bucket *b = &s->buckets.bucket[k];
+        const md_comm *c = md_shard_group(a->topo, b->set);
+        const double bytes = 4.0 * (double)(b->hi - b->lo);
+        if (md_comm_size(c) == 1)
+            continue;
+        double *kept = &reserved[c == a->topo->op_all];
+        keep_largest(flying, FLYING, bytes);
+        if (s->share_at[k] < 0)
+            keep_largest(whole, FLYING, bytes);
+        else
+            *kept = MD_MAX(*kept, 1.5 * FLYING * bytes);
+    }
+    for (int i = 0; i < FLYING; i++) {
+        copies += whole[i];
+        under_way += flying[i];
+    }
+    const double sum =
+        4.0 * (double)m->images * md_vit_tokens(&m->student_vit.spec) * m->student_vit.spec.width;
+    copies += reserved[0] + reserved[1] + MD_MIN(most_fragments, under_way / 2.0);
+    return copies + (a->topo->tp_size > 1 ? MD_MIN(most_fragments, 8.0 * sum) : 0.0);
+}
+
+static void add(md_memory_map *m, const char *name, double bytes)
+{
+    MD_ASSERT(m->families < MD_FAMILIES);
+    m->family[m->families++] = (md_family){name, bytes};
+    m->total += bytes;
+}
+
+static void add_operands(const md_footprint_args *a, md_memory_map *m)
+{
+    const md_method *method = &a->model->method;
+    const double rounded = method->params.dtype == MD_BF16 ? 0.5 : 0.0;
+    const double block = (double)md_params_block_bytes(&method->params);
+    const double shard = 4.0 * (double)a->model->shard.moments;
+    const double teacher = (double)md_params_block_bytes(&method->teacher_params);
+    add(m, "parameters", (1.0 + rounded) * block);
+    add(m, "gradients", block + (a->model->shard.zero ? shard : 0.0));
+    add(m, "Adam moments", 2 * shard);
+    add(m, "teacher", (1.0 + rounded) * teacher);
+    add(m, "activations", (double)a->step->activations);
+}
+
+/* What the host keeps of a device's blocks: checkpoints are written from there. */
+static double host_copies(const md_footprint_args *a)
+{
+    return (double)md_params_block_bytes(&a->model->method.params) +
+           8.0 * (double)a->model->shard.moments;
+}
+
+void md_footprint_make(const md_footprint_args *a, md_footprint *out)
+{
+    *out = (md_footprint){.device = md_backend_is_device(a->be)};
+    md_memory_map *operands = out->device ? &out->operands : &out->host, *host = &out->host;
+    double buffers = (double)(a->step->scratch + a->step->batch);
+    add_operands(a, operands);
+    if (out->device) {
+        const int ranks = md_comm_size(a->topo->all);
+        add(operands, "op scratch and batch buffers", buffers);
+        add(operands, "context and libraries", DEVICE_BASE_BYTES + (ranks > 1 ? NCCL_BYTES : 0.0));
+        add(host, "copies for checkpoints", host_copies(a));
+        buffers = 0;
+    }
+    add(host, out->device ? "batch buffers" : "op scratch and batch buffers",
+        buffers + (double)a->step->host_batch);
+    add(host, "loader", (double)md_loader_bytes(a->loader));
+    add(host, "image index (one a node)", (double)a->index_bytes);
+    if (!out->device)
+        add(host, "messages under way", mpi_copies(a));
+    add(host, "program and libraries", BASE_BYTES);
+}
+
+void md_memory_map_print(const md_memory_map *m, const char *title, char *buf, size_t size)
+{
+    size_t used = (size_t)snprintf(buf, size, "%s\n", title);
+    for (int i = 0; i <= m->families && used < size; i++) {
+        const bool last = i == m->families;
+        used += (size_t)snprintf(buf + used, size - used, "  %-34s %12.3f GiB\n",
+                                 last ? "peak" : m->family[i].name,
+                                 (last ? m->total : m->family[i].bytes) / 1073741824.0);
+    }
+}
+
+/* ---- advice ---- */
+
+/* The operands' map of a changed config on a planned grid; false where it is no valid config. */
+static bool plan(const md_config *c, const md_teacher_info *info, int ranks, md_memory_map *out)
+{
+    md_batch_layout layout;
+    md_topo topo = {0};
+    md_model model = {0};
+    md_backend *be = NULL;
+    md_stepper_bytes step;
+    const md_loader_args loader = {
+        .source = {.count = 1}, .dp_size = 1, .tp_size = 1, .micro_batch = 1};
+    md_status st = md_batch_layout_make(c, ranks, &layout);
+    if (st == MD_OK)
+        st = md_topo_plan(ranks, layout.tp, &topo);
+    if (st == MD_OK)
+        st = md_model_make(c, info, &topo, &layout, &model);
+    if (st == MD_OK)
+        st = md_backend_make(&(md_backend_args){.name = c->backend,
+                                                .compute = md_config_compute(c),
+                                                .planning = true},
+                             &be);
+    if (st == MD_OK)
+        st = md_stepper_plan(&model.method, be, &step);
+    if (st == MD_OK) {
+        md_footprint f;
+        md_footprint_make(
+            &(md_footprint_args){
+                .model = &model, .topo = &topo, .be = be, .step = &step, .loader = &loader},
+            &f);
+        *out = f.operands;
+    }
+    md_model_free(&model);
+    md_topo_free(&topo);
+    md_backend_destroy(be);
+    return st == MD_OK;
+}
+
+/* A change, cheapest first: what it costs in speed. */
+typedef struct change {
+    const char *key;
+    int64_t value;
+    const char *cost;
+} change;
+
+static void add_change(const md_config *c, const md_teacher_info *info, int ranks, const change *h,
+                       char *buf, size_t size)
+{
+    md_config changed = *c;
+    md_memory_map m;
+    const size_t used = strlen(buf);
+    if (strcmp(h->key, "train.micro_batch") == 0)
+        changed.train_micro_batch = h->value;
+    else if (strcmp(h->key, "parallel.zero") == 0)
+        changed.parallel_zero = h->value;
+    else
+        changed.parallel_tensor = h->value;
+    if (plan(&changed, info, ranks, &m))
+        snprintf(buf + used, size - used, "  %s = %lld: %.2f GiB (%s)\n", h->key,
+                 (long long)h->value, m.total / 1073741824.0, h->cost);
+}
+
+void md_footprint_advice(const md_config *c, const md_teacher_info *info, int ranks, char *buf,
+                         size_t size)
+{
+    md_memory_map now;
+    md_batch_layout l;
+    buf[0] = 0;
+    if (md_batch_layout_make(c, ranks, &l) != MD_OK || !plan(c, info, ranks, &now))
+        return;
+    md_memory_map_print(&now, "what a GPU has to hold", buf, size);
+    size_t used = strlen(buf);
+    snprintf(buf + used, size - used, "what would lessen it\n");
+    const change changes[] = {
+        {"train.micro_batch", l.micro / 2, "twice the passes, smaller products"},
+        {"parallel.zero", 1, "the same traffic"},
+        {"parallel.tensor", 2 * l.tp, "sums of activations between GPUs"}};
+    if (l.micro % 2 == 0)
+        add_change(c, info, ranks, &changes[0], buf, size);
+    if (!c->parallel_zero && l.dp > 1)
+        add_change(c, info, ranks, &changes[1], buf, size);
+    if (l.dp % 2 == 0)
+        add_change(c, info, ranks, &changes[2], buf, size);
+}

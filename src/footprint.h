@@ -1,0 +1,51 @@
+/* footprint: the memory a rank needs, by what it is for, from shapes alone; and, where it does not
+ * fit, the cheapest changes with what each would leave. */
+#ifndef MD_FOOTPRINT_H
+#define MD_FOOTPRINT_H
+
+#include "io/prefetch.h"
+#include "src/setup.h"
+#include "src/step.h"
+
+typedef struct md_family {
+    const char *name;
+    double bytes;
+} md_family;
+
+enum { MD_FAMILIES = 12 };
+
+/* A table of memory. */
+typedef struct md_memory_map {
+    md_family family[MD_FAMILIES];
+    int families;
+    double total;
+} md_memory_map;
+
+/* Operands of the backend, and the host's; on a backend that works on host memory all of it stands
+ * in `host`. */
+typedef struct md_footprint {
+    md_memory_map operands, host;
+    bool device;
+} md_footprint;
+
+typedef struct md_footprint_args {
+    const md_model *model; /* built; needs no memory */
+    const md_topo *topo;
+    const md_backend *be;
+    const md_stepper_bytes *step;
+    const md_loader_args *loader;
+    size_t index_bytes;
+} md_footprint_args;
+
+/* Local. */
+void md_footprint_make(const md_footprint_args *a, md_footprint *out);
+/* A line a family and the total. */
+void md_memory_map_print(const md_memory_map *m, const char *title, char *buf, size_t size);
+
+/* What to say when the operands of a run of `ranks` ranks do not fit on a device: the map, and
+ * changes of micro-batch, ZeRO and tensor parallelism that lessen it, each with its total; cheapest
+ * first. info as for md_model_make. Local. */
+void md_footprint_advice(const md_config *c, const md_teacher_info *info, int ranks, char *buf,
+                         size_t size);
+
+#endif
