@@ -1,52 +1,12 @@
-/* train: a whole run: set up, resume, loop, stop, report. Everything it holds is in one struct,
- * zero at first, so that tear_down can end it from any point of set_up. */
-#include "io/h5.h"
-#include "io/publish.h"
-#include "io/run_dir.h"
-#include "mpi/agree.h"
+/* train: the loop of a run: steps, checkpoints, signals, the end. */
 #include "mpi/comm_mpi.h"
-#include "mpi/topo_table.h"
-#include "src/bad_images.h"
 #include "src/cli.h"
-#include "src/drift.h"
-#include "src/hang_dir.h"
-#include "src/progress.h"
-#include "src/setup.h"
-#include "src/snapshot.h"
+#include "src/train_run.h"
 #include "src/watchdog.h"
 
-#include <errno.h>
 #include <signal.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
-#define XXH_INLINE_ALL /* no library to link, compiled for this machine */
-#include <xxhash.h>
-
-typedef struct run {
-    md_config config;
-    char dir[MD_CONFIG_STR];
-    md_comm *world;
-    md_topo topo;
-    md_batch_layout layout;
-    md_model model;
-    char teacher_hash[17];
-    md_backend *be;
-    md_dataset *data;
-    md_loader *loader;
-    md_stepper *stepper;
-    md_drift drift;
-    md_bad_images *bad;
-    md_run_lock *lock;
-    md_runlog *log;
-    md_train_state state;
-    md_progress progress;
-    int64_t steps_per_epoch, total_steps, saved_step;
-    char checkpoint[1024]; /* path of the last one written or read */
-} run;
 
 /* ---- signals: a flag that travels in the step's reduction ---- */
 
@@ -67,284 +27,9 @@ static void catch_signals(void)
     sigaction(SIGINT, &a, NULL);
 }
 
-/* ---- set up ---- */
-
-/* runs/<name of the config file without .cfg>, unless run.dir is set. */
-static void choose_dir(run *r)
-{
-    const md_config *c = &r->config;
-    if (*c->run_dir) {
-        snprintf(r->dir, sizeof r->dir, "%s", c->run_dir);
-        return;
-    }
-    const char *name = strrchr(c->source, '/');
-    name = name ? name + 1 : c->source;
-    snprintf(r->dir, sizeof r->dir, "runs/%.*s", (int)(strlen(name) - 4), name);
-}
-
-static md_status load_config(run *r, int argc, char **argv)
-{
-    char path[MD_CONFIG_STR];
-    MD_TRY(md_config_init(&r->config));
-    if (argc < 2)
-        return md_usage_error("train", "which config file?");
-    MD_TRY(md_config_find(argv[1], path, sizeof path));
-    MD_TRY(md_config_load(&r->config, path, argc - 2, argv + 2));
-    MD_TRY(md_watch_start(r->config.hang_seconds)); /* before this rank first waits for others */
-    md_log_set((md_log_level)md_config_choice("log.level", r->config.log_level));
-    choose_dir(r);
-    if (!*r->config.data_train)
-        MD_FAIL(MD_ERR_CONFIG, "data.train is not set: give the image store to train on, made by "
-                               "`md_hpc convert` (data.train=FILE.h5)");
-    return md_batch_layout_make(&r->config, md_comm_size(r->world), &r->layout);
-}
-
-static md_status make_model(run *r)
-{
-    md_teacher_info info;
-    const md_config *c = &r->config;
-    MD_TRY(md_teacher_info_get(c, false, &info, r->teacher_hash));
-    MD_TRY(md_model_make(c, md_method_needs_weights(c) ? &info : NULL, &r->topo, &r->layout,
-                         &r->model));
-    return md_model_allocate(c, r->be, &r->model);
-}
-
-static md_status open_data(run *r)
-{
-    const md_config *c = &r->config;
-    MD_TRY(md_dataset_open(c->data_train, c->data_split, r->world, &r->data));
-    if (strcmp(c->data_reader, "hdf5") == 0)
-        MD_TRY(md_dataset_use_hdf5(r->data, r->world));
-    int64_t n = md_dataset_count(r->data);
-    if (n < c->train_batch)
-        MD_FAIL(MD_ERR_CONFIG, "train.batch = %lld, but %s has only %lld images in split \"%s\"",
-                (long long)c->train_batch, c->data_train, (long long)n, c->data_split);
-    r->steps_per_epoch = md_epoch_steps(n, c->train_batch);
-    r->total_steps = md_total_steps(c, r->steps_per_epoch);
-    if (r->total_steps == 0)
-        MD_FAIL(MD_ERR_CONFIG, "train.epochs = %g is less than half a step (an epoch has %lld)",
-                c->train_epochs, (long long)r->steps_per_epoch);
-    return MD_OK;
-}
-
-/* Collective(world). Ranks with other values would exchange other numbers of bytes. */
-static md_status same_config(run *r)
-{
-    char *text = NULL;
-    md_status st = md_agree(r->world, md_config_text(&r->config, &text));
-    int64_t h = st == MD_OK ? (int64_t)(XXH3_64bits(text, strlen(text)) >> 1) : 0;
-    free(text);
-    MD_TRY(st);
-    return md_agree_same(r->world, "the configuration (a hash of its values)", h);
-}
-
-/* mkdir -p. */
-static md_status make_dirs(const char *dir)
-{
-    char path[MD_CONFIG_STR];
-    snprintf(path, sizeof path, "%s", dir);
-    for (char *p = path + 1;; p++) {
-        if (*p && *p != '/')
-            continue;
-        char end = *p;
-        *p = 0;
-        if (mkdir(path, 0777) != 0 && errno != EEXIST)
-            MD_FAIL(MD_ERR_CREATE, "cannot make the run directory %s: %s", path, strerror(errno));
-        if (!end)
-            return MD_OK;
-        *p = end;
-    }
-}
-
-/* Collective(world). Rank 0 makes and locks the run directory. */
-static md_status take_dir(run *r)
-{
-    md_status st = MD_OK;
-    if (md_comm_rank(r->world) == 0) {
-        st = make_dirs(r->dir);
-        if (st == MD_OK)
-            st = md_run_lock_take(r->dir, &r->lock);
-        if (st == MD_OK)
-            md_hang_clear(r->dir);
-    }
-    MD_TRY(md_agree(r->world, st));
-    md_watch_dir(r->dir);
-    return MD_OK;
-}
-
-static md_snapshot snapshot_of(run *r)
-{
-    return (md_snapshot){.comm = r->world,
-                         .dir = r->dir,
-                         .config = &r->config,
-                         .params = &r->model.method.params,
-                         .shard = &r->model.shard,
-                         .state = &r->state,
-                         .data_hash = md_dataset_hash(r->data),
-                         .teacher_hash = r->teacher_hash};
-}
-
-static md_status take_batch(void *context, int64_t step, int micro, const md_batch **batch,
-                            double *wait)
-{
-    run *r = context;
-    double seconds = 0;
-    md_status st = md_loader_take(r->loader, step, micro, batch, &seconds);
-    *wait += seconds;
-    return st;
-}
-
-static void release_batch(void *context, const md_batch *batch)
-{
-    md_loader_release(((run *)context)->loader, batch);
-}
-
-static md_status make_stepper(run *r)
-{
-    const md_config *c = &r->config;
-    md_loader_args loader = {.source =
-                                 md_dataset_source(r->data, strcmp(c->data_reader, "hdf5") == 0),
-                             .dp_rank = r->topo.dp_rank,
-                             .dp_size = r->topo.dp_size,
-                             .tp_rank = r->topo.tp_rank,
-                             .tp_size = r->topo.tp_size,
-                             .micro_batch = r->layout.micro,
-                             .start_step = r->state.step};
-    md_loader_configure(&loader, c, r->model.method.teacher_image);
-    MD_TRY(md_loader_create(&r->loader, &loader));
-    MD_TRY(md_drift_make(md_comm_size(r->world), &r->drift));
-    MD_TRY(md_bad_images_create(r->world, r->data, r->loader, &r->bad));
-    return md_stepper_create(&(md_stepper_args){.config = c,
-                                                .method = &r->model.method,
-                                                .backend = r->be,
-                                                .topo = &r->topo,
-                                                .shard = &r->model.shard,
-                                                .source = {r, take_batch, release_batch},
-                                                .steps_per_epoch = r->steps_per_epoch,
-                                                .accumulation = r->layout.accumulation},
-                             &r->stepper);
-}
-
-static void write_run_json(run *r)
-{
-    char data[32];
-    snprintf(data, sizeof data, "%016llx", (unsigned long long)md_dataset_hash(r->data));
-    const md_fact facts[] = {{"mpi", md_comm_library()},         {"hdf5", md_h5_library()},
-                             {"libconfig", md_config_library()}, {"backend", r->be->name},
-                             {"dataset", r->config.data_train},  {"dataset_hash", data},
-                             {"teacher_hash", r->teacher_hash}};
-    enum { HOST = 64 };
-    int n = md_comm_size(r->world);
-    char mine[HOST] = "", *all = md_alloc((size_t)n * HOST, "host names");
-    const char **hosts = md_alloc((size_t)n * sizeof *hosts, "host names");
-    md_status st = md_agree(r->world, all && hosts ? MD_OK : MD_ERR_MEMORY);
-    gethostname(mine, sizeof mine - 1);
-    if (st == MD_OK) {
-        md_comm_allgather(r->world, mine, all, HOST);
-        for (int i = 0; i < n; i++)
-            hosts[i] = all + (size_t)i * HOST;
-        md_watch_hosts(all, HOST);
-        md_runlog_run(r->log, facts, (int)MD_COUNT(facts), hosts, n);
-    }
-    md_free(all);
-    md_free((void *)hosts);
-}
-
-/* run.dir/config.cfg: a whole one at any moment. */
-static md_status write_config(const run *r)
-{
-    char path[MD_CONFIG_STR + 16], part[MD_CONFIG_STR + 32];
-    snprintf(path, sizeof path, "%s/config.cfg", r->dir);
-    snprintf(part, sizeof part, "%s.partial", path);
-    FILE *f = fopen(part, "w");
-    if (!f)
-        MD_FAIL(MD_ERR_CREATE, "cannot write %s: %s", part, strerror(errno));
-    md_status st = md_config_write(&r->config, f, true);
-    if (st != MD_OK)
-        md_error_prefix(st, "%s", part);
-    if (fclose(f) != 0 && st == MD_OK)
-        st = md_error_set(MD_ERR_IO, "cannot write %s: %s", part, strerror(errno));
-    if (st == MD_OK)
-        return md_publish(part, path);
-    unlink(part);
-    return st;
-}
-
-/* Writes the resolved config and opens the logs (rank 0). */
-static md_status open_logs(run *r)
-{
-    if (md_comm_rank(r->world) != 0)
-        return MD_OK;
-    MD_TRY(write_config(r));
-    return md_runlog_open(r->dir, r->state.step, &r->log);
-}
-
-static void announce(const run *r)
-{
-    const md_method *m = &r->model.method;
-    const md_batch_layout *l = &r->layout;
-    md_log_info("md_hpc %s: %d rank%s (data %d x tensor %d%s%s), %lld images (%lld a pass, %d "
-                "pass%s a step), %lld steps of %lld an epoch",
-                MD_VERSION, l->ranks, l->ranks > 1 ? "s" : "", l->dp, l->tp,
-                m->split.sequence ? ", sequence" : "", r->model.shard.zero ? ", ZeRO-1" : "",
-                (long long)l->batch, (long long)l->micro, l->accumulation,
-                l->accumulation > 1 ? "es" : "", (long long)r->total_steps,
-                (long long)r->steps_per_epoch);
-    md_log_info("student %lld parameters; teacher %s, %lld parameters; %d of %d patches predicted, "
-                "%d values each",
-                (long long)md_params_total(&m->params), m->teacher->name,
-                (long long)md_params_total(&m->teacher_params), m->chosen,
-                md_vit_patches(&m->student_vit.spec), m->target_width);
-    md_log_info("run directory %s, step %lld%s%s", r->dir, (long long)r->state.step,
-                *r->checkpoint ? ", resumed from " : "", r->checkpoint);
-}
-
-/* Whether the run goes on from its own directory, not from another run's checkpoint. */
-static bool resumed_own(const run *r)
-{
-    size_t n = strlen(r->dir);
-    return strncmp(r->checkpoint, r->dir, n) == 0 && r->checkpoint[n] == '/';
-}
-
-/* Collective(world). Every step is either local and agreed upon, or collective by itself. */
-static md_status set_up(run *r, int argc, char **argv)
-{
-    md_comm *w = r->world;
-    md_phase("setup.config");
-    MD_TRY(md_agree(w, load_config(r, argc, argv)));
-    MD_TRY(same_config(r));
-    md_phase("setup.grid");
-    MD_TRY(md_topo_create(w,
-                          &(md_topo_args){.tensor = (int)r->config.parallel_tensor,
-                                          .across_nodes = r->config.parallel_tensor_across_nodes},
-                          &r->topo));
-    md_phase("setup.backend");
-    MD_TRY(md_agree(w, md_model_backend(&r->config, &r->topo, &r->be)));
-    MD_TRY(md_topo_operands(&r->topo, r->be, r->config.parallel_comm));
-    md_phase("setup.model");
-    MD_TRY(md_agree(w, make_model(r)));
-    md_phase("setup.data");
-    MD_TRY(md_agree(w, open_data(r)));
-    md_phase("setup.dir");
-    MD_TRY(take_dir(r));
-    md_phase("setup.teacher");
-    MD_TRY(md_teacher_load(r->world, &r->config, &r->model.method));
-    md_phase("setup.resume");
-    md_snapshot s = snapshot_of(r);
-    MD_TRY(md_snapshot_resume(&s, r->checkpoint, sizeof r->checkpoint));
-    r->saved_step = resumed_own(r) ? r->state.step : -1;
-    md_phase("setup.memory");
-    MD_TRY(md_agree(w, make_stepper(r)));
-    md_phase("setup.logs");
-    MD_TRY(md_agree(w, open_logs(r)));
-    write_run_json(r);
-    announce(r);
-    return md_topo_table(&r->topo, "-");
-}
-
 /* ---- loop ---- */
 
-static bool checkpoint_due(const run *r)
+static bool checkpoint_due(const md_run *r)
 {
     int64_t every = r->config.checkpoint_every ? r->config.checkpoint_every : r->steps_per_epoch;
     return r->state.step % every == 0;
@@ -352,7 +37,7 @@ static bool checkpoint_due(const run *r)
 
 /* Collective(world). A checkpoint that cannot be written is a warning: training goes on with the
  * old one. */
-static md_status save(run *r)
+static md_status save(md_run *r)
 {
     if (r->saved_step == r->state.step)
         return MD_OK;
@@ -360,7 +45,7 @@ static md_status save(run *r)
     md_step_settle(r->stepper);
     md_part part = md_phase_part(MD_PART_CHECKPOINT);
     md_phase("ckpt.begin");
-    md_snapshot s = snapshot_of(r);
+    md_snapshot s = md_run_snapshot(r);
     md_status st = md_snapshot_write(&s, r->checkpoint, sizeof r->checkpoint);
     md_phase_part(part);
     md_phase("ckpt.end");
@@ -379,7 +64,7 @@ static md_status save(run *r)
 
 /* Collective(world). Data that cannot be used ends the run before the step has touched parameters
  * or counters: what came before is kept, and the reason stays the error. */
-static md_status save_before(run *r, md_status st)
+static md_status save_before(md_run *r, md_status st)
 {
     char reason[4096]; /* save sets others */
     snprintf(reason, sizeof reason, "%s", md_error_text());
@@ -387,7 +72,7 @@ static md_status save_before(run *r, md_status st)
     return md_error_set(st, "%s", reason);
 }
 
-static md_status one_step(run *r, bool *stop)
+static md_status one_step(md_run *r, bool *stop)
 {
     const md_config *c = &r->config;
     md_step_result result;
@@ -421,7 +106,7 @@ static md_status one_step(run *r, bool *stop)
 }
 
 /* Collective(world). Ends at the last step, or at the step at which some rank had a signal. */
-static md_status loop(run *r)
+static md_status loop(md_run *r)
 {
     bool stop = false;
     if (r->state.step >= r->total_steps) {
@@ -450,38 +135,23 @@ static md_status loop(run *r)
             automatic ? "the same command" : "checkpoint.resume=auto");
 }
 
-static void close_logs(run *r, md_status st)
+static void close_logs(md_run *r, md_status st)
 {
     const char *state = st == MD_OK ? "finished" : st == MD_STOPPED ? "requeue" : "failed";
     md_runlog_status(r->log, state, r->state.step, st, st == MD_OK ? "" : md_error_text());
     md_runlog_close(r->log);
 }
-
-static void tear_down(run *r, md_status st)
-{
-    md_phase("end");
-    close_logs(r, st);
-    md_bad_images_free(r->bad);
-    md_stepper_free(r->stepper);
-    md_drift_free(&r->drift);
-    md_loader_destroy(r->loader);
-    md_dataset_close(r->data);
-    md_model_free(&r->model);
-    md_topo_free(&r->topo);
-    md_backend_destroy(r->be);
-    md_run_lock_release(r->lock);
-    md_config_free(&r->config);
-}
-
 static md_status cmd_train(int argc, char **argv)
 {
-    run r = {0};
+    md_run r = {0};
     catch_signals(); /* first: one that comes during setup stops the run after its first step */
     MD_TRY(md_mpi_start(&argc, &argv, &r.world));
-    md_status st = set_up(&r, argc, argv);
+    md_status st = md_run_set_up(&r, argc, argv);
     if (st == MD_OK)
         st = loop(&r);
-    tear_down(&r, st);
+    md_phase("end");
+    close_logs(&r, st);
+    md_run_tear_down(&r);
     md_watch_stop();
     md_cli_report(st);
     md_mpi_stop(r.world);
