@@ -1,7 +1,8 @@
 /* cmd_bench: measurements a user can repeat, on made-up pictures and without files. `bench step`
  * runs whole training steps (teacher and student forward, backward, clipping, AdamW) of a named
- * case; `bench comm` counts what its ranks send. */
+ * case; `bench ops` times every op of them by itself; `bench comm` counts what ranks send. */
 #include "src/cmd_bench.h"
+#include "kernels/timing/timing_backend.h"
 #include "mpi/agree.h"
 #include "mpi/comm_mpi.h"
 #include "src/cli.h"
@@ -54,11 +55,14 @@ static md_status whole_number(const char *option, const char *value, int least, 
 
 static md_status parse(int argc, char **argv, md_bench_options *o)
 {
-    *o = (md_bench_options){.steps = 5, .warmup = 2, .overrides = argv};
+    static const char *const whats[] = {"step", "ops", "comm"};
+    *o = (md_bench_options){.steps = 5, .warmup = 2, .repeat = 1, .overrides = argv};
     MD_TRY(choose_case(o, cases[0].name));
-    if (argc < 2 || (strcmp(argv[1], "step") != 0 && strcmp(argv[1], "comm") != 0))
-        return md_usage_error("bench", "name what to measure: step or comm");
-    o->what = argv[1];
+    for (size_t i = 0; argc > 1 && i < MD_COUNT(whats); i++)
+        if (strcmp(argv[1], whats[i]) == 0)
+            o->what = whats[i];
+    if (!o->what)
+        return md_usage_error("bench", "name what to measure: step, ops or comm");
     for (int i = 2; i < argc; i++) {
         const char *value = i + 1 < argc ? argv[i + 1] : NULL;
         if (argv[i][0] != '-' && strchr(argv[i], '=')) {
@@ -73,6 +77,8 @@ static md_status parse(int argc, char **argv, md_bench_options *o)
             MD_TRY(whole_number(argv[i], value, 1, &o->steps));
         else if (strcmp(argv[i], "--warmup") == 0)
             MD_TRY(whole_number(argv[i], value, 0, &o->warmup));
+        else if (strcmp(argv[i], "--repeat") == 0)
+            MD_TRY(whole_number(argv[i], value, 1, &o->repeat));
         else if (strcmp(argv[i], "--case") == 0)
             MD_TRY(choose_case(o, value));
         else
@@ -168,6 +174,13 @@ static md_status set_up(md_bench *b, const md_bench_options *o)
         b->config.threads = o->threads;
     MD_TRY(md_agree(b->world, md_model_backend(&b->config, &b->topo, &b->be)));
     MD_TRY(md_topo_operands(&b->topo, b->be, b->config.parallel_comm));
+    if (strcmp(o->what, "ops") == 0) {
+        md_backend *timed;
+        if (md_comm_size(b->world) > 1)
+            MD_FAIL(MD_ERR_CONFIG, "bench ops runs on one rank");
+        MD_TRY(md_timing_create(b->be, o->repeat, &timed));
+        b->be = timed;
+    }
     return md_agree(b->world, make(b, o));
 }
 
@@ -247,7 +260,9 @@ static md_status cmd_bench(int argc, char **argv)
     MD_TRY(md_mpi_start(&argc, &argv, &b.world));
     md_status st = set_up(&b, &o);
     if (st == MD_OK)
-        st = strcmp(o.what, "step") == 0 ? bench_step(&b, &o) : md_bench_comm(&b, &o);
+        st = strcmp(o.what, "step") == 0  ? bench_step(&b, &o)
+             : strcmp(o.what, "ops") == 0 ? md_bench_ops(&b, &o)
+                                          : md_bench_comm(&b, &o);
     tear_down(&b);
     md_cli_report(st);
     md_mpi_stop(b.world);
@@ -255,12 +270,14 @@ static md_status cmd_bench(int argc, char **argv)
 }
 
 const md_verb md_verb_bench = {
-    "bench", cmd_bench, "measure training steps, or count what ranks send, on made-up pictures",
-    "[mpirun -np N] md_hpc bench step|comm [--case vit_b16|small|vit_h14] [--threads N] [--steps "
-    "N]\n"
-    "                                          [--warmup N] [key=value ...]\n"
+    "bench", cmd_bench,
+    "measure training steps and their ops, or count what ranks send, on made-up pictures",
+    "[mpirun -np N] md_hpc bench step|ops|comm [--case vit_b16|small|vit_h14] [--threads N]\n"
+    "                       [--steps N] [--warmup N] [--repeat N] [key=value ...]\n"
     "\n"
     "step  one JSON line with the milliseconds of each step and images per second\n"
+    "ops   a line for each op and shape: time, share, bytes and FLOP a second; every op is issued\n"
+    "      --repeat times and waited for (more than once: the numbers trained on are nonsense)\n"
     "comm  bytes that rank 0 sends in a step, by group of ranks, beside what formulas predict, "
     "and\n"
     "      when each gradient bucket was started within the backward pass\n"

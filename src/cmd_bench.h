@@ -1,4 +1,4 @@
-/* cmd_bench: what `bench step` and `bench comm` share: a model that trains on made-up pictures. */
+/* cmd_bench: what the measurements of `bench` share: a model that trains on made-up pictures. */
 #ifndef MD_CMD_BENCH_H
 #define MD_CMD_BENCH_H
 
@@ -6,13 +6,14 @@
 #include "src/step.h"
 
 typedef struct md_bench_options {
-    const char *what;       /* "step" or "comm" */
+    const char *what;       /* "step", "ops" or "comm" */
     const char *case_name;  /* row of the case table */
     char *const *case_keys; /* its overrides */
     int n_case_keys;
     char **overrides; /* the user's, behind them */
     int n_overrides;
     int threads, steps, warmup;
+    int repeat; /* of each op in `bench ops` */
 } md_bench_options;
 
 /* Everything one run holds; zero-initialised, freed in one place. */
@@ -38,5 +39,8 @@ md_status md_bench_steps(md_bench *b, int steps, bool keep, md_step_result *last
 /* Collective(world). `bench comm`: bytes sent a step beside the formula, and when buckets started.
  */
 md_status md_bench_comm(md_bench *b, const md_bench_options *o);
+
+/* Local; b->be is a timing backend. `bench ops`: time and rates of every op and shape of a step. */
+md_status md_bench_ops(md_bench *b, const md_bench_options *o);
 
 #endif

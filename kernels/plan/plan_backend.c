@@ -15,21 +15,33 @@ static double attention_flops(const md_tensor *qkv)
     return 4.0 * tokens * (double)md_tensor_count(qkv) / 3.0;
 }
 
-static double op_flops(md_op op, const void *args)
+double md_plan_op_flops(md_op op, const md_operands *args)
 {
     switch (op) {
     case MD_OP_gemm: {
-        const md_gemm_args *a = args;
+        const md_gemm_args *a = (const void *)args;
         int64_t k = a->trans_a ? md_tensor_rows(a->a) : md_tensor_cols(a->a);
         return 2.0 * (double)md_tensor_count(a->y) * (double)k;
     }
     case MD_OP_attention:
-        return attention_flops(((const md_attention_args *)args)->qkv);
+        return attention_flops(((const md_attention_args *)(const void *)args)->qkv);
     case MD_OP_attention_bwd: /* dv, dp, dq, dk; the repeated q k^T is not counted as useful work */
-        return 2.0 * attention_flops(((const md_attention_bwd_args *)args)->qkv);
+        return 2.0 * attention_flops(((const md_attention_bwd_args *)(const void *)args)->qkv);
     default:
         return 0.0;
     }
+}
+
+double md_plan_op_bytes(const md_operands *a)
+{
+    double bytes = 0.0;
+    for (int i = 0; i < MD_OP_IN; i++)
+        if (a->in[i])
+            bytes += (double)md_tensor_bytes(a->in[i]);
+    for (int i = 0; i < MD_OP_OUT; i++)
+        if (a->out[i])
+            bytes += (double)md_tensor_bytes(a->out[i]) * ((a->accumulate >> i & 1) ? 2.0 : 1.0);
+    return bytes;
 }
 
 static md_status plan_op(md_backend *be, md_op op, const void *args)
@@ -37,14 +49,8 @@ static md_status plan_op(md_backend *be, md_op op, const void *args)
     plan *p = (plan *)be;
     const md_operands *a = args;
     MD_TRY(md_op_check(op, a));
-    for (int i = 0; i < MD_OP_IN; i++)
-        if (a->in[i])
-            p->total.bytes += (double)md_tensor_bytes(a->in[i]);
-    for (int i = 0; i < MD_OP_OUT; i++)
-        if (a->out[i])
-            p->total.bytes +=
-                (double)md_tensor_bytes(a->out[i]) * ((a->accumulate >> i & 1) ? 2.0 : 1.0);
-    p->total.flops += op_flops(op, args);
+    p->total.bytes += md_plan_op_bytes(a);
+    p->total.flops += md_plan_op_flops(op, a);
     p->total.launches++;
     if (p->target && p->target->scratch_bytes) {
         size_t scratch = p->target->scratch_bytes(p->target, op, a);

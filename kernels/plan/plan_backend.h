@@ -18,4 +18,9 @@ md_status md_plan_create(md_backend *target, md_backend **out);
 /* Totals since the last call; starts again from zero. Local. */
 md_plan_total md_plan_take(md_backend *plan);
 
+/* Useful FLOP of one op (products and attention), and bytes when every operand moves once. Local.
+ */
+double md_plan_op_flops(md_op op, const md_operands *a);
+double md_plan_op_bytes(const md_operands *a);
+
 #endif
