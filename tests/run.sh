@@ -74,6 +74,11 @@ for source in tests/unit/test_*.c tests/ops/test_*.c; do
     OMP_NUM_THREADS=2 run "$name" 300 "$build/tests/$name"
 done
 
+# The cuda backend, compiled for the CPU where tests/emu is built.
+if selected "$build/emu/test_ops" ops/test_ops_emu; then
+    MD_TEST_BACKEND=cuda MD_TEST_LIGHT=1 run ops/test_ops_emu 300 "$build/emu/test_ops"
+fi
+
 # Under MPI whole stacks are needed, also through libraries without frame pointers, for suppressions
 # that go by library; they cost time.
 ASAN_OPTIONS=$ASAN_OPTIONS:fast_unwind_on_malloc=0

@@ -9,10 +9,12 @@
 #include <cmocka.h>
 #include <float.h>
 #include <math.h>
+#include <stdio.h>
 #include <string.h>
 
 #define GUARD      256
 #define GUARD_BYTE 0xA7
+#define EPS_BF16   0x1p-8 /* largest relative error of a rounding to bf16 */
 
 static void *case_block(op_case *c, size_t bytes)
 {
@@ -45,7 +47,7 @@ static double draw(md_rng *r, case_fill fill)
     return 0.0;
 }
 
-static void store(const md_tensor *t, int64_t i, double value)
+void case_store(const md_tensor *t, int64_t i, double value)
 {
     switch (t->dtype) {
     case MD_F32:
@@ -65,7 +67,7 @@ static void store(const md_tensor *t, int64_t i, double value)
     }
 }
 
-static double load(const md_tensor *t, int64_t i)
+double case_load(const md_tensor *t, int64_t i)
 {
     switch (t->dtype) {
     case MD_F32:
@@ -91,7 +93,7 @@ md_tensor *case_tensor(op_case *c, md_dtype dtype, case_fill fill, int rank, con
     t->data = raw + GUARD;
     md_rng r = md_rng_at(c->seed, MD_RNG_TEST, 0, (uint64_t)c->tensors);
     for (int64_t i = 0; i < md_tensor_count(t); i++)
-        store(t, i, draw(&r, fill));
+        case_store(t, i, draw(&r, fill));
     return t;
 }
 
@@ -99,23 +101,44 @@ static double *to_double(op_case *c, const md_tensor *t)
 {
     double *x = case_array(c, md_tensor_count(t));
     for (int64_t i = 0; i < md_tensor_count(t); i++)
-        x[i] = load(t, i);
+        x[i] = case_load(t, i);
     return x;
 }
 
-void case_begin(op_case *c, const op_row *row)
+double case_eps(const op_case *c)
 {
-    *c = (op_case){.row = row, .terms = 1.0, .factor = 4.0, .seed = 1 + (uint64_t)row->op};
+    return c->compute == MD_BF16 ? EPS_BF16 : 0.0;
+}
+
+void case_begin(op_case *c, const op_row *row, md_dtype compute)
+{
+    *c = (op_case){.row = row,
+                   .compute = compute,
+                   .terms = 1.0,
+                   .factor = 4.0,
+                   .bend = compute == MD_BF16 ? 0.03 : 1e-3,
+                   .seed = 1 + (uint64_t)row->op};
     row->build(c);
     for (int i = 0; i < MD_OP_IN; i++)
         if (c->args.common.in[i])
             c->x[i] = to_double(c, c->args.common.in[i]);
     for (int o = 0; o < MD_OP_OUT; o++) {
         const md_tensor *t = c->args.common.out[o];
-        if (t)
-            c->ref[o] = c->args.common.accumulate >> o & 1 ? to_double(c, t)
-                                                           : case_array(c, md_tensor_count(t));
+        if (!t)
+            continue;
+        c->ref[o] = c->args.common.accumulate >> o & 1 ? to_double(c, t)
+                                                       : case_array(c, md_tensor_count(t));
+        c->slack[o] = case_array(c, md_tensor_count(t));
     }
+}
+
+bool case_is_heavy(const op_case *c)
+{
+    const int64_t limit = 400000;
+    int64_t elements = 0;
+    for (int i = 0; i < c->tensors; i++)
+        elements += md_tensor_count(&c->tensor[i]);
+    return elements > limit;
 }
 
 void case_end(op_case *c)
@@ -137,55 +160,174 @@ static md_status call_op(md_backend *be, md_op op, const op_args *a)
     }
 }
 
-static void check_guards(const op_case *c)
+/* ---- a run ---- */
+
+/* An operand between its guards in the memory of the backend, and what was there before. */
+typedef struct placed {
+    unsigned char *raw;
+    md_tensor tensor;
+    bool is_output;
+} placed;
+
+typedef struct run {
+    op_case *c;
+    md_backend *be;
+    op_args args; /* the case's, on the operands that are placed */
+    placed operand[MD_OP_IN + MD_OP_OUT];
+} run;
+
+static void must(const run *r, md_status st)
 {
+    if (st != MD_OK)
+        fail_msg("%s on %s: %s", md_op_name(r->c->row->op), r->be->name, md_error_text());
+}
+
+static unsigned char *host_raw(const md_tensor *t)
+{
+    return (unsigned char *)t->data - GUARD;
+}
+
+static unsigned char *device_copy(const run *r, const void *from, size_t bytes)
+{
+    void *raw;
+    must(r, md_backend_alloc(r->be, bytes, "an operand", &raw));
+    must(r, md_backend_upload(r->be, raw, from, bytes));
+    must(r, md_backend_sync(r->be));
+    return raw;
+}
+
+/* The operand's twin; operands that are one tensor stay one. */
+static md_tensor *twin(run *r, const md_tensor *t)
+{
+    return t ? &r->operand[t - r->c->tensor].tensor : NULL;
+}
+
+static void place(run *r)
+{
+    op_case *c = r->c;
     for (int i = 0; i < c->tensors; i++) {
-        const unsigned char *data = c->tensor[i].data;
-        size_t bytes = md_tensor_bytes(&c->tensor[i]);
-        for (size_t g = 0; g < GUARD; g++)
-            if (data[-1 - (int)g] != GUARD_BYTE || data[bytes + g] != GUARD_BYTE)
-                fail_msg("%s wrote outside tensor %d", md_op_name(c->row->op), i);
+        placed *p = &r->operand[i];
+        p->tensor = c->tensor[i];
+        p->raw = device_copy(r, host_raw(&c->tensor[i]), md_tensor_bytes(&p->tensor) + 2 * GUARD);
+        p->tensor.data = p->raw + GUARD;
+        p->tensor.mem = md_backend_is_device(r->be) ? MD_DEVICE : MD_HOST;
     }
+    r->args = c->args;
+    for (int i = 0; i < MD_OP_IN; i++)
+        r->args.common.in[i] = twin(r, c->args.common.in[i]);
+    for (int o = 0; o < MD_OP_OUT; o++) {
+        r->args.common.out[o] = twin(r, c->args.common.out[o]);
+        if (c->args.common.out[o])
+            r->operand[c->args.common.out[o] - c->tensor].is_output = true;
+    }
+}
+
+static void check_guards(const run *r, const unsigned char *raw, size_t bytes, const char *what)
+{
+    for (size_t g = 0; g < GUARD; g++)
+        if (raw[g] != GUARD_BYTE || raw[GUARD + bytes + g] != GUARD_BYTE)
+            fail_msg("%s on %s wrote outside %s", md_op_name(r->c->row->op), r->be->name, what);
+}
+
+/* Brings one operand back, into the case if it is an output. */
+static void collect(run *r, int i)
+{
+    placed *p = &r->operand[i];
+    size_t bytes = md_tensor_bytes(&p->tensor);
+    unsigned char *back = md_alloc(bytes + 2 * GUARD, "op case");
+    assert_non_null(back);
+    must(r, md_backend_download(r->be, back, p->raw, bytes + 2 * GUARD));
+    must(r, md_backend_sync(r->be));
+    char name[24];
+    snprintf(name, sizeof name, "tensor %d", i);
+    check_guards(r, back, bytes, name);
+    if (p->is_output)
+        memcpy(r->c->tensor[i].data, back + GUARD, bytes);
+    else if (memcmp(r->c->tensor[i].data, back + GUARD, bytes) != 0)
+        fail_msg("%s on %s changed %s, an input", md_op_name(r->c->row->op), r->be->name, name);
+    md_free(back);
+    md_backend_free(r->be, p->raw);
+}
+
+/* Scratch starts as NaN in every type, between guards. */
+static unsigned char *scratch_begin(run *r)
+{
+    md_backend *be = r->be;
+    size_t need = be->scratch_bytes ? be->scratch_bytes(be, r->c->row->op, &r->args.common) : 0;
+    if (need == MD_NO_SCRATCH)
+        must(r, MD_ERR_MEMORY);
+    unsigned char *fill = md_alloc(need + 2 * GUARD, "op scratch");
+    assert_non_null(fill);
+    memset(fill, GUARD_BYTE, need + 2 * GUARD);
+    memset(fill + GUARD, 0xff, need);
+    unsigned char *raw = device_copy(r, fill, need + 2 * GUARD);
+    md_free(fill);
+    be->scratch = raw + GUARD;
+    be->scratch_size = need;
+    return raw;
+}
+
+static void scratch_end(run *r, unsigned char *raw)
+{
+    size_t bytes = r->be->scratch_size;
+    unsigned char *back = md_alloc(bytes + 2 * GUARD, "op scratch");
+    assert_non_null(back);
+    must(r, md_backend_download(r->be, back, raw, bytes + 2 * GUARD));
+    must(r, md_backend_sync(r->be));
+    check_guards(r, back, bytes, "its scratch");
+    md_free(back);
+    md_backend_free(r->be, raw);
+    r->be->scratch = NULL;
+    r->be->scratch_size = 0;
 }
 
 void case_run(op_case *c, md_backend *be)
 {
-    size_t need = be->scratch_bytes(be, c->row->op, &c->args.common);
-    unsigned char *scratch = md_alloc(need + GUARD, "op scratch");
-    assert_non_null(scratch);
-    memset(scratch, GUARD_BYTE, need + GUARD);
-    be->scratch = scratch;
-    be->scratch_size = need;
-    md_status st = call_op(be, c->row->op, &c->args);
-    if (st != MD_OK)
-        fail_msg("%s on %s: %s", md_op_name(c->row->op), be->name, md_error_text());
-    for (size_t g = 0; g < GUARD; g++)
-        if (scratch[need + g] != GUARD_BYTE)
-            fail_msg("%s on %s wrote beyond its scratch", md_op_name(c->row->op), be->name);
-    md_free(scratch);
-    be->scratch = NULL;
-    be->scratch_size = 0;
-    check_guards(c);
+    run r = {.c = c, .be = be};
+    place(&r);
+    unsigned char *scratch = scratch_begin(&r);
+    must(&r, call_op(be, c->row->op, &r.args));
+    must(&r, md_backend_sync(be));
+    scratch_end(&r, scratch);
+    for (int i = 0; i < c->tensors; i++)
+        collect(&r, i);
+}
+
+/* ---- the comparison ---- */
+
+static double rounded(const md_tensor *t, double value)
+{
+    if (t->dtype == MD_BF16)
+        return (double)md_f32_from_bf16(md_bf16_from_f32((float)value));
+    return t->dtype == MD_F32 ? (double)(float)value : value;
+}
+
+/* Largest error of an output over its tolerance. */
+static double output_error(const op_case *c, int o)
+{
+    const md_tensor *t = c->args.common.out[o];
+    const double *ref = c->ref[o];
+    double scale = 0.0, worst = 0.0;
+    for (int64_t i = 0; i < md_tensor_count(t); i++)
+        scale = fmax(scale, fabs(ref[i]));
+    double common = (double)FLT_EPSILON * sqrt(c->terms) * c->factor * scale;
+    for (int64_t i = 0; i < md_tensor_count(t); i++) {
+        double right = c->factor > 0.0 ? ref[i] : rounded(t, ref[i]);
+        double error = fabs(case_load(t, i) - right), tolerance = common + c->slack[o][i];
+        if (t->dtype == MD_BF16 && c->factor > 0.0)
+            tolerance += EPS_BF16 * fabs(ref[i]);
+        if (isnan(error) || (error > 0.0 && tolerance == 0.0))
+            return INFINITY;
+        worst = error > 0.0 ? fmax(worst, error / tolerance) : worst;
+    }
+    return worst;
 }
 
 double case_error(const op_case *c)
 {
     double worst = 0.0;
-    for (int o = 0; o < MD_OP_OUT; o++) {
-        const md_tensor *t = c->args.common.out[o];
-        if (!t)
-            continue;
-        double scale = 0.0, error = 0.0;
-        for (int64_t i = 0; i < md_tensor_count(t); i++) {
-            double e = fabs(load(t, i) - c->ref[o][i]);
-            scale = fmax(scale, fabs(c->ref[o][i]));
-            error = e > error || isnan(e) ? e : error;
-        }
-        double eps = t->dtype == MD_BF16 ? 0x1p-8 : (double)FLT_EPSILON;
-        double tolerance = eps * sqrt(c->terms) * c->factor * scale;
-        if (isnan(error) || (error > 0.0 && tolerance == 0.0))
-            return INFINITY;
-        worst = error > 0.0 ? fmax(worst, error / tolerance) : worst;
-    }
+    for (int o = 0; o < MD_OP_OUT; o++)
+        if (c->args.common.out[o])
+            worst = fmax(worst, output_error(c, o));
     return worst;
 }

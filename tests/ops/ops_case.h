@@ -1,5 +1,6 @@
 /* ops_case: one conformance case of an op: operands made from a shape and a seed, a
- * double-precision reference, and the tolerance between them.
+ * double-precision reference, and the tolerance between them. The same table of cases runs on every
+ * backend, on host or device memory, in f32 or bf16.
  *
  * A room (ops_gemm.c, ops_norm.c ...) exports a table of rows. build() makes operands and
  * arguments; ref() adds the right answer to ref[] (which begins as the old output where the op
@@ -32,16 +33,26 @@ typedef union op_args {
 #undef OP_ARGS
 } op_args;
 
-#define CASE_BLOCKS 40
+#define CASE_BLOCKS 64
 struct op_case {
     const op_row *row;
+    md_dtype compute; /* type of the operands that ACT makes */
     op_args args;
-    double *x[MD_OP_IN];    /* inputs before the call, in double */
+    double *x[MD_OP_IN];    /* inputs before the call, in double, as their type holds them */
     double *ref[MD_OP_OUT]; /* the right answer */
-    /* Tolerance |y - ref| <= eps_f32 * sqrt(terms) * factor * max |ref|: rounding errors of a sum
-     * of `terms` grow like a random walk; factor counts the roundings of a term and the spread of
-     * the extreme over all elements (4 sigma). factor 0: bits must agree. */
+    /* Tolerance of one element:
+     *   |y - ref| <= eps_f32 * sqrt(terms) * factor * max |ref|   sums and formulas in f32
+     *              + slack                                       roundings to bf16 inside the op
+     *              + 2^-8 * |ref|                                of an output of bf16: its own
+     * Rounding errors of a sum of `terms` grow like a random walk; factor counts the roundings of a
+     * term and the spread of the extreme over all elements (4 sigma). Inputs are rounded to their
+     * type before the reference sees them, so they add nothing. slack is what the reference adds
+     * up, an absolute bound that is zero in f32. factor 0: no arithmetic, the output is the
+     * reference rounded to its type, bit for bit. */
     double terms, factor;
+    double *slack[MD_OP_OUT];
+    /* By how much a mutant bends what it does not drop: several tolerances of the compute type. */
+    double bend;
     uint64_t seed;
     int tensors, blocks;
     md_tensor tensor[MD_OP_IN + MD_OP_OUT];
@@ -57,6 +68,15 @@ md_tensor *case_tensor(op_case *c, md_dtype dtype, case_fill fill, int rank, con
     case_tensor((c), (dtype), (fill), (int)MD_COUNT(((int64_t[]){__VA_ARGS__})), \
                 (int64_t[]){__VA_ARGS__})
 #define F32(c, ...) TENSOR(c, MD_F32, FILL_UNIT, __VA_ARGS__)
+/* An operand of the compute type. */
+#define ACT(c, ...) TENSOR(c, (c)->compute, FILL_UNIT, __VA_ARGS__)
+
+/* Element i of a tensor on the host, of any type. */
+double case_load(const md_tensor *t, int64_t i);
+void case_store(const md_tensor *t, int64_t i, double value);
+/* Largest relative error of a rounding to bf16 inside an op; 0 in f32, whose roundings are the
+ * business of terms and factor. */
+double case_eps(const op_case *c);
 
 /* A zeroed array for references, freed with the case. */
 double *case_array(op_case *c, int64_t n);
@@ -66,14 +86,20 @@ double *case_array(op_case *c, int64_t n);
 #define X(c, op, name) ((c)->x[offsetof(md_##op##_args, name) / sizeof(void *)])
 #define REF(c, op, name) \
     ((c)->ref[(offsetof(md_##op##_args, name) - offsetof(md_operands, out)) / sizeof(void *)])
+#define SLACK(c, op, name) \
+    ((c)->slack[(offsetof(md_##op##_args, name) - offsetof(md_operands, out)) / sizeof(void *)])
 #define OUT_INDEX(op, name) \
     ((int)((offsetof(md_##op##_args, name) - offsetof(md_operands, out)) / sizeof(void *)))
 
-/* Makes and frees a case of a row; the same row gives the same numbers every time. */
-void case_begin(op_case *c, const op_row *row);
+/* Makes and frees a case of a row; the same row and type give the same numbers every time. */
+void case_begin(op_case *c, const op_row *row, md_dtype compute);
 void case_end(op_case *c);
 
-/* Runs the case on a backend whose scratch the call provides and checks the guards. */
+/* True for a case that takes long where every thread of a GPU is a fiber. */
+bool case_is_heavy(const op_case *c);
+
+/* Runs the case on a backend, in its memory, with scratch that the call provides; the outputs end
+ * in the host's tensors. Nothing around the operands and the scratch may change, and no input. */
 void case_run(op_case *c, md_backend *be);
 
 /* Largest error of any output over its tolerance; <= 1 is right. */

@@ -3,7 +3,7 @@
 
 #include <math.h>
 
-enum { TA = 1, TB = 2, BIAS = 4, GELU = 8, QUICK = 16, PRE = 32, ADD = 64 };
+enum { TA = 1, TB = 2, BIAS = 4, GELU = 8, QUICK = 16, PRE = 32, ADD = 64, Y_F32 = 128 };
 
 static double act_value(md_act act, double x)
 {
@@ -25,17 +25,17 @@ static md_act act_of(unsigned flags)
     return flags & GELU ? MD_ACT_GELU : flags & QUICK ? MD_ACT_QUICK_GELU : MD_ACT_NONE;
 }
 
-/* n: m, n, k. */
+/* n: m, n, k. Y_F32: y is f32 whatever the compute type, as gradients of weights are. */
 static void build_gemm(op_case *c)
 {
     int64_t m = c->row->n[0], n = c->row->n[1], k = c->row->n[2];
     unsigned f = c->row->flags;
     md_gemm_args *a = &c->args.gemm;
-    a->a = f & TA ? F32(c, k, m) : F32(c, m, k);
-    a->b = f & TB ? F32(c, n, k) : F32(c, k, n);
-    a->bias = f & BIAS ? F32(c, n) : NULL;
-    a->y = F32(c, m, n);
-    a->pre = f & PRE ? F32(c, m, n) : NULL;
+    a->a = f & TA ? ACT(c, k, m) : ACT(c, m, k);
+    a->b = f & TB ? ACT(c, n, k) : ACT(c, k, n);
+    a->bias = f & BIAS ? ACT(c, n) : NULL;
+    a->y = f & Y_F32 ? F32(c, m, n) : ACT(c, m, n);
+    a->pre = f & PRE ? ACT(c, m, n) : NULL;
     a->trans_a = (f & TA) != 0;
     a->trans_b = (f & TB) != 0;
     a->act = act_of(f);
@@ -43,6 +43,7 @@ static void build_gemm(op_case *c)
     c->terms = (double)k;
 }
 
+/* The activation may take the value before it as pre holds it, rounded. */
 static void ref_gemm(op_case *c, bool mutant)
 {
     int64_t m = c->row->n[0], n = c->row->n[1], k = c->row->n[2];
@@ -57,13 +58,16 @@ static void ref_gemm(op_case *c, bool mutant)
             if (REF(c, gemm, pre))
                 REF(c, gemm, pre)[i * n + j] += sum;
             REF(c, gemm, y)[i * n + j] += act_value(act_of(f), sum);
+            if (act_of(f) != MD_ACT_NONE)
+                SLACK(c, gemm, y)
+            [i * n + j] = case_eps(c) * fabs(sum * act_slope(act_of(f), sum));
         }
 }
 
 /* n: rows, cols. */
 static void build_colsum(op_case *c)
 {
-    c->args.colsum.x = F32(c, c->row->n[0], c->row->n[1]);
+    c->args.colsum.x = ACT(c, c->row->n[0], c->row->n[1]);
     c->args.colsum.y = F32(c, c->row->n[1]);
     c->args.colsum.accumulate = c->row->flags & ADD ? 1 : 0;
     c->terms = (double)c->row->n[0];
@@ -82,10 +86,10 @@ static void build_act_bwd(op_case *c)
 {
     int64_t rows = c->row->n[0], cols = c->row->n[1];
     md_act_bwd_args *a = &c->args.act_bwd;
-    a->x = TENSOR(c, MD_F32, FILL_WIDE, rows, cols);
-    md_tensor *dy = F32(c, rows, cols);
+    a->x = TENSOR(c, c->compute, FILL_WIDE, rows, cols);
+    md_tensor *dy = ACT(c, rows, cols);
     a->dy = dy;
-    a->dx = c->row->flags & PRE ? dy : F32(c, rows, cols);
+    a->dx = c->row->flags & PRE ? dy : ACT(c, rows, cols);
     a->dbias = c->row->flags & BIAS ? F32(c, cols) : NULL;
     a->accumulate = c->row->flags & ADD ? 2 : 0;
     a->act = act_of(c->row->flags);
@@ -93,15 +97,18 @@ static void build_act_bwd(op_case *c)
     c->factor = 8.0; /* the slope of gelu is good to a few roundings of its own */
 }
 
+/* dbias may add up dx before or after it is rounded. */
 static void ref_act_bwd(op_case *c, bool mutant)
 {
     int64_t rows = c->row->n[0], cols = c->row->n[1];
     const double *x = X(c, act_bwd, x), *dy = X(c, act_bwd, dy);
     double *dx = REF(c, act_bwd, dx), *dbias = REF(c, act_bwd, dbias);
     for (int64_t i = 0; i < rows * cols; i++) {
-        dx[i] = (mutant ? 1.0001 : 1.0) * dy[i] * act_slope(act_of(c->row->flags), x[i]);
-        if (dbias)
+        dx[i] = (mutant ? 1.0 + c->bend : 1.0) * dy[i] * act_slope(act_of(c->row->flags), x[i]);
+        if (dbias) {
             dbias[i % cols] += dx[i];
+            SLACK(c, act_bwd, dbias)[i % cols] += case_eps(c) * fabs(dx[i]);
+        }
     }
 }
 
@@ -141,6 +148,10 @@ const op_row gemm_rows[] = {
     GEMM_FLAGS(197, 65, 48),
     GEMM_FLAGS(257, 96, 80),
     GEMM_FLAGS(64, 192, 768),
+    GEMM(1, 1, 1, TA | ADD | Y_F32),
+    GEMM(17, 33, 65, TA | ADD | Y_F32),
+    GEMM(96, 80, 257, TA | ADD | Y_F32),
+    GEMM(65, 64, 197, Y_F32),
     COLSUM(1, 1, 0),
     COLSUM(3, 17, ADD),
     COLSUM(257, 1, 0),

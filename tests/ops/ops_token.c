@@ -21,7 +21,7 @@ static void build_rel_gather(op_case *c)
     int64_t t = c->row->n[0], r = c->row->n[1], h = c->row->n[2];
     c->args.rel_gather.table = F32(c, r, h);
     c->args.rel_gather.index = relative_index(c, t, r);
-    c->args.rel_gather.rel = F32(c, h, t, t);
+    c->args.rel_gather.rel = ACT(c, h, t, t);
     c->factor = 0.0;
 }
 
@@ -74,7 +74,7 @@ static void build_patchify(op_case *c)
     int64_t b = c->row->n[0], s = c->row->n[1], p = c->row->n[2], grid = s / p;
     md_patchify_args *a = &c->args.patchify;
     a->image = TENSOR(c, MD_U8, FILL_BYTES, b, s, s, 3);
-    a->patch = F32(c, b * grid * grid, 3 * p * p);
+    a->patch = ACT(c, b * grid * grid, 3 * p * p);
     a->side = (int)p;
     a->order = c->row->flags & HWC ? MD_PATCH_HWC : MD_PATCH_CHW;
     for (int ch = 0; ch < 3; ch++) {
@@ -92,7 +92,7 @@ static void ref_patchify(op_case *c, bool mutant)
         int64_t ch = i % 3, x = i / 3 % s, y = i / 3 / s % s, image = i / 3 / s / s;
         int64_t patch = (image * grid + y / p) * grid + x / p, py = y % p, px = x % p;
         int64_t inner = a->order == MD_PATCH_HWC ? (py * p + px) * 3 + ch : (ch * p + py) * p + px;
-        double value = X(c, patchify, image)[i] / (mutant ? 256.0 : 255.0);
+        double value = X(c, patchify, image)[i] / (mutant ? 255.0 * (1.0 + c->bend) : 255.0);
         REF(c, patchify, patch)
         [patch * 3 * p * p + inner] += (value - (double)a->mean[ch]) / (double)a->std[ch];
     }
@@ -103,12 +103,12 @@ static void build_tokens(op_case *c)
 {
     int64_t b = c->row->n[0], g = c->row->n[1], w = c->row->n[2];
     md_tokens_args *a = &c->args.tokens;
-    a->patch = F32(c, b, g, w);
+    a->patch = ACT(c, b, g, w);
     a->cls = F32(c, w);
     a->mask_token = c->row->flags & MASK ? F32(c, w) : NULL;
     a->pos = c->row->flags & POS ? F32(c, g + 1, w) : NULL;
     a->mask = c->row->flags & MASK ? TENSOR(c, MD_U8, FILL_BITS, b, g) : NULL;
-    a->tokens = F32(c, b, g + 1, w);
+    a->tokens = ACT(c, b, g + 1, w);
     c->factor = 1.0;
 }
 
@@ -123,7 +123,7 @@ static void ref_tokens(op_case *c, bool mutant)
                                                  : X(c, tokens, patch)[patch * w + ch];
         REF(c, tokens, tokens)[i] += value + (pos ? pos[token * w + ch] : 0.0);
         if (mutant && token == t - 1)
-            REF(c, tokens, tokens)[i] += 0.01;
+            REF(c, tokens, tokens)[i] += c->bend;
     }
 }
 
@@ -132,9 +132,9 @@ static void build_tokens_bwd(op_case *c)
     int64_t b = c->row->n[0], g = c->row->n[1], w = c->row->n[2];
     unsigned f = c->row->flags;
     md_tokens_bwd_args *a = &c->args.tokens_bwd;
-    a->dtokens = F32(c, b, g + 1, w);
+    a->dtokens = ACT(c, b, g + 1, w);
     a->mask = f & MASK ? TENSOR(c, MD_U8, FILL_BITS, b, g) : NULL;
-    a->dpatch = F32(c, b, g, w);
+    a->dpatch = ACT(c, b, g, w);
     a->dcls = f & CLS ? F32(c, w) : NULL;
     a->dmask_token = f & MASK ? F32(c, w) : NULL;
     a->dpos = f & POS ? F32(c, g + 1, w) : NULL;
@@ -151,7 +151,7 @@ static void ref_tokens_bwd(op_case *c, bool mutant)
         int64_t ch = i % w, token = i / w % t, image = i / w / t, patch = image * g + token - 1;
         double value = X(c, tokens_bwd, dtokens)[i];
         if (mutant && image == b - 1)
-            value *= 1.01;
+            value *= 1.0 + c->bend;
         if (REF(c, tokens_bwd, dpos))
             REF(c, tokens_bwd, dpos)[token * w + ch] += value;
         if (token == 0 && REF(c, tokens_bwd, dcls))
@@ -198,12 +198,12 @@ static md_tensor *rising_index(op_case *c, int64_t rows, int64_t all)
 static void build_gather_rows(op_case *c)
 {
     int64_t all = c->row->n[0], rows = c->row->n[1], w = c->row->n[2];
-    c->args.gather_rows.x = F32(c, all, w);
+    c->args.gather_rows.x = ACT(c, all, w);
     md_tensor *index = rising_index(c, rows, all);
     if (rows > 2)
         md_i32(index)[rows / 2] = md_i32(index)[0];
     c->args.gather_rows.index = index;
-    c->args.gather_rows.y = F32(c, rows, w);
+    c->args.gather_rows.y = ACT(c, rows, w);
     c->args.gather_rows.accumulate = c->row->flags & ADD ? 1 : 0;
     c->factor = 1.0;
 }
@@ -221,9 +221,9 @@ static void ref_gather_rows(op_case *c, bool mutant)
 static void build_scatter_rows(op_case *c)
 {
     int64_t all = c->row->n[0], rows = c->row->n[1], w = c->row->n[2];
-    c->args.scatter_rows.dy = F32(c, rows, w);
+    c->args.scatter_rows.dy = ACT(c, rows, w);
     c->args.scatter_rows.index = rising_index(c, rows, all);
-    c->args.scatter_rows.dx = F32(c, all, w);
+    c->args.scatter_rows.dx = ACT(c, all, w);
     c->args.scatter_rows.accumulate = c->row->flags & ADD ? 1 : 0;
     c->factor = 1.0;
 }

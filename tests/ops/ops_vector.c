@@ -33,11 +33,11 @@ static void build_loss(op_case *c)
 {
     int64_t rows = c->row->n[0], cols = c->row->n[1];
     md_loss_args *a = &c->args.loss;
-    md_tensor *pred = TENSOR(c, MD_F32, FILL_WIDE, rows, cols);
+    md_tensor *pred = TENSOR(c, c->compute, FILL_WIDE, rows, cols);
     a->pred = pred;
-    a->target = F32(c, rows, cols);
+    a->target = ACT(c, rows, cols);
     a->loss = TENSOR(c, MD_F64, FILL_UNIT, 1);
-    a->dpred = c->row->flags & IN_PLACE ? pred : c->row->flags & DPRED ? F32(c, rows, cols) : NULL;
+    a->dpred = c->row->flags & IN_PLACE ? pred : c->row->flags & DPRED ? ACT(c, rows, cols) : NULL;
     a->accumulate = c->row->flags & ADD ? 1 : 0;
     a->kind = kind_of(c);
     a->beta = 2.0f;
@@ -123,7 +123,7 @@ static void ref_adamw(op_case *c, bool mutant)
 
 static void build_fill(op_case *c)
 {
-    c->args.fill.y = F32(c, c->row->n[0]);
+    c->args.fill.y = ACT(c, c->row->n[0]);
     c->args.fill.value = -0.375f;
     c->factor = 0.0;
 }
@@ -136,9 +136,9 @@ static void ref_fill(op_case *c, bool mutant)
 
 static void build_axpy(op_case *c)
 {
-    md_tensor *x = F32(c, c->row->n[0]);
+    md_tensor *x = ACT(c, c->row->n[0]);
     c->args.axpy.x = x;
-    c->args.axpy.y = c->row->flags & IN_PLACE ? x : F32(c, c->row->n[0]);
+    c->args.axpy.y = c->row->flags & IN_PLACE ? x : ACT(c, c->row->n[0]);
     c->args.axpy.alpha = 0.3f;
     c->args.axpy.accumulate = c->row->flags & ADD ? 1 : 0;
     c->factor = 2.0;
@@ -156,7 +156,7 @@ static void build_cast(op_case *c)
     const int64_t *n = c->row->n;
     c->args.cast.x = TENSOR(c, (md_dtype)n[1], FILL_WIDE, n[0]);
     c->args.cast.y = TENSOR(c, (md_dtype)n[2], FILL_UNIT, n[0]);
-    c->factor = n[1] == n[2] || n[1] == MD_BF16 ? 0.0 : 1.0;
+    c->factor = 0.0;
 }
 
 static void ref_cast(op_case *c, bool mutant)

@@ -32,7 +32,8 @@ static void test_names(void **state)
     assert_int_equal(be->threads, 1);
     md_backend_destroy(be);
     md_backend_destroy(NULL);
-    assert_string_equal(md_backend_list(), "cpu, check");
+    if (strcmp(md_backend_list(), "cpu, check, cuda") != 0) /* where it is linked in */
+        assert_string_equal(md_backend_list(), "cpu, check");
     expect_error(md_backend_create("gpu", 0, &be), MD_ERR_CONFIG, "cpu, check");
     assert_null(be);
     expect_error(md_backend_create("cpu", -1, &be), MD_ERR_CONFIG, "-1 threads");

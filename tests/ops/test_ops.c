@@ -1,5 +1,10 @@
-/* test_ops: every row of MD_OPS against double-precision references, on the cpu and check backends.
- */
+/* test_ops: every row of MD_OPS against double-precision references: on the cpu and check backends,
+ * on a fake device in f32 and bf16, and on the cuda backend in both where it is linked in and finds
+ * a GPU.
+ *
+ * Environment: MD_TEST_BACKEND=cuda runs what concerns that backend only, and it must be there;
+ * MD_TEST_LIGHT=1 leaves the heavy cases out. */
+#include "tests/ops/fake_device.h"
 #include "tests/ops/ops_case.h"
 
 #include <stdarg.h>
@@ -7,6 +12,7 @@
 #include <cmocka.h>
 #include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 static const struct {
@@ -33,12 +39,47 @@ static void for_each_row(void (*visit)(const op_row *row, void *arg), void *arg)
             visit(&tables[t].rows[i], arg);
 }
 
-static md_backend *make(const char *name, int threads)
-{
+/* A backend and the compute type that its cases are made for. light: without the heavy cases. */
+typedef struct setup {
     md_backend *be;
-    if (md_backend_create(name, threads, &be) != MD_OK)
+    md_dtype compute;
+    bool light;
+} setup;
+
+static bool is_set(const char *variable, const char *value)
+{
+    const char *have = getenv(variable);
+    return have && strcmp(have, value) == 0;
+}
+
+static setup make(const char *name, int threads, md_dtype compute)
+{
+    setup s = {.compute = compute, .light = is_set("MD_TEST_LIGHT", "1")};
+    const md_backend_args args = {
+        .name = name, .threads = threads, .compute = compute, .node_size = 1};
+    if (md_backend_make(&args, &s.be) != MD_OK)
         fail_msg("%s", md_error_text());
-    return be;
+    return s;
+}
+
+static setup make_fake(md_dtype compute)
+{
+    setup s = {.compute = compute, .light = true};
+    assert_int_equal(fake_device_create(2, compute, &s.be), MD_OK);
+    return s;
+}
+
+/* Skips the test where there is no GPU and none was asked for. */
+static setup make_cuda(md_dtype compute)
+{
+    const md_backend_args args = {.name = "cuda", .compute = compute, .node_size = 1};
+    md_backend *probe;
+    if (!is_set("MD_TEST_BACKEND", "cuda")) {
+        if (md_backend_make(&args, &probe) != MD_OK)
+            skip();
+        md_backend_destroy(probe);
+    }
+    return make("cuda", 0, compute);
 }
 
 static void mark_op(const op_row *row, void *arg)
@@ -58,58 +99,95 @@ static void test_every_op_has_a_case(void **state)
 #undef HAS_CASE
 }
 
+/* Runs a case and returns its error; negative: it is too heavy for this run. */
+static double run_row(const op_row *row, const setup *s, bool mutant)
+{
+    op_case c;
+    double error = -1.0;
+    case_begin(&c, row, s->compute);
+    if (!s->light || !case_is_heavy(&c)) {
+        row->ref(&c, mutant);
+        case_run(&c, s->be);
+        error = case_error(&c);
+    }
+    case_end(&c);
+    return error;
+}
+
 /* The answer is right, and the wrong answer of the mutant is seen to be wrong. */
 static void check_row(const op_row *row, void *arg)
 {
+    const setup *s = arg;
     char name[128];
-    op_case c;
-    case_begin(&c, row);
-    row->ref(&c, false);
-    case_run(&c, arg);
-    double error = case_error(&c);
+    double error = run_row(row, s, false);
     if (!(error <= 1.0))
         fail_msg("%s on %s: error is %.2f tolerances", describe(row, name, sizeof name),
-                 ((md_backend *)arg)->name, error);
-    case_end(&c);
-    case_begin(&c, row);
-    row->ref(&c, true);
-    case_run(&c, arg);
-    error = case_error(&c);
+                 s->be->name, error);
+    if (error < 0.0)
+        return;
+    error = run_row(row, s, true);
     if (!(error > 1.0))
-        fail_msg("%s: the mutant passes (%.2f tolerances)", describe(row, name, sizeof name),
-                 error);
-    case_end(&c);
+        fail_msg("%s on %s: the mutant passes (%.2f tolerances)", describe(row, name, sizeof name),
+                 s->be->name, error);
 }
 
-static void conform(const char *backend, int threads)
+static void conform(setup s)
 {
-    md_backend *be = make(backend, threads);
-    for_each_row(check_row, be);
-    md_backend_destroy(be);
+    for_each_row(check_row, &s);
+    md_backend_destroy(s.be);
 }
 
 static void test_cpu(void **state)
 {
     (void)state;
-    conform("cpu", 2);
+    conform(make("cpu", 2, MD_F32));
 }
 
 static void test_check(void **state)
 {
     (void)state;
-    conform("check", 1);
+    setup s = make("check", 1, MD_F32);
+    s.light = true;
+    conform(s);
+}
+
+static void test_device_memory(void **state)
+{
+    (void)state;
+    conform(make_fake(MD_F32));
+}
+
+static void test_device_memory_bf16(void **state)
+{
+    (void)state;
+    conform(make_fake(MD_BF16));
+}
+
+static void test_cuda(void **state)
+{
+    (void)state;
+    conform(make_cuda(MD_F32));
+}
+
+static void test_cuda_bf16(void **state)
+{
+    (void)state;
+    conform(make_cuda(MD_BF16));
 }
 
 static void check_same_bits(const op_row *row, void *arg)
 {
-    md_backend **be = arg;
+    const setup *s = arg;
     op_case one, two;
     char name[128];
-    case_begin(&one, row);
-    case_begin(&two, row);
-    case_run(&one, be[0]);
-    case_run(&two, be[1]);
-    for (int o = 0; o < MD_OP_OUT; o++) {
+    case_begin(&one, row, s[0].compute);
+    case_begin(&two, row, s[1].compute);
+    bool run = !s->light || !case_is_heavy(&one);
+    if (run) {
+        case_run(&one, s[0].be);
+        case_run(&two, s[1].be);
+    }
+    for (int o = 0; run && o < MD_OP_OUT; o++) {
         const md_tensor *a = one.args.common.out[o], *b = two.args.common.out[o];
         if (a && memcmp(a->data, b->data, md_tensor_bytes(a)) != 0)
             fail_msg("%s: output %d differs in bits", describe(row, name, sizeof name), o);
@@ -118,12 +196,28 @@ static void check_same_bits(const op_row *row, void *arg)
     case_end(&two);
 }
 
+static void repeats(setup s)
+{
+    for_each_row(check_same_bits, (setup[]){s, s});
+    md_backend_destroy(s.be);
+}
+
 static void test_repeat_gives_the_same_bits(void **state)
 {
     (void)state;
-    md_backend *be = make("cpu", 2);
-    for_each_row(check_same_bits, (md_backend *[]){be, be});
-    md_backend_destroy(be);
+    repeats(make("cpu", 2, MD_F32));
+}
+
+static void test_repeat_on_cuda(void **state)
+{
+    (void)state;
+    repeats(make_cuda(MD_F32));
+}
+
+static void test_repeat_on_cuda_bf16(void **state)
+{
+    (void)state;
+    repeats(make_cuda(MD_BF16));
 }
 
 /* A product may be cut differently for other thread counts; everything else may not. */
@@ -136,10 +230,10 @@ static void check_same_bits_but_gemm(const op_row *row, void *arg)
 static void test_threads_give_the_same_bits(void **state)
 {
     (void)state;
-    md_backend *one = make("cpu", 1), *three = make("cpu", 3);
-    for_each_row(check_same_bits_but_gemm, (md_backend *[]){one, three});
-    md_backend_destroy(one);
-    md_backend_destroy(three);
+    setup s[] = {make("cpu", 1, MD_F32), make("cpu", 3, MD_F32)};
+    for_each_row(check_same_bits_but_gemm, s);
+    md_backend_destroy(s[0].be);
+    md_backend_destroy(s[1].be);
 }
 
 /* Central differences of the objective, in double, against the gradients of the reference. */
@@ -150,7 +244,11 @@ static void check_gradient(const op_row *row, void *arg)
         return;
     char name[128];
     op_case c;
-    case_begin(&c, row);
+    case_begin(&c, row, MD_F32);
+    if (case_is_heavy(&c)) {
+        case_end(&c);
+        return;
+    }
     double *old[MD_OP_OUT] = {NULL};
     for (int o = 0; o < MD_OP_OUT; o++)
         if (c.ref[o]) {
@@ -179,41 +277,83 @@ static void test_gradients(void **state)
     for_each_row(check_gradient, NULL);
 }
 
-/* Non-finite elements are counted wherever they are, and a finite range has none. */
-static void test_sumsq_counts_nonfinite(void **state)
+/* sumsq of x[n] by way of the backend's own memory. */
+static void sumsq_of(md_backend *be, const float *x, int64_t n, double out[2])
 {
-    (void)state;
-    md_backend *be = make("cpu", 2);
+    void *memory, *scratch;
+    const size_t bytes = sizeof *x * (size_t)n;
+    assert_int_equal(md_backend_alloc(be, bytes + 64, "operands", &memory), MD_OK);
+    char *result = (char *)memory + bytes - bytes % 8 + 8;
+    md_tensor tx = MD_TENSOR(memory, MD_F32, n), ts = MD_TENSOR(result, MD_F64, 1);
+    md_tensor tb = MD_TENSOR(result + sizeof(double), MD_F64, 1);
+    tx.mem = ts.mem = tb.mem = md_backend_is_device(be) ? MD_DEVICE : MD_HOST;
+    const md_sumsq_args a = {.x = &tx, .sum = &ts, .nonfinite = &tb};
+    be->scratch_size = be->scratch_bytes(be, MD_OP_sumsq, (const md_operands *)(const void *)&a);
+    assert_int_equal(md_backend_alloc(be, be->scratch_size + 64, "scratch", &scratch), MD_OK);
+    be->scratch = scratch;
+    assert_int_equal(md_backend_upload(be, memory, x, bytes), MD_OK);
+    assert_int_equal(be->ops->sumsq(be, &a), MD_OK);
+    assert_int_equal(md_backend_download(be, out, result, 2 * sizeof *out), MD_OK);
+    assert_int_equal(md_backend_sync(be), MD_OK);
+    md_backend_free(be, scratch);
+    md_backend_free(be, memory);
+}
+
+/* Non-finite elements are counted wherever they are, and a finite range has none. */
+static void counts_nonfinite(setup s)
+{
     enum { N = 20011 };
     static float x[N];
-    static unsigned char scratch[1 << 16];
-    double sum, bad;
-    md_tensor tx = MD_TENSOR(x, MD_F32, N), ts = MD_TENSOR(&sum, MD_F64, 1);
-    md_tensor tb = MD_TENSOR(&bad, MD_F64, 1);
-    be->scratch = scratch;
-    be->scratch_size = sizeof scratch;
+    double sum[2];
     for (int i = 0; i < N; i++)
         x[i] = 1e30f;
-    assert_int_equal(MD_OP(be, sumsq, .x = &tx, .sum = &ts, .nonfinite = &tb), MD_OK);
-    assert_true(bad == 0.0 && fabs(sum / (1e60 * N) - 1.0) < 1e-6);
+    sumsq_of(s.be, x, N, sum);
+    assert_true(sum[1] == 0.0 && fabs(sum[0] / (1e60 * N) - 1.0) < 1e-6);
     x[0] = NAN;
     x[7777] = INFINITY;
     x[N - 1] = -INFINITY;
-    assert_int_equal(MD_OP(be, sumsq, .x = &tx, .sum = &ts, .nonfinite = &tb), MD_OK);
-    assert_true(bad == 3.0);
-    md_backend_destroy(be);
+    sumsq_of(s.be, x, N, sum);
+    assert_true(sum[1] == 3.0);
+    md_backend_destroy(s.be);
+}
+
+static void test_sumsq_counts_nonfinite(void **state)
+{
+    (void)state;
+    counts_nonfinite(make("cpu", 2, MD_F32));
+}
+
+static void test_sumsq_counts_nonfinite_on_cuda(void **state)
+{
+    (void)state;
+    counts_nonfinite(make_cuda(MD_F32));
 }
 
 int main(void)
 {
-    const struct CMUnitTest tests[] = {
+    const struct CMUnitTest host[] = {
         cmocka_unit_test(test_every_op_has_a_case),
         cmocka_unit_test(test_cpu),
         cmocka_unit_test(test_check),
+        cmocka_unit_test(test_device_memory),
+        cmocka_unit_test(test_device_memory_bf16),
         cmocka_unit_test(test_repeat_gives_the_same_bits),
         cmocka_unit_test(test_threads_give_the_same_bits),
         cmocka_unit_test(test_gradients),
         cmocka_unit_test(test_sumsq_counts_nonfinite),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    const struct CMUnitTest cuda[] = {
+        cmocka_unit_test(test_cuda),
+        cmocka_unit_test(test_cuda_bf16),
+        cmocka_unit_test(test_repeat_on_cuda),
+        cmocka_unit_test(test_repeat_on_cuda_bf16),
+        cmocka_unit_test(test_sumsq_counts_nonfinite_on_cuda),
+    };
+    int failed = 0;
+    bool only_cuda = is_set("MD_TEST_BACKEND", "cuda");
+    if (!only_cuda)
+        failed += cmocka_run_group_tests(host, NULL, NULL);
+    if (only_cuda || strstr(md_backend_list(), "cuda"))
+        failed += cmocka_run_group_tests(cuda, NULL, NULL);
+    return failed;
 }
