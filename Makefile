@@ -121,7 +121,7 @@ say := @$(if $(findstring s,$(filter-out --%,$(firstword -$(MAKEFLAGS)))),:,prin
 endif
 
 .PHONY: all tests benches test bench-cpu bench-parallel bench-loader bench-checkpoint bench-memory \
-        lint format demo deps info install uninstall clean FORCE
+        bundle gpu-test gpu-bench lint format demo deps info install uninstall clean FORCE
 
 all: $(PROG)
 	@cmp -s $(PROG) md_hpc || cp -f $(PROG) md_hpc
@@ -225,6 +225,19 @@ bench-checkpoint: $(BUILD)/bench/bench_checkpoint
 bench-memory:
 	@$(call need_deps,build demo) $(MAKE) --no-print-directory all
 	@BUILD='$(BUILD)' MPIRUN='$(MPIRUN)' OMP_NUM_THREADS=1 bench/bench_memory.sh
+
+# A folder with program, tests and libraries for another machine, as docs/GPU.md says.
+bundle:
+	@MAKE='$(MAKE)' BUILD='$(BUILD)' CUDA='$(if $(filter file,$(origin CUDA)),1,$(CUDA))' scripts/bundle.sh
+
+# On a machine with a GPU, a build with CUDA; ONLY="ops NCCL", PARTS="limits ours peer".
+gpu-test:
+	@$(call need_deps,build test) $(MAKE) --no-print-directory all tests
+	@BUILD='$(BUILD)' MPIRUN='$(MPIRUN)' tests/gpu/gpu_test.sh $(ONLY)
+
+gpu-bench:
+	@$(call need_deps,build) $(MAKE) --no-print-directory all
+	@BUILD='$(BUILD)' bench/bench_gpu.sh $(PARTS)
 
 lint:
 	@tests/lint/run.sh

@@ -1,0 +1,217 @@
+#!/bin/bash
+# What only a GPU can show: the ops in fp32 and bf16, training beside the cpu backend, grids of ranks
+# on one GPU, NCCL, restarts, and the checks of compute-sanitizer. Fits in ten minutes.
+#
+#   tests/gpu/gpu_test.sh [PATTERN...]     only lines whose name holds one of the patterns
+#
+# One line a test: "ok", "skipped" with the reason, or "FAILED" with its output; last line "N passed,
+# N failed". The same in $BUILD/gpu_test.json.
+#
+# Environment: BUILD, MPIRUN, MD_GPU_SECONDS (570: no test starts later), MD_GPU_STANDIN=1 (the cuda
+# backend of this build needs no GPU), MD_SANITIZER (compute-sanitizer). Exit status: 0 all passed, 1,
+# or 69: there is no GPU.
+set -u
+cd "$(dirname "$0")/../.." || exit 1
+build=${BUILD:-build}
+MD_HPC=$(realpath -m "$build/md_hpc")
+export MD_HPC
+export MPIRUN=${MPIRUN:-mpirun}
+sanitizer=${MD_SANITIZER:-compute-sanitizer}
+patterns=("$@")
+passed=0 failed=0 skipped=0
+out=$(mktemp) rows=$(mktemp)
+trap 'rm -f "$out" "$rows"' EXIT
+
+gpus() {
+    nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null
+}
+
+selected() {
+    [ ${#patterns[@]} = 0 ] && return
+    local p
+    for p in "${patterns[@]}"; do
+        [[ $1 != *"$p"* ]] || return 0
+    done
+    return 1
+}
+
+# Status of a test: 0 passed, 77 skipped (its last line says why), else failed.
+skip() {
+    echo "$*"
+    exit 77
+}
+
+# check NAME COMMAND...: one test, in a subshell, so that whatever ends it ends it alone.
+check() {
+    local name=$1 start=$EPOCHREALTIME rc seconds word result
+    shift
+    selected "$name" || return 0
+    if [ "$SECONDS" -ge "${MD_GPU_SECONDS:-570}" ]; then
+        echo "no time was left for it" >"$out"
+        rc=77
+    else
+        (set -e && "$@") >"$out" 2>&1 </dev/null
+        rc=$?
+    fi
+    case $rc in
+    0) result=passed word=ok passed=$((passed + 1)) ;;
+    77) result=skipped word="skipped: $(tail -n 1 "$out")" skipped=$((skipped + 1)) ;;
+    *) result=failed word=FAILED failed=$((failed + 1)) ;;
+    esac
+    seconds=$(awk "BEGIN { printf \"%.1f\", $EPOCHREALTIME - $start }")
+    printf '%-44s %7.1f s  %s\n' "$name" "$seconds" "$word"
+    [ "$result" != failed ] || tail -n 40 "$out" | sed 's/^/    /'
+    printf '{"name": "%s", "result": "%s", "seconds": %s}\n' "$name" "$result" "$seconds" >>"$rows"
+}
+
+# ---- ops ----
+
+ops() {
+    MD_TEST_BACKEND=cuda timeout 200 "$build/tests/ops/test_ops"
+}
+
+backend() {
+    timeout 60 "$build/tests/ops/test_backend"
+}
+
+# ---- training: each begins with a scratch folder of its own ----
+
+begin() {
+    limit=100
+    # shellcheck source=tests/tiny_run.sh
+    . tests/tiny_run.sh
+}
+
+on_gpu=(backend=cuda precision=fp32 parallel.comm=mpi)
+
+fp32_as_cpu() {
+    begin
+    done_well 1 cpu backend=cpu
+    done_well 1 gpu "${on_gpu[@]}"
+    near cpu gpu
+}
+
+# bf16 keeps 8 bits: activations are off by up to 2^-8 each, their means by less. A loss is a mean over
+# thousands of elements; a gradient norm shrinks with every term that is rounded away.
+bf16_as_cpu() {
+    begin
+    done_well 1 cpu backend=cpu
+    done_well 1 gpu backend=cuda precision=bf16 parallel.comm=mpi
+    paste <(curve cpu) <(curve gpu) | awk '
+        { d = $2 > $6 ? $2 - $6 : $6 - $2; e = $3 > $7 ? $3 - $7 : $7 - $3 }
+        $1 != $5 || d > 0.02 * $2 || e > 0.1 * $3 || $4 != $8 {
+            print "step " $1 ": loss " $2, $6, " norm " $3, $7; bad = 1
+        }
+        NR == 1 { first = $6 }
+        { last = $6 }
+        END { exit bad || NR == 0 || last > 0.98 * first }' || fail 'bf16 is not near fp32, or learns nothing'
+}
+
+same_twice() { # PRECISION
+    begin
+    done_well 1 one backend=cuda precision="$1" parallel.comm=mpi
+    done_well 1 two backend=cuda precision="$1" parallel.comm=mpi
+    same one two
+}
+
+grid() { # RANKS key=value...: as one rank, whatever the grid
+    begin
+    local ranks=$1
+    shift
+    done_well 1 one "${on_gpu[@]}"
+    done_well "$ranks" many "${on_gpu[@]}" "$@"
+    near one many
+}
+
+resumed() { # PRECISION: stopped after 10 steps and gone on, the curve is that of a run in one piece
+    begin
+    local keys=(backend=cuda precision="$1" parallel.comm=mpi)
+    done_well 1 whole "${keys[@]}"
+    done_well 1 parts "${keys[@]}" train.max_steps=10
+    done_well 1 parts "${keys[@]}"
+    same whole parts
+}
+
+# The program says that it has no NCCL, where it has none.
+without_nccl() {
+    grep -qiE 'nccl.*(not in this|was not built|without|no nccl)|no nccl' "$log"
+}
+
+nccl_one() {
+    begin
+    done_well 1 mpi "${on_gpu[@]}"
+    tiny 1 nccl backend=cuda precision=fp32 parallel.comm=nccl
+    [ "$rc" = 0 ] || ! without_nccl || skip 'this build has no NCCL'
+    [ "$rc" = 0 ] || fail "exit code $rc"
+    same mpi nccl
+}
+
+nccl_two() {
+    [ "$(gpus | wc -l)" -ge 2 ] || skip 'one GPU only'
+    unset CUDA_VISIBLE_DEVICES
+    begin
+    done_well 1 one "${on_gpu[@]}"
+    tiny 2 two backend=cuda precision=fp32 parallel.comm=nccl
+    [ "$rc" = 0 ] || ! without_nccl || skip 'this build has no NCCL'
+    [ "$rc" = 0 ] || fail "exit code $rc"
+    near one two
+}
+
+# ---- compute-sanitizer ----
+
+sanitized() { # TOOL COMMAND...
+    local tool=$1
+    shift
+    command -v "$sanitizer" >/dev/null || skip "no $sanitizer"
+    timeout 150 "$sanitizer" --tool "$tool" --error-exitcode 9 --target-processes all "$@"
+}
+
+sanitized_ops() {
+    MD_TEST_BACKEND=cuda MD_TEST_LIGHT=1 sanitized "$1" "$build/tests/ops/test_ops"
+}
+
+sanitized_training() {
+    begin
+    sanitized "$1" "$MD_HPC" "$scratch/tiny.cfg" "run.dir=$scratch/run" backend=cuda \
+        precision=bf16 train.max_steps=2
+}
+
+report() {
+    {
+        printf '{"gpu": "%s", "program": "%s", "passed": %d, "failed": %d, "skipped": %d, "tests": [\n' \
+            "$(gpus | head -n 1)" "$("$MD_HPC" version 2>/dev/null | awk '/^source/ { print $2 }')" \
+            "$passed" "$failed" "$skipped"
+        sed '$!s/$/,/' "$rows"
+        echo ']}'
+    } >"$build/gpu_test.json"
+    echo "$passed passed, $failed failed$([ "$skipped" = 0 ] || echo ", $skipped skipped")"
+}
+
+if [ -z "$(gpus)" ] && [ "${MD_GPU_STANDIN:-0}" != 1 ]; then
+    echo 'gpu_test: nvidia-smi shows no GPU'
+    exit 69
+fi
+gpus
+# Ranks of one node share a GPU only where it is the only one they see.
+CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
+export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES%%,*}
+
+check 'backend' backend
+check 'ops in fp32 and bf16' ops
+check 'training in fp32 as on the cpu' fp32_as_cpu
+check 'training in bf16 near the cpu' bf16_as_cpu
+check 'the same bits twice, fp32' same_twice fp32
+check 'the same bits twice, bf16' same_twice bf16
+check 'data 2, one GPU' grid 2
+check 'data 2 x tensor 2, one GPU' grid 4 parallel.tensor=2
+check 'data 2 x tensor 2, sequence, ZeRO-1' grid 4 parallel.tensor=2 parallel.sequence=true parallel.zero=1
+check 'micro-batches' grid 1 train.micro_batch=4
+check 'NCCL, one rank' nccl_one
+check 'NCCL, two GPUs' nccl_two
+check 'resumed, fp32' resumed fp32
+check 'resumed, bf16' resumed bf16
+check 'memcheck: ops' sanitized_ops memcheck
+check 'racecheck: ops' sanitized_ops racecheck
+check 'memcheck: training' sanitized_training memcheck
+report
+[ "$failed" = 0 ] && [ "$passed" -gt 0 ]
