@@ -10,7 +10,7 @@
  *   md_async_*               16-byte copies from device to shared memory that end later (cp.async)
  *   md_ldmatrix*, md_mma     tensor cores, bf16 in, f32 sums
  *   md_pack, md_unpack       two bf16 in a word
- *   md_exp2, md_exp          fast exponentials
+ *   md_exp2, md_exp, md_rcp  fast exponentials and 1/x
  *
  * No float atomics: every sum has one order. Blocks are one-dimensional and a multiple of 32. */
 #ifndef MD_CUDA_COMMON_CUH
@@ -160,6 +160,18 @@ MD_DEV float md_unpack_hi(uint32_t word)
 MD_DEV float md_exp(float x)
 {
     return md_exp2(x * MD_LOG2E);
+}
+
+/* 1/x within 1 ulp; 0 for an infinite x, and results below 1.2e-38 are 0. */
+MD_DEV float md_rcp(float x)
+{
+#ifdef MD_EMU
+    return 1.0f / x;
+#else
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
 }
 
 MD_DEV float md_load(const float *p)

@@ -57,7 +57,6 @@ MD_OPS(CUDA_DECLARE)
     X(act_bwd)                   \
     X(residual_ln_bwd)           \
     X(attention_bwd)             \
-    X(rel_scatter)               \
     X(tokens_bwd)                \
     X(loss)                      \
     X(sumsq)
@@ -68,11 +67,12 @@ CUDA_OPS_WITH_SCRATCH(CUDA_DECLARE)
 /* Setup of a file's kernels: shared memory limits. */
 md_status cuda_attn_setup(void);
 
-/* part[chunks][width] added in chunk order: out[c] (+)= sum. */
+/* out[c] (+)= sum of part[chunk][c] over the chunks, part [chunks, width]: the chunks are cut into
+ * eight runs, each added in chunk order, then the runs are. */
 md_status cuda_reduce_chunks(md_backend *be, md_op op, const float *part, int64_t chunks,
                              int64_t width, float *out, bool accumulate);
 
-/* y = act(x) (+ nothing else) for the forward activation, n elements; x may be y. */
+/* y = act(x) of any act, all elements; x and y of one type, x may be y. */
 md_status cuda_act_forward(md_backend *be, md_op op, const md_tensor *x, md_tensor *y, md_act act);
 
 #endif

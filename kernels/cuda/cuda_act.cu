@@ -1,0 +1,349 @@
+/* cuda_act: activations forward and backward, and column sums. */
+#include "kernels/cuda/cuda_vec.cuh"
+
+namespace
+{
+
+/* ---- activations. In f32 the formulas of scalar_math. In bf16 the same with approximate 2^x and
+ * 1/x, because the exact ones would cost more than the memory traffic: the terms agree within 2e-6
+ * for |x| < 5.7 and within 1e-5 further out, where bf16 rounds to 4e-3. ---- */
+
+template <class T> struct md_terms;
+
+template <> struct md_terms<float> {
+    static MD_DEV float cdf(float x, float e)
+    {
+        return md_normal_cdf(x, e);
+    }
+    static MD_DEV float bell(float x) /* e^(-x^2/2) */
+    {
+        return md_expf(-0.5f * x * x);
+    }
+    static MD_DEV float sigmoid(float x)
+    {
+        return md_sigmoid(x);
+    }
+};
+
+template <> struct md_terms<md_bf16> {
+    /* md_normal_cdf but for the division. */
+    static MD_DEV float cdf(float x, float e)
+    {
+        const float k = md_rcp(1.0f + 0.43f * 0.707106781f * fabsf(x));
+        float p = 7.371188208e-2f;
+        p = p * k - 3.103908807e-1f;
+        p = p * k + 3.837378967e-1f;
+        p = p * k - 8.575759334e-2f;
+        p = p * k + 2.468626627e-1f;
+        p = p * k + 2.049450855e-1f;
+        p = p * k + 2.443764988e-1f;
+        p = p * k + 2.425145322e-1f;
+        const float tail = 0.5f * e * p * k;
+        return x < 0.0f ? tail : 1.0f - tail;
+    }
+    static MD_DEV float bell(float x)
+    {
+        return md_exp2(-0.5f * MD_LOG2E * (x * x));
+    }
+    /* The bound keeps 2^y finite, as md_expf does. */
+    static MD_DEV float sigmoid(float x)
+    {
+        const float y = -MD_LOG2E * x;
+        return md_rcp(1.0f + md_exp2(y > 126.0f ? 126.0f : y));
+    }
+};
+
+template <class T, int ACT> MD_DEV float md_act_value(float x)
+{
+    if (ACT == MD_ACT_GELU)
+        return x * md_terms<T>::cdf(x, md_terms<T>::bell(x));
+    if (ACT == MD_ACT_QUICK_GELU)
+        return x * md_terms<T>::sigmoid(1.702f * x);
+    return x;
+}
+
+template <class T, int ACT> MD_DEV float md_act_slope(float x)
+{
+    if (ACT == MD_ACT_GELU) {
+        const float e = md_terms<T>::bell(x);
+        return md_terms<T>::cdf(x, e) + x * 0.398942280f * e;
+    }
+    if (ACT == MD_ACT_QUICK_GELU) {
+        const float s = md_terms<T>::sigmoid(1.702f * x);
+        return s + 1.702f * x * s * (1.0f - s);
+    }
+    return 1.0f;
+}
+
+template <class T, int ACT> struct md_act_pass {
+    const T *x;
+    T *y;
+
+    template <int W> struct data {
+        float x[W];
+    };
+    template <int W> MD_DEV void load(data<W> &d, int64_t i) const
+    {
+        md_get(x + i, d.x);
+    }
+    template <int W> MD_DEV void store(data<W> &d, int64_t i) const
+    {
+#pragma unroll
+        for (int j = 0; j < W; j++)
+            d.x[j] = md_act_value<T, ACT>(d.x[j]);
+        md_put(y + i, d.x);
+    }
+};
+
+/* After store() the data holds the terms of the column sums, not yet rounded. */
+template <class T, int ACT> struct md_act_bwd_pass {
+    const T *x, *dy;
+    T *dx;
+
+    template <int W> struct data {
+        float x[W], term[W];
+    };
+    template <int W> MD_DEV void load(data<W> &d, int64_t i) const
+    {
+        if (ACT != MD_ACT_NONE)
+            md_get(x + i, d.x);
+        md_get(dy + i, d.term);
+    }
+    template <int W> MD_DEV void store(data<W> &d, int64_t i) const
+    {
+        if (ACT != MD_ACT_NONE) {
+#pragma unroll
+            for (int j = 0; j < W; j++)
+                d.term[j] *= md_act_slope<T, ACT>(d.x[j]);
+        }
+        md_put(dx + i, d.term);
+    }
+};
+
+template <class T> struct md_colsum_pass {
+    const T *x;
+
+    template <int W> struct data {
+        float term[W];
+    };
+    template <int W> MD_DEV void load(data<W> &d, int64_t i) const
+    {
+        md_get(x + i, d.term);
+    }
+    template <int W> MD_DEV void store(data<W> &, int64_t) const
+    {
+    }
+};
+
+/* ---- column sums ---- */
+
+struct md_matrix {
+    float *part; /* [chunks, cols] */
+    int64_t rows, cols;
+};
+
+/* A pass over a matrix that adds up the columns of its terms. A block has 32 W columns of one chunk
+ * of rows: blockIdx.x tile of columns, blockIdx.y chunk; its warps take the rows in turn. */
+template <class Op, int W, int U> MD_KERNEL(VEC_BLOCK) md_columns(Op op, md_matrix m)
+{
+    const int lane = (int)threadIdx.x % MD_WARP, warp = (int)threadIdx.x / MD_WARP;
+    const int64_t tile = (int64_t)blockIdx.x * MD_WARP * W, col = tile + lane * W;
+    const int64_t end = m.rows * (blockIdx.y + 1) / gridDim.y;
+    float sum[W] = {};
+    for (int64_t row = m.rows * blockIdx.y / gridDim.y + warp; row < end; row += VEC_WARPS * U) {
+        typename Op::template data<W> d[U];
+#pragma unroll
+        for (int u = 0; u < U; u++)
+            if (col < m.cols && row + u * VEC_WARPS < end)
+                op.load(d[u], (row + u * VEC_WARPS) * m.cols + col);
+#pragma unroll
+        for (int u = 0; u < U; u++) {
+            if (col >= m.cols || row + u * VEC_WARPS >= end)
+                continue;
+            op.store(d[u], (row + u * VEC_WARPS) * m.cols + col);
+#pragma unroll
+            for (int j = 0; j < W; j++)
+                sum[j] += d[u].term[j];
+        }
+    }
+    md_add_warps(sum, reinterpret_cast<float *>(md_smem()), m.part + blockIdx.y * m.cols, tile,
+                 m.cols, false);
+}
+
+MD_KERNEL(VEC_BLOCK) md_reduce(cuda_sums k)
+{
+    enum { RUNS = VEC_WARPS };
+    const int s = (int)blockIdx.y, lane = (int)threadIdx.x % MD_WARP;
+    const int run = (int)threadIdx.x / MD_WARP;
+    float *out = s == 0 ? k.out[0] : s == 1 ? k.out[1] : k.out[2];
+    const bool accumulate = s == 0 ? k.accumulate[0] : s == 1 ? k.accumulate[1] : k.accumulate[2];
+    if (!out)
+        return;
+    const int64_t first = (int64_t)blockIdx.x * MD_WARP, end = k.chunks * (run + 1) / RUNS;
+    const float *column = k.part + s * k.chunks * k.width + first + lane;
+    float sum[1] = {0.0f};
+    if (first + lane < k.width) {
+#pragma unroll 8
+        for (int64_t i = k.chunks * run / RUNS; i < end; i++)
+            sum[0] += column[i * k.width];
+    }
+    md_add_warps(sum, reinterpret_cast<float *>(md_smem()), out, first, k.width, accumulate);
+}
+
+/* Rows of a chunk at least, chunks at most (the partial rows stay small beside the matrix), and
+ * about so many blocks. */
+#define COLUMN_ROWS   64
+#define COLUMN_CHUNKS 256
+#define COLUMN_BLOCKS (16 * VEC_SMS)
+
+int64_t column_chunks(const md_tensor *x)
+{
+    const int64_t tiles = cuda_ceil(md_tensor_cols(x), MD_WARP * (cuda_is_bf16(x) ? 8 : 4));
+    const int64_t blocks = COLUMN_BLOCKS / (tiles > 0 ? tiles : 1);
+    const int64_t most = blocks < 1 ? 1 : blocks > COLUMN_CHUNKS ? COLUMN_CHUNKS : blocks;
+    return cuda_chunks(md_tensor_rows(x), COLUMN_ROWS, most);
+}
+
+size_t column_scratch(const md_tensor *x)
+{
+    return sizeof(float) * (size_t)(column_chunks(x) * md_tensor_cols(x));
+}
+
+typedef struct column_args {
+    md_op op;
+    const md_tensor *x;
+    bool aligned;
+    float *out;
+    bool accumulate;
+} column_args;
+
+template <int W, int U, class Op>
+md_status columns_run(md_backend *be, const Op &k, const column_args *a)
+{
+    void *scratch;
+    MD_TRY(cuda_scratch(be, a->op, column_scratch(a->x), &scratch));
+    md_matrix m;
+    m.part = static_cast<float *>(scratch);
+    m.rows = md_tensor_rows(a->x);
+    m.cols = md_tensor_cols(a->x);
+    if (m.cols == 0)
+        return MD_OK;
+    const int64_t chunks = column_chunks(a->x);
+    const int width = a->aligned && m.cols % W == 0 ? W : 1;
+    const auto kernel = width == W ? md_columns<Op, W, U> : md_columns<Op, 1, U>;
+    const dim3 grid(cuda_blocks(m.cols, MD_WARP * width), (unsigned)chunks);
+    MD_LAUNCH(kernel, grid, VEC_BLOCK, VEC_BLOCK * width * sizeof(float), cuda_stream(be), k, m);
+    return cuda_reduce_chunks(be, a->op, m.part, chunks, m.cols, a->out, a->accumulate);
+}
+
+template <class T, int ACT> md_status act_bwd_run(md_backend *be, const md_act_bwd_args *a)
+{
+    md_act_bwd_pass<T, ACT> k;
+    k.x = cuda_data<T>(a->x);
+    k.dy = cuda_data<T>(a->dy);
+    k.dx = cuda_data<T>(a->dx);
+    const bool aligned = cuda_aligned(k.x, k.dy, k.dx);
+    if (!a->dbias)
+        return cuda_each<md_vec<T>::N>(be, MD_OP_act_bwd, k, md_tensor_count(a->x), aligned);
+    const column_args c = {MD_OP_act_bwd, a->x, aligned, cuda_data<float>(a->dbias),
+                           (a->accumulate >> 1 & 1) != 0};
+    return columns_run<md_vec<T>::N, 2>(be, k, &c);
+}
+
+template <class T> md_status act_bwd_of(md_backend *be, const md_act_bwd_args *a)
+{
+    if (a->act == MD_ACT_GELU)
+        return act_bwd_run<T, MD_ACT_GELU>(be, a);
+    if (a->act == MD_ACT_QUICK_GELU)
+        return act_bwd_run<T, MD_ACT_QUICK_GELU>(be, a);
+    return act_bwd_run<T, MD_ACT_NONE>(be, a);
+}
+
+template <class T> md_status colsum_run(md_backend *be, const md_colsum_args *a)
+{
+    md_colsum_pass<T> k;
+    k.x = cuda_data<T>(a->x);
+    const column_args c = {MD_OP_colsum, a->x, cuda_aligned(k.x), cuda_data<float>(a->y),
+                           (a->accumulate & 1) != 0};
+    return columns_run<md_vec<T>::N, 4>(be, k, &c);
+}
+
+typedef struct act_args {
+    md_op op;
+    const md_tensor *x, *y;
+} act_args;
+
+template <class T, int ACT> md_status act_run(md_backend *be, const act_args *a)
+{
+    md_act_pass<T, ACT> k;
+    k.x = cuda_data<T>(a->x);
+    k.y = cuda_data<T>(a->y);
+    return cuda_each<md_vec<T>::N>(be, a->op, k, md_tensor_count(a->x), cuda_aligned(k.x, k.y));
+}
+
+template <class T> md_status act_of(md_backend *be, const act_args *a, md_act act)
+{
+    if (act == MD_ACT_GELU)
+        return act_run<T, MD_ACT_GELU>(be, a);
+    if (act == MD_ACT_QUICK_GELU)
+        return act_run<T, MD_ACT_QUICK_GELU>(be, a);
+    return act_run<T, MD_ACT_NONE>(be, a);
+}
+
+} // namespace
+
+md_status cuda_act_forward(md_backend *be, md_op op, const md_tensor *x, md_tensor *y, md_act act)
+{
+    const act_args a = {op, x, y};
+    return cuda_is_bf16(x) ? act_of<md_bf16>(be, &a, act) : act_of<float>(be, &a, act);
+}
+
+md_status cuda_reduce_sums(md_backend *be, md_op op, const cuda_sums *sums)
+{
+    int count = 3;
+    while (count > 0 && !sums->out[count - 1])
+        count--;
+    if (count == 0 || sums->width == 0)
+        return MD_OK;
+    const dim3 grid(cuda_blocks(sums->width, MD_WARP), (unsigned)count);
+    MD_LAUNCH(md_reduce, grid, VEC_BLOCK, VEC_BLOCK * sizeof(float), cuda_stream(be), *sums);
+    return cuda_launched(op);
+}
+
+md_status cuda_reduce_chunks(md_backend *be, md_op op, const float *part, int64_t chunks,
+                             int64_t width, float *out, bool accumulate)
+{
+    cuda_sums s = {};
+    s.part = part;
+    s.chunks = chunks;
+    s.width = width;
+    s.out[0] = out;
+    s.accumulate[0] = accumulate;
+    return cuda_reduce_sums(be, op, &s);
+}
+
+size_t cuda_colsum_scratch(md_backend *be, const md_colsum_args *a)
+{
+    (void)be;
+    return column_scratch(a->x);
+}
+
+md_status cuda_colsum(md_backend *be, const md_colsum_args *a)
+{
+    CUDA_CHECK(colsum, a);
+    return cuda_is_bf16(a->x) ? colsum_run<md_bf16>(be, a) : colsum_run<float>(be, a);
+}
+
+size_t cuda_act_bwd_scratch(md_backend *be, const md_act_bwd_args *a)
+{
+    (void)be;
+    return a->dbias ? column_scratch(a->x) : 0;
+}
+
+md_status cuda_act_bwd(md_backend *be, const md_act_bwd_args *a)
+{
+    CUDA_CHECK(act_bwd, a);
+    if (a->accumulate & 1)
+        MD_FAIL(MD_ERR_BUG, "act_bwd: dx does not accumulate");
+    return cuda_is_bf16(a->x) ? act_bwd_of<md_bf16>(be, a) : act_bwd_of<float>(be, a);
+}

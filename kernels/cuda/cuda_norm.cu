@@ -1,0 +1,296 @@
+/* cuda_norm: LayerNorm alone, and fused with the residual step before it, forward and backward.
+ *
+ * A block has whole rows, each of its threads the same 16 bytes of every row: so the parameters and
+ * the sums of their gradients stay in registers, and memory is read once. ROWS rows of a block are
+ * under way at once. Rows that are too long for that, or not in whole aligned vectors, take the
+ * slow kernels (md_ln_any, md_ln_bwd_any), which read a row several times. */
+#include "kernels/cuda/cuda_vec.cuh"
+
+#define LN_ROWS 4
+/* Threads of a block at most, and on one multiprocessor forward and backward: with LN_ROWS rows of
+ * two operands, or four, in flight this is 80 KiB of reads. */
+#define LN_BLOCK       512
+#define LN_THREADS     640
+#define LN_BWD_THREADS 320
+
+namespace
+{
+
+template <class T> struct md_ln {
+    const T *x, *branch;
+    const float *gamma, *keep, *weight, *bias;
+    T *r, *y;
+    float *mean, *rstd;
+    int64_t rows, cols, tokens;
+    float eps, divisor;
+};
+
+/* A vector of parameters, or ones or zeros in its place. */
+template <int N>
+MD_DEV void md_parameters(const float *p, int64_t col, bool there, float absent, float (&x)[N])
+{
+#pragma unroll
+    for (int j = 0; j < N; j++)
+        x[j] = p && there ? p[col + j] : absent;
+}
+
+/* The vectors at col of the rows [row, end) of R. Absent operands and rows are zeros. */
+template <int R, class T>
+MD_DEV void md_read_rows(const T *p, int64_t row, int64_t end, int64_t at, int64_t cols,
+                         uint4 (&x)[R])
+{
+#pragma unroll
+    for (int i = 0; i < R; i++)
+        x[i] = p && row + i < end ? *reinterpret_cast<const uint4 *>(p + at + i * cols)
+                                  : make_uint4(0, 0, 0, 0);
+}
+
+/* keep of the images that R rows from `row` on are of. */
+template <int R>
+MD_DEV void md_keep_of(const float *keep, int64_t row, int64_t end, int64_t tokens, float (&x)[R])
+{
+    if (!keep) {
+#pragma unroll
+        for (int i = 0; i < R; i++)
+            x[i] = 1.0f;
+        return;
+    }
+    int64_t image = row / tokens, token = row - image * tokens;
+#pragma unroll
+    for (int i = 0; i < R; i++) {
+        x[i] = row + i < end ? keep[image] : 0.0f;
+        if (++token == tokens)
+            token = 0, image++;
+    }
+}
+
+/* r = x + keep * gamma * branch of one vector, rounded as it is stored: the statistics are those of
+ * what backward reads. */
+template <class T>
+MD_DEV void md_residual(uint4 &x, uint4 branch, const float (&gamma)[md_vec<T>::N], float keep)
+{
+    float a[md_vec<T>::N], b[md_vec<T>::N];
+    md_raw<T>::unpack(x, a);
+    md_raw<T>::unpack(branch, b);
+#pragma unroll
+    for (int j = 0; j < md_vec<T>::N; j++)
+        a[j] += keep * gamma[j] * b[j];
+    x = md_raw<T>::pack(a);
+}
+
+/* mean and 1 / sqrt(var + eps) of R rows, in two passes: the variance of differences does not
+ * cancel. smem: 2 R floats per warp. */
+template <class T, int R>
+MD_DEV void md_row_stats(const md_ln<T> &k, const uint4 (&x)[R], bool there, float (&mean)[R],
+                         float (&rstd)[R])
+{
+    enum { N = md_vec<T>::N };
+    float *smem = reinterpret_cast<float *>(md_smem());
+#pragma unroll
+    for (int i = 0; i < R; i++) {
+        float v[N];
+        md_raw<T>::unpack(x[i], v);
+        mean[i] = 0.0f;
+#pragma unroll
+        for (int j = 0; j < N; j++)
+            mean[i] += v[j];
+    }
+    md_block_sums(mean, smem);
+#pragma unroll
+    for (int i = 0; i < R; i++) {
+        float v[N];
+        md_raw<T>::unpack(x[i], v);
+        mean[i] /= (float)k.cols;
+        rstd[i] = 0.0f;
+#pragma unroll
+        for (int j = 0; j < N; j++)
+            rstd[i] += there ? (v[j] - mean[i]) * (v[j] - mean[i]) : 0.0f;
+    }
+    md_block_sums(rstd, smem + blockDim.x / MD_WARP * R);
+#pragma unroll
+    for (int i = 0; i < R; i++)
+        rstd[i] = 1.0f / sqrtf(rstd[i] / k.divisor + k.eps);
+}
+
+template <class T> MD_KERNEL(LN_BLOCK) md_ln_rows(md_ln<T> k)
+{
+    enum { N = md_vec<T>::N, R = LN_ROWS };
+    const int64_t col = (int64_t)threadIdx.x * N;
+    const bool there = col < k.cols;
+    float gamma[N], weight[N], bias[N];
+    md_parameters(k.gamma, col, there, 1.0f, gamma);
+    md_parameters(k.weight, col, there, 1.0f, weight);
+    md_parameters(k.bias, col, there, 0.0f, bias);
+    const int64_t stop = k.rows * (blockIdx.x + 1) / gridDim.x, end = there ? stop : 0;
+    for (int64_t row = k.rows * blockIdx.x / gridDim.x; row < stop; row += R) {
+        const int64_t at = row * k.cols + col;
+        uint4 x[R];
+        float mean[R], rstd[R];
+        md_read_rows(k.x, row, end, at, k.cols, x);
+        if (k.branch) {
+            uint4 branch[R];
+            float keep[R];
+            md_read_rows(k.branch, row, end, at, k.cols, branch);
+            md_keep_of(k.keep, row, end, k.tokens, keep);
+#pragma unroll
+            for (int i = 0; i < R; i++)
+                md_residual<T>(x[i], branch[i], gamma, keep[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < R; i++)
+            if (k.r && row + i < end)
+                *reinterpret_cast<uint4 *>(k.r + at + i * k.cols) = x[i];
+        if (!k.y && !k.mean && !k.rstd)
+            continue;
+        md_row_stats(k, x, there, mean, rstd);
+#pragma unroll
+        for (int i = 0; i < R; i++) {
+            if (row + i >= end)
+                continue;
+            float v[N];
+            md_raw<T>::unpack(x[i], v);
+#pragma unroll
+            for (int j = 0; j < N; j++)
+                v[j] = (v[j] - mean[i]) * rstd[i] * weight[j] + bias[j];
+            if (k.y)
+                md_vec<T>::store(k.y + at + i * k.cols, v);
+            if (k.mean && threadIdx.x == 0)
+                k.mean[row + i] = mean[i];
+            if (k.rstd && threadIdx.x == 0)
+                k.rstd[row + i] = rstd[i];
+        }
+    }
+}
+
+/* The same for any width and address, one row at a time. A thread always has the same columns, so
+ * it reads back only what it wrote itself. */
+template <class T> MD_KERNEL(VEC_BLOCK) md_ln_any(md_ln<T> k)
+{
+    float *smem = reinterpret_cast<float *>(md_smem());
+    for (int64_t row = blockIdx.x; row < k.rows; row += gridDim.x) {
+        const T *x = k.x + row * k.cols, *branch = k.branch ? k.branch + row * k.cols : nullptr;
+        const float keep = k.keep ? k.keep[row / k.tokens] : 1.0f;
+        if (k.r) {
+            T *r = k.r + row * k.cols;
+            for (int64_t c = threadIdx.x; c < k.cols; c += VEC_BLOCK)
+                md_store(&r[c], md_load(&x[c]) + (branch ? keep * (k.gamma ? k.gamma[c] : 1.0f) *
+                                                               md_load(&branch[c])
+                                                         : 0.0f));
+            x = r;
+        }
+        if (!k.y && !k.mean && !k.rstd)
+            continue;
+        float mean[1] = {0.0f}, rstd[1] = {0.0f};
+        for (int64_t c = threadIdx.x; c < k.cols; c += VEC_BLOCK)
+            mean[0] += md_load(&x[c]);
+        md_block_sums(mean, smem);
+        mean[0] /= (float)k.cols;
+        for (int64_t c = threadIdx.x; c < k.cols; c += VEC_BLOCK) {
+            const float d = md_load(&x[c]) - mean[0];
+            rstd[0] += d * d;
+        }
+        md_block_sums(rstd, smem + VEC_WARPS);
+        rstd[0] = 1.0f / sqrtf(rstd[0] / k.divisor + k.eps);
+        for (int64_t c = threadIdx.x; k.y && c < k.cols; c += VEC_BLOCK)
+            md_store(&k.y[row * k.cols + c], (md_load(&x[c]) - mean[0]) * rstd[0] *
+                                                     (k.weight ? k.weight[c] : 1.0f) +
+                                                 (k.bias ? k.bias[c] : 0.0f));
+        if (k.mean && threadIdx.x == 0)
+            k.mean[row] = mean[0];
+        if (k.rstd && threadIdx.x == 0)
+            k.rstd[row] = rstd[0];
+    }
+}
+
+/* Threads for rows of cols numbers of type T: whole warps; 0: they need the slow kernel. */
+template <class T> int ln_threads(int64_t cols, bool aligned)
+{
+    const int64_t vectors = cols / md_vec<T>::N;
+    if (!aligned || cols % md_vec<T>::N != 0 || vectors > LN_BLOCK)
+        return 0;
+    return (int)cuda_ceil(vectors, MD_WARP) * MD_WARP;
+}
+
+/* Blocks of `threads` threads that fill the device once. */
+int64_t ln_blocks(int64_t rows, int64_t threads, int64_t per_sm, int64_t most)
+{
+    const int64_t fit = threads > 0 ? per_sm / threads : 1;
+    const int64_t blocks = VEC_SMS * (fit < 1 ? 1 : fit > most ? most : fit);
+    return cuda_chunks(rows, LN_ROWS, blocks);
+}
+
+template <class T> md_status ln_run(md_backend *be, md_op op, const md_ln<T> &k)
+{
+    if (k.rows == 0 || k.cols == 0)
+        return MD_OK;
+    const int threads = ln_threads<T>(k.cols, cuda_aligned(k.x, k.branch, k.r, k.y));
+    if (threads == 0) {
+        const int64_t blocks = k.rows < 8 * VEC_SMS ? k.rows : 8 * VEC_SMS;
+        MD_LAUNCH(md_ln_any<T>, (unsigned)blocks, VEC_BLOCK, 2 * VEC_WARPS * sizeof(float),
+                  cuda_stream(be), k);
+        return cuda_launched(op);
+    }
+    const int64_t blocks = ln_blocks(k.rows, threads, LN_THREADS, 16);
+    const size_t smem = 2 * LN_ROWS * (size_t)(threads / MD_WARP) * sizeof(float);
+    MD_LAUNCH(md_ln_rows<T>, (unsigned)blocks, (unsigned)threads, smem, cuda_stream(be), k);
+    return cuda_launched(op);
+}
+
+template <class T> md_status layernorm_run(md_backend *be, const md_layernorm_args *a)
+{
+    md_ln<T> k = {};
+    k.x = cuda_data<T>(a->x);
+    k.weight = cuda_data<float>(a->weight);
+    k.bias = cuda_data<float>(a->bias);
+    k.y = cuda_data<T>(a->y);
+    k.mean = cuda_data<float>(a->mean);
+    k.rstd = cuda_data<float>(a->rstd);
+    k.rows = md_tensor_rows(a->x);
+    k.cols = md_tensor_cols(a->x);
+    k.eps = a->eps;
+    k.divisor = (float)(a->unbiased && k.cols > 1 ? k.cols - 1 : k.cols);
+    return ln_run(be, MD_OP_layernorm, k);
+}
+
+template <class T> md_status residual_run(md_backend *be, const md_residual_ln_args *a)
+{
+    md_ln<T> k = {};
+    k.x = cuda_data<T>(a->x);
+    k.branch = cuda_data<T>(a->branch);
+    k.gamma = cuda_data<float>(a->gamma);
+    k.keep = cuda_data<float>(a->keep);
+    k.weight = cuda_data<float>(a->weight);
+    k.bias = cuda_data<float>(a->bias);
+    k.r = cuda_data<T>(a->r);
+    k.y = cuda_data<T>(a->y);
+    k.mean = cuda_data<float>(a->mean);
+    k.rstd = cuda_data<float>(a->rstd);
+    k.rows = md_tensor_rows(a->x);
+    k.cols = md_tensor_cols(a->x);
+    k.tokens = a->keep ? k.rows / md_tensor_count(a->keep) : k.rows;
+    k.eps = a->eps;
+    k.divisor = (float)k.cols;
+    return ln_run(be, MD_OP_residual_ln, k);
+}
+
+} // namespace
+
+md_status cuda_layernorm(md_backend *be, const md_layernorm_args *a)
+{
+    CUDA_CHECK(layernorm, a);
+    if (!a->weight != !a->bias || a->accumulate)
+        MD_FAIL(MD_ERR_BUG, "layernorm: weight and bias come together, and nothing accumulates");
+    return cuda_is_bf16(a->x) ? layernorm_run<md_bf16>(be, a) : layernorm_run<float>(be, a);
+}
+
+md_status cuda_residual_ln(md_backend *be, const md_residual_ln_args *a)
+{
+    CUDA_CHECK(residual_ln, a);
+    if (a->keep && md_tensor_rows(a->x) % md_tensor_count(a->keep) != 0)
+        MD_FAIL(MD_ERR_BUG, "residual_ln: %lld rows are not whole images",
+                (long long)md_tensor_rows(a->x));
+    if (!a->weight != !a->bias || (a->branch && !a->r) || (!a->branch && (a->gamma || a->keep)) ||
+        (!a->r && !a->y) || a->accumulate)
+        MD_FAIL(MD_ERR_BUG, "residual_ln: this set of operands makes no sense");
+    return cuda_is_bf16(a->x) ? residual_run<md_bf16>(be, a) : residual_run<float>(be, a);
+}
