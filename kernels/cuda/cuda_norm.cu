@@ -1,17 +1,5 @@
-/* cuda_norm: LayerNorm alone, and fused with the residual step before it, forward and backward.
- *
- * A block has whole rows, each of its threads the same 16 bytes of every row: so the parameters and
- * the sums of their gradients stay in registers, and memory is read once. ROWS rows of a block are
- * under way at once. Rows that are too long for that, or not in whole aligned vectors, take the
- * slow kernels (md_ln_any, md_ln_bwd_any), which read a row several times. */
-#include "kernels/cuda/cuda_vec.cuh"
-
-#define LN_ROWS 4
-/* Threads of a block at most, and on one multiprocessor forward and backward: with LN_ROWS rows of
- * two operands, or four, in flight this is 80 KiB of reads. */
-#define LN_BLOCK       512
-#define LN_THREADS     640
-#define LN_BWD_THREADS 320
+/* cuda_norm: LayerNorm alone, and fused with the residual step before it. */
+#include "kernels/cuda/cuda_norm.cuh"
 
 namespace
 {
@@ -24,45 +12,6 @@ template <class T> struct md_ln {
     int64_t rows, cols, tokens;
     float eps, divisor;
 };
-
-/* A vector of parameters, or ones or zeros in its place. */
-template <int N>
-MD_DEV void md_parameters(const float *p, int64_t col, bool there, float absent, float (&x)[N])
-{
-#pragma unroll
-    for (int j = 0; j < N; j++)
-        x[j] = p && there ? p[col + j] : absent;
-}
-
-/* The vectors at col of the rows [row, end) of R. Absent operands and rows are zeros. */
-template <int R, class T>
-MD_DEV void md_read_rows(const T *p, int64_t row, int64_t end, int64_t at, int64_t cols,
-                         uint4 (&x)[R])
-{
-#pragma unroll
-    for (int i = 0; i < R; i++)
-        x[i] = p && row + i < end ? *reinterpret_cast<const uint4 *>(p + at + i * cols)
-                                  : make_uint4(0, 0, 0, 0);
-}
-
-/* keep of the images that R rows from `row` on are of. */
-template <int R>
-MD_DEV void md_keep_of(const float *keep, int64_t row, int64_t end, int64_t tokens, float (&x)[R])
-{
-    if (!keep) {
-#pragma unroll
-        for (int i = 0; i < R; i++)
-            x[i] = 1.0f;
-        return;
-    }
-    int64_t image = row / tokens, token = row - image * tokens;
-#pragma unroll
-    for (int i = 0; i < R; i++) {
-        x[i] = row + i < end ? keep[image] : 0.0f;
-        if (++token == tokens)
-            token = 0, image++;
-    }
-}
 
 /* r = x + keep * gamma * branch of one vector, rounded as it is stored: the statistics are those of
  * what backward reads. */
@@ -202,23 +151,6 @@ template <class T> MD_KERNEL(VEC_BLOCK) md_ln_any(md_ln<T> k)
     }
 }
 
-/* Threads for rows of cols numbers of type T: whole warps; 0: they need the slow kernel. */
-template <class T> int ln_threads(int64_t cols, bool aligned)
-{
-    const int64_t vectors = cols / md_vec<T>::N;
-    if (!aligned || cols % md_vec<T>::N != 0 || vectors > LN_BLOCK)
-        return 0;
-    return (int)cuda_ceil(vectors, MD_WARP) * MD_WARP;
-}
-
-/* Blocks of `threads` threads that fill the device once. */
-int64_t ln_blocks(int64_t rows, int64_t threads, int64_t per_sm, int64_t most)
-{
-    const int64_t fit = threads > 0 ? per_sm / threads : 1;
-    const int64_t blocks = VEC_SMS * (fit < 1 ? 1 : fit > most ? most : fit);
-    return cuda_chunks(rows, LN_ROWS, blocks);
-}
-
 template <class T> md_status ln_run(md_backend *be, md_op op, const md_ln<T> &k)
 {
     if (k.rows == 0 || k.cols == 0)
@@ -230,7 +162,7 @@ template <class T> md_status ln_run(md_backend *be, md_op op, const md_ln<T> &k)
                   cuda_stream(be), k);
         return cuda_launched(op);
     }
-    const int64_t blocks = ln_blocks(k.rows, threads, LN_THREADS, 16);
+    const int64_t blocks = ln_blocks(k.rows, LN_ROWS, LN_THREADS / threads);
     const size_t smem = 2 * LN_ROWS * (size_t)(threads / MD_WARP) * sizeof(float);
     MD_LAUNCH(md_ln_rows<T>, (unsigned)blocks, (unsigned)threads, smem, cuda_stream(be), k);
     return cuda_launched(op);

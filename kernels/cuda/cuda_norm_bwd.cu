@@ -1,0 +1,299 @@
+/* cuda_norm_bwd: backward of the residual step with its LayerNorm. Blocks have chunks of rows; the
+ * sums of a chunk for the gradients of parameters go to the scratch, [3][chunks][C]: dgamma,
+ * dweight, dbias. */
+#include "kernels/cuda/cuda_norm.cuh"
+
+namespace
+{
+
+/* branch only where dgamma is wanted, part only where a sum is. */
+template <class T> struct md_ln_bwd {
+    const T *r, *branch, *dr, *dy;
+    const float *gamma, *keep, *weight, *mean, *rstd;
+    T *dx, *dbranch;
+    float *part;
+    int64_t rows, cols, tokens;
+};
+
+/* What one thread keeps of its columns. */
+template <int N> struct md_ln_columns {
+    float gamma[N], weight[N];
+    float dgamma[N], dweight[N], dbias[N];
+};
+
+/* One batch of rows: vectors, statistics, and the sums over a row that LN' needs, of dy weight and
+ * of dy weight xhat. */
+template <int R> struct md_ln_batch {
+    uint4 r[R], branch[R], dr[R], dy[R];
+    float mean[R], rstd[R], keep[R], sums[2 * R];
+};
+
+template <class T, int R>
+MD_DEV void md_ln_bwd_sums(const md_ln_bwd<T> &k, int64_t row, int64_t end, md_ln_batch<R> &b,
+                           const float (&weight)[md_vec<T>::N])
+{
+    enum { N = md_vec<T>::N };
+#pragma unroll
+    for (int i = 0; i < R; i++) {
+        float r[N], dy[N];
+        b.mean[i] = row + i < end ? k.mean[row + i] : 0.0f;
+        b.rstd[i] = row + i < end ? k.rstd[row + i] : 0.0f;
+        md_raw<T>::unpack(b.r[i], r);
+        md_raw<T>::unpack(b.dy[i], dy);
+        b.sums[2 * i] = b.sums[2 * i + 1] = 0.0f;
+#pragma unroll
+        for (int j = 0; j < N; j++) {
+            const float g = dy[j] * weight[j];
+            b.sums[2 * i] += g;
+            b.sums[2 * i + 1] += g * ((r[j] - b.mean[i]) * b.rstd[i]);
+        }
+    }
+}
+
+/* Row i of the batch, at element `at`: writes dx and dbranch and adds to the columns. */
+template <class T, int R>
+MD_DEV void md_ln_bwd_row(const md_ln_bwd<T> &k, const md_ln_batch<R> &b, int i, int64_t at,
+                          md_ln_columns<md_vec<T>::N> &c)
+{
+    enum { N = md_vec<T>::N };
+    float g[N];
+    md_raw<T>::unpack(b.dr[i], g);
+    if (k.dy) {
+        const float s1 = b.sums[2 * i] / (float)k.cols, s2 = b.sums[2 * i + 1] / (float)k.cols;
+        float r[N], dy[N];
+        md_raw<T>::unpack(b.r[i], r);
+        md_raw<T>::unpack(b.dy[i], dy);
+#pragma unroll
+        for (int j = 0; j < N; j++) {
+            const float xhat = (r[j] - b.mean[i]) * b.rstd[i];
+            g[j] += b.rstd[i] * (dy[j] * c.weight[j] - s1 - xhat * s2);
+            c.dweight[j] += dy[j] * xhat;
+            c.dbias[j] += dy[j];
+        }
+    }
+    md_vec<T>::store(k.dx + at, g);
+    if (k.branch) {
+        float branch[N];
+        md_raw<T>::unpack(b.branch[i], branch);
+#pragma unroll
+        for (int j = 0; j < N; j++)
+            c.dgamma[j] += b.keep[i] * branch[j] * g[j];
+    }
+    if (k.dbranch) {
+#pragma unroll
+        for (int j = 0; j < N; j++)
+            g[j] *= b.keep[i] * c.gamma[j];
+        md_vec<T>::store(k.dbranch + at, g);
+    }
+}
+
+template <class T> MD_DEV void md_ln_bwd_begin(md_ln_columns<md_vec<T>::N> &c,
+                                               const md_ln_bwd<T> &k, int64_t col, bool there)
+{
+    md_parameters(k.gamma, col, there, 1.0f, c.gamma);
+    md_parameters(k.weight, col, there, 1.0f, c.weight);
+#pragma unroll
+    for (int j = 0; j < md_vec<T>::N; j++)
+        c.dgamma[j] = c.dweight[j] = c.dbias[j] = 0.0f;
+}
+
+template <class T, int THREADS, int R> MD_KERNEL(THREADS) md_ln_bwd_rows(md_ln_bwd<T> k)
+{
+    enum { N = md_vec<T>::N };
+    const int64_t col = (int64_t)threadIdx.x * N;
+    const bool there = col < k.cols;
+    const int64_t stop = k.rows * (blockIdx.x + 1) / gridDim.x, end = there ? stop : 0;
+    float *smem = reinterpret_cast<float *>(md_smem());
+    int turn = 0; /* two calls of md_block_sums in a row need two places */
+    md_ln_columns<N> c;
+    md_ln_bwd_begin(c, k, col, there);
+    for (int64_t row = k.rows * blockIdx.x / gridDim.x; row < stop; row += R, turn ^= 1) {
+        const int64_t at = row * k.cols + col;
+        md_ln_batch<R> b;
+        md_read_rows(k.dr, row, end, at, k.cols, b.dr);
+        md_read_rows(k.branch, row, end, at, k.cols, b.branch);
+        if (k.dy) {
+            md_read_rows(k.r, row, end, at, k.cols, b.r);
+            md_read_rows(k.dy, row, end, at, k.cols, b.dy);
+        }
+        md_keep_of(k.keep, row, end, k.tokens, b.keep);
+        if (k.dy) {
+            md_ln_bwd_sums(k, row, end, b, c.weight);
+            md_block_sums(b.sums, smem + turn * 2 * R * (int)(blockDim.x / MD_WARP));
+        }
+#pragma unroll
+        for (int i = 0; i < R; i++)
+            if (row + i < end)
+                md_ln_bwd_row(k, b, i, at + i * k.cols, c);
+    }
+    if (!k.part || !there)
+        return;
+    float *part = k.part + blockIdx.x * k.cols + col;
+    const int64_t next = (int64_t)gridDim.x * k.cols;
+    md_put(part, c.dgamma);
+    md_put(part + next, c.dweight);
+    md_put(part + 2 * next, c.dbias);
+}
+
+/* One row of md_ln_bwd_any; s1, s2 as the sums above over the width. */
+template <class T>
+MD_DEV void md_ln_bwd_any_row(const md_ln_bwd<T> &k, int64_t row, float s1, float s2, float *part)
+{
+    const float keep = k.keep ? k.keep[row / k.tokens] : 1.0f;
+    const float mean = k.dy ? k.mean[row] : 0.0f, rstd = k.dy ? k.rstd[row] : 0.0f;
+    const int64_t next = (int64_t)gridDim.x * k.cols;
+    for (int64_t c = threadIdx.x; c < k.cols; c += VEC_BLOCK) {
+        const int64_t at = row * k.cols + c;
+        float g = k.dr ? md_load(k.dr + at) : 0.0f;
+        if (k.dy) {
+            const float xhat = (md_load(k.r + at) - mean) * rstd, dy = md_load(k.dy + at);
+            g += rstd * (dy * (k.weight ? k.weight[c] : 1.0f) - s1 - xhat * s2);
+            if (part) {
+                part[next + c] += dy * xhat;
+                part[2 * next + c] += dy;
+            }
+        }
+        md_store(k.dx + at, g);
+        if (k.branch)
+            part[c] += keep * md_load(k.branch + at) * g;
+        if (k.dbranch)
+            md_store(k.dbranch + at, keep * (k.gamma ? k.gamma[c] : 1.0f) * g);
+    }
+}
+
+/* Any width and address: a thread has every VEC_BLOCK-th column, also of the block's sums in the
+ * scratch. */
+template <class T> MD_KERNEL(VEC_BLOCK) md_ln_bwd_any(md_ln_bwd<T> k)
+{
+    float *smem = reinterpret_cast<float *>(md_smem());
+    float *part = k.part ? k.part + blockIdx.x * k.cols : nullptr;
+    for (int64_t c = threadIdx.x; part && c < k.cols; c += VEC_BLOCK)
+        for (int s = 0; s < 3; s++)
+            part[s * (int64_t)gridDim.x * k.cols + c] = 0.0f;
+    const int64_t end = k.rows * (blockIdx.x + 1) / gridDim.x;
+    int turn = 0;
+    for (int64_t row = k.rows * blockIdx.x / gridDim.x; row < end; row++, turn ^= 1) {
+        float sums[2] = {0.0f, 0.0f};
+        if (k.dy) {
+            const T *r = k.r + row * k.cols, *dy = k.dy + row * k.cols;
+            for (int64_t c = threadIdx.x; c < k.cols; c += VEC_BLOCK) {
+                const float g = md_load(&dy[c]) * (k.weight ? k.weight[c] : 1.0f);
+                sums[0] += g;
+                sums[1] += g * ((md_load(&r[c]) - k.mean[row]) * k.rstd[row]);
+            }
+            md_block_sums(sums, smem + turn * 2 * VEC_WARPS);
+        }
+        md_ln_bwd_any_row(k, row, sums[0] / (float)k.cols, sums[1] / (float)k.cols, part);
+    }
+}
+
+bool wants_sums(const md_residual_ln_bwd_args *a)
+{
+    return a->dgamma || a->dweight || a->dbias;
+}
+
+int64_t bwd_chunks(const md_tensor *dx)
+{
+    const int64_t vectors = md_tensor_cols(dx) / (cuda_is_bf16(dx) ? 8 : 4);
+    const int64_t threads = cuda_ceil(vectors > 0 ? vectors : 1, MD_WARP) * MD_WARP;
+    const int64_t per_sm = LN_BWD_THREADS / threads;
+    return ln_blocks(md_tensor_rows(dx), LN_ROWS, per_sm > 4 ? 4 : per_sm);
+}
+
+template <class T> struct ln_bwd_launch;
+
+/* Up to 256 threads, and up to LN_BLOCK, which have fewer registers each. */
+template <> struct ln_bwd_launch<float> {
+    static constexpr auto narrow = md_ln_bwd_rows<float, 256, LN_ROWS>;
+    static constexpr auto wide = md_ln_bwd_rows<float, LN_BLOCK, LN_ROWS>;
+};
+
+template <> struct ln_bwd_launch<md_bf16> {
+    static constexpr auto narrow = md_ln_bwd_rows<md_bf16, 256, LN_ROWS>;
+    static constexpr auto wide = md_ln_bwd_rows<md_bf16, LN_BLOCK, 2>;
+};
+
+template <class T> md_ln_bwd<T> bwd_operands(const md_residual_ln_bwd_args *a, float *part)
+{
+    md_ln_bwd<T> k;
+    k.r = cuda_data<T>(a->r);
+    k.branch = a->dgamma ? cuda_data<T>(a->branch) : nullptr;
+    k.dr = cuda_data<T>(a->dr);
+    k.dy = cuda_data<T>(a->dy);
+    k.gamma = cuda_data<float>(a->gamma);
+    k.keep = cuda_data<float>(a->keep);
+    k.weight = cuda_data<float>(a->weight);
+    k.mean = cuda_data<float>(a->mean);
+    k.rstd = cuda_data<float>(a->rstd);
+    k.dx = cuda_data<T>(a->dx);
+    k.dbranch = cuda_data<T>(a->dbranch);
+    k.part = part;
+    k.rows = md_tensor_rows(a->dx);
+    k.cols = md_tensor_cols(a->dx);
+    k.tokens = a->keep ? k.rows / md_tensor_count(a->keep) : k.rows;
+    return k;
+}
+
+template <class T>
+void bwd_run(md_backend *be, const md_residual_ln_bwd_args *a, int64_t chunks, float *part)
+{
+    const md_ln_bwd<T> k = bwd_operands<T>(a, part);
+    const int threads =
+        ln_threads<T>(k.cols, cuda_aligned(k.r, k.branch, k.dr, k.dy, k.dx, k.dbranch));
+    const size_t warps = (size_t)(threads > 0 ? threads / MD_WARP : VEC_WARPS);
+    const size_t smem = 2 * 2 * LN_ROWS * warps * sizeof(float);
+    if (threads == 0)
+        MD_LAUNCH(md_ln_bwd_any<T>, (unsigned)chunks, VEC_BLOCK, smem, cuda_stream(be), k);
+    else if (threads <= 256)
+        MD_LAUNCH(ln_bwd_launch<T>::narrow, (unsigned)chunks, (unsigned)threads, smem,
+                  cuda_stream(be), k);
+    else
+        MD_LAUNCH(ln_bwd_launch<T>::wide, (unsigned)chunks, (unsigned)threads, smem,
+                  cuda_stream(be), k);
+}
+
+md_status bwd_check(const md_residual_ln_bwd_args *a)
+{
+    CUDA_CHECK(residual_ln_bwd, a);
+    if (a->keep && md_tensor_rows(a->dx) % md_tensor_count(a->keep) != 0)
+        MD_FAIL(MD_ERR_BUG, "residual_ln_bwd: %lld rows are not whole images",
+                (long long)md_tensor_rows(a->dx));
+    if ((!a->dr && !a->dy) || (a->dy && (!a->r || !a->mean || !a->rstd)) ||
+        (a->dgamma && (!a->branch || !a->gamma)) || ((a->dweight || a->dbias) && !a->dy) ||
+        (a->accumulate & 3))
+        MD_FAIL(MD_ERR_BUG, "residual_ln_bwd: this set of operands makes no sense");
+    return MD_OK;
+}
+
+} // namespace
+
+size_t cuda_residual_ln_bwd_scratch(md_backend *be, const md_residual_ln_bwd_args *a)
+{
+    (void)be;
+    return wants_sums(a) ? sizeof(float) * 3 * (size_t)(bwd_chunks(a->dx) * md_tensor_cols(a->dx))
+                         : 0;
+}
+
+md_status cuda_residual_ln_bwd(md_backend *be, const md_residual_ln_bwd_args *a)
+{
+    MD_TRY(bwd_check(a));
+    void *scratch;
+    MD_TRY(cuda_scratch(be, MD_OP_residual_ln_bwd, cuda_residual_ln_bwd_scratch(be, a), &scratch));
+    if (md_tensor_cols(a->dx) == 0)
+        return MD_OK;
+    cuda_sums sums = {};
+    sums.part = wants_sums(a) ? static_cast<float *>(scratch) : nullptr;
+    sums.chunks = bwd_chunks(a->dx);
+    sums.width = md_tensor_cols(a->dx);
+    md_tensor *const out[3] = {a->dgamma, a->dweight, a->dbias};
+    for (int s = 0; s < 3; s++) {
+        sums.out[s] = cuda_data<float>(out[s]);
+        sums.accumulate[s] = a->accumulate >> (2 + s) & 1;
+    }
+    if (cuda_is_bf16(a->dx))
+        bwd_run<md_bf16>(be, a, sums.chunks, const_cast<float *>(sums.part));
+    else
+        bwd_run<float>(be, a, sums.chunks, const_cast<float *>(sums.part));
+    MD_TRY(cuda_launched(MD_OP_residual_ln_bwd));
+    return cuda_reduce_sums(be, MD_OP_residual_ln_bwd, &sums);
+}
