@@ -150,8 +150,8 @@ template <bool ALIGNED> MD_KERNEL(VEC_BLOCK) md_sumsq_sum(md_sumsq_pass k)
     md_put_partials(sum, k.part);
 }
 
-template <class T, bool ALIGNED> void loss_launch(cudaStream_t stream, int blocks, md_loss_kind kind,
-                                                  const md_loss_pass<T> &k)
+template <class T, bool ALIGNED>
+void loss_launch(cudaStream_t stream, int blocks, md_loss_kind kind, const md_loss_pass<T> &k)
 {
     const auto kernel = kind == MD_LOSS_SMOOTH_L1 ? md_loss_sum<T, MD_LOSS_SMOOTH_L1, ALIGNED>
                         : kind == MD_LOSS_L1      ? md_loss_sum<T, MD_LOSS_L1, ALIGNED>

@@ -141,9 +141,9 @@ template <class T> MD_KERNEL(VEC_BLOCK) md_ln_any(md_ln<T> k)
         md_block_sums(rstd, smem + VEC_WARPS);
         rstd[0] = 1.0f / sqrtf(rstd[0] / k.divisor + k.eps);
         for (int64_t c = threadIdx.x; k.y && c < k.cols; c += VEC_BLOCK)
-            md_store(&k.y[row * k.cols + c], (md_load(&x[c]) - mean[0]) * rstd[0] *
-                                                     (k.weight ? k.weight[c] : 1.0f) +
-                                                 (k.bias ? k.bias[c] : 0.0f));
+            md_store(&k.y[row * k.cols + c],
+                     (md_load(&x[c]) - mean[0]) * rstd[0] * (k.weight ? k.weight[c] : 1.0f) +
+                         (k.bias ? k.bias[c] : 0.0f));
         if (k.mean && threadIdx.x == 0)
             k.mean[row] = mean[0];
         if (k.rstd && threadIdx.x == 0)

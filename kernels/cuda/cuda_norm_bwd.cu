@@ -87,8 +87,9 @@ MD_DEV void md_ln_bwd_row(const md_ln_bwd<T> &k, const md_ln_batch<R> &b, int i,
     }
 }
 
-template <class T> MD_DEV void md_ln_bwd_begin(md_ln_columns<md_vec<T>::N> &c,
-                                               const md_ln_bwd<T> &k, int64_t col, bool there)
+template <class T>
+MD_DEV void md_ln_bwd_begin(md_ln_columns<md_vec<T>::N> &c, const md_ln_bwd<T> &k, int64_t col,
+                            bool there)
 {
     md_parameters(k.gamma, col, there, 1.0f, c.gamma);
     md_parameters(k.weight, col, there, 1.0f, c.weight);
