@@ -12,8 +12,10 @@ MD_C_BEGIN
  * called. Local. */
 md_status md_cuda_create(const md_backend_args *args, md_backend **out);
 
-/* Which GPU: "GPU-8a6f... NVIDIA H100 80GB HBM3", the same text for the same device. Local. */
-const char *md_cuda_device(const md_backend *be);
+/* Whenever the host waits for the GPU it also calls look(context), which says whether what the GPU
+ * waits for still lives; another status than MD_OK ends the wait with it. Local. */
+md_status md_cuda_watch(md_backend *be, md_status (*look)(void *context), void *context);
+void md_cuda_unwatch(md_backend *be, void *context);
 
 MD_C_END
 

@@ -1,0 +1,52 @@
+/* cuda_gemm: plans of matrix products, shared by cuda_gemm.cu (running them), cuda_gemm_plan.cu
+ * (making them). */
+#ifndef MD_CUDA_GEMM_H
+#define MD_CUDA_GEMM_H
+
+#include <cublasLt.h>
+
+#include "kernels/cuda/cuda_state.h"
+
+/* Workspace of a product, for splitting long sums. */
+#define CUDA_GEMM_WORKSPACE (64u << 20)
+
+/* What a plan is found by. Row-major: y [m, n] = op(a) op(b). No padding: keys are compared as
+ * bytes. */
+typedef struct cuda_gemm_key {
+    int64_t m, n, k;
+    uint8_t trans_a, trans_b, accumulate, bias;
+    uint8_t in, out; /* md_dtype of a and b, and of y */
+    uint8_t align;   /* bytes every operand is aligned to, at most 16 */
+    uint8_t unused;
+} cuda_gemm_key;
+
+typedef struct cuda_gemm_plan {
+    cuda_gemm_key key;
+    cublasLtMatmulDesc_t desc;
+    cublasLtMatrixLayout_t a, b, y; /* the library's own first and second operand are b and a */
+    cublasLtMatmulAlgo_t algo;
+    size_t workspace;
+    bool own; /* the library has no algorithm: the kernel of cuda_gemm.cu */
+} cuda_gemm_plan;
+
+#define CUDA_GEMM_PLANS 256
+
+struct cuda_gemm_table {
+    cublasLtHandle_t handle;
+    cublasLtMatmulPreference_t preference;
+    int plans;
+    bool tune;
+    cuda_gemm_plan plan[CUDA_GEMM_PLANS];
+};
+
+/* Finds or makes the plan of a key. MD_ERR_MEMORY when the table is full; MD_ERR_DEVICE. */
+md_status cuda_gemm_find(cuda_state *s, const cuda_gemm_key *key, cuda_gemm_plan **out);
+
+/* One product by the plan on the stream; scratch holds plan->workspace bytes. */
+typedef struct cuda_gemm_operands {
+    const void *a, *b, *bias;
+    void *y, *scratch;
+} cuda_gemm_operands;
+md_status cuda_gemm_run(cuda_state *s, const cuda_gemm_plan *p, const cuda_gemm_operands *o);
+
+#endif
