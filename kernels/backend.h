@@ -296,6 +296,13 @@ typedef struct md_memory_ops {
     void (*record_free)(md_backend *be, md_recording *r);
 } md_memory_ops;
 
+/* Choices that a backend can make by timing, once, before training. All Local. */
+typedef struct md_tuning_ops {
+    void (*on)(md_backend *be);
+    md_status (*write)(md_backend *be, char **out);
+    md_status (*read)(md_backend *be, const char *text);
+} md_tuning_ops;
+
 struct md_backend {
     const char *name;
     const md_op_table *ops;
@@ -308,6 +315,7 @@ struct md_backend {
      * needs scratch. */
 #define MD_NO_SCRATCH SIZE_MAX
     size_t (*scratch_bytes)(md_backend *be, md_op op, const md_operands *a);
+    const md_tuning_ops *tuning; /* NULL: nothing to choose */
     void (*destroy)(md_backend *be);
     /* Set by whoever plans memory, at least the largest scratch_bytes; 64-byte aligned. */
     void *scratch;
@@ -390,6 +398,15 @@ md_status md_backend_record_begin(md_backend *be);
 md_status md_backend_record_end(md_backend *be, md_recording **out);
 md_status md_backend_replay(md_backend *be, md_recording *r);
 void md_backend_record_free(md_backend *be, md_recording *r); /* NULL is fine */
+
+/* From now on scratch_bytes times the ways to run an op where there are several, and takes the
+ * fastest. Another run may then choose otherwise, and its sums round otherwise: write gives the
+ * choices as text (freed by md_free), with which read makes the same ones, so that they are not
+ * timed again. read: MD_ERR_DATA, with nothing chosen, when the text is of another device or
+ * library. A backend without choices gives an empty text. */
+void md_backend_tune(md_backend *be);
+md_status md_backend_choices_write(md_backend *be, char **out);
+md_status md_backend_choices_read(md_backend *be, const char *text);
 
 /* "oneDNN 2.6.3": what the cpu backend multiplies matrices with. */
 const char *md_backend_library(void);

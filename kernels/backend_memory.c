@@ -1,4 +1,4 @@
-/* backend_memory: memory, transfers and recordings of a backend, or of the host. */
+/* backend_memory: memory, transfers, recordings and choices of a backend, or of the host. */
 #include "kernels/backend.h"
 
 #include <string.h>
@@ -98,4 +98,23 @@ void md_backend_record_free(md_backend *be, md_recording *r)
 {
     if (r)
         be->memory->record_free(be, r);
+}
+
+void md_backend_tune(md_backend *be)
+{
+    if (be->tuning)
+        be->tuning->on(be);
+}
+
+md_status md_backend_choices_write(md_backend *be, char **out)
+{
+    if (be->tuning)
+        return be->tuning->write(be, out);
+    *out = md_alloc(1, "choices");
+    return *out ? MD_OK : MD_ERR_MEMORY;
+}
+
+md_status md_backend_choices_read(md_backend *be, const char *text)
+{
+    return be->tuning ? be->tuning->read(be, text) : MD_OK;
 }

@@ -60,6 +60,8 @@ static void check_backend(const md_config *c, md_config_errors *e)
     RULE(cuda || md_config_compute(c) == MD_F32, "precision", "backend",
          "precision = \"bf16\" needs backend = \"cuda\": backend \"%s\" computes in fp32",
          c->backend);
+    RULE(cuda || !c->cuda_tune, "cuda.tune", "backend",
+         "cuda.tune = true needs backend = \"cuda\"");
     RULE(cuda || strcmp(c->parallel_comm, "nccl") != 0, "parallel.comm", "backend",
          "parallel.comm = \"nccl\" needs backend = \"cuda\"");
 }

@@ -14,6 +14,7 @@
 X(task, "task", CHOICE, "pretrain", 0, 0, "pretrain", "What to train.")
 X(backend, "backend", CHOICE, "cpu", 0, 0, "cpu,check,cuda", "Where the ops run; check = cpu with every op's access rules enforced (slow).")
 X(precision, "precision", CHOICE, "auto", 0, 0, "auto,fp32,bf16", "Type of activations and matrix weights; sums, statistics, gradients, master weights and moments are always fp32. auto = bf16 on cuda, else fp32; bf16 needs cuda.")
+X(cuda_tune, "cuda.tune", BOOL, "false", 0, 0, "", "Time cuBLASLt's algorithms for every matrix product before training and take the fastest; the choices are kept in the run directory (products.txt) and used again.")
 X(threads, "threads", INT, "0", 0, 1024, "threads", "Compute threads of a rank; 0 = its share of the cores it may run on.")
 X(run_dir, "run.dir", STR, "", 0, 0, "path", "Run directory; empty = runs/<name of the config file>.")
 X(run_seed, "run.seed", INT, "0", 0, 9007199254740991, "", "Seed of initialisation, order, crops, masks and drop path.")

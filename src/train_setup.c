@@ -175,6 +175,78 @@ static md_status make_stepper(md_run *r)
                              &r->stepper);
 }
 
+/* The file's text, NULL where there is none. Freed by md_free. */
+static char *read_choices(const char *path)
+{
+    FILE *f = fopen(path, "r");
+    if (!f)
+        return NULL;
+    fseek(f, 0, SEEK_END);
+    const long size = ftell(f);
+    rewind(f);
+    char *text = size > 0 ? md_alloc((size_t)size + 1, "choices") : NULL;
+    if (text && fread(text, 1, (size_t)size, f) != (size_t)size)
+        text[0] = 0;
+    fclose(f);
+    return text;
+}
+
+static md_status write_choices(const char *path, const char *text)
+{
+    char part[MD_CONFIG_STR + 32];
+    snprintf(part, sizeof part, "%s.partial", path);
+    FILE *f = fopen(part, "w");
+    if (!f)
+        MD_FAIL(MD_ERR_CREATE, "cannot write %s: %s", part, strerror(errno));
+    const bool whole = fputs(text, f) >= 0;
+    if (fclose(f) != 0 || !whole)
+        MD_FAIL(MD_ERR_IO, "cannot write %s: %s", part, strerror(errno));
+    return md_publish(part, path);
+}
+
+/* Rank 0's choices: those of the run directory, where they hold for this GPU, else made now. */
+static md_status choose_products(md_run *r, char **text)
+{
+    char path[MD_CONFIG_STR + 16];
+    md_stepper_bytes bytes;
+    snprintf(path, sizeof path, "%s/products.txt", r->dir);
+    *text = read_choices(path);
+    if (*text && md_backend_choices_read(r->be, *text) == MD_OK)
+        return MD_OK;
+    if (*text)
+        md_log_warn("%s is not used: %s", path, md_error_text());
+    md_free(*text);
+    *text = NULL;
+    md_backend_tune(r->be);
+    MD_TRY(md_stepper_plan(&r->model.method, r->be, &bytes));
+    MD_TRY(md_backend_choices_write(r->be, text));
+    return write_choices(path, *text);
+}
+
+/* Collective(world). All ranks multiply by the same algorithms, so that a rank's result does not
+ * depend on what it happened to measure. */
+static md_status tune(md_run *r)
+{
+    const bool first = md_comm_rank(r->world) == 0;
+    char *text = NULL;
+    if (!r->config.cuda_tune)
+        return MD_OK;
+    md_status st = md_agree(r->world, first ? choose_products(r, &text) : MD_OK);
+    int64_t bytes = text ? (int64_t)strlen(text) + 1 : 0;
+    if (st == MD_OK) {
+        md_comm_bcast(r->world, &bytes, sizeof bytes, 0);
+        if (!first)
+            text = md_alloc((size_t)bytes, "choices");
+        st = md_agree(r->world, text ? MD_OK : MD_ERR_MEMORY);
+    }
+    if (st == MD_OK) {
+        md_comm_bcast(r->world, text, bytes, 0);
+        st = md_agree(r->world, md_backend_choices_read(r->be, text));
+    }
+    md_free(text);
+    return st;
+}
+
 static void write_run_json(md_run *r)
 {
     char data[32];
@@ -306,6 +378,8 @@ md_status md_run_set_up(md_run *r, int argc, char **argv)
     md_snapshot s = md_run_snapshot(r);
     MD_TRY(md_snapshot_resume(&s, r->checkpoint, sizeof r->checkpoint));
     r->saved_step = resumed_own(r) ? r->state.step : -1;
+    md_phase("setup.tune");
+    MD_TRY(tune(r));
     md_phase("setup.memory");
     MD_TRY(agree_on_memory(r, make_stepper(r)));
     md_phase("setup.logs");

@@ -249,6 +249,8 @@ static const md_memory_ops memory = {
     cuda_download,     cuda_feed,       cuda_feed_wait, cuda_feed_used,   cuda_sync,
     cuda_record_begin, cuda_record_end, cuda_replay,    cuda_record_free};
 
+static const md_tuning_ops tuning = {cuda_gemm_tune, cuda_gemm_write, cuda_gemm_read};
+
 /* ---- the device ---- */
 
 #define REMEDY "; backend = \"cpu\" runs without a GPU"
@@ -338,6 +340,7 @@ md_status md_cuda_create(const md_backend_args *args, md_backend **out)
     be->scratch_bytes = cuda_scratch_bytes;
     be->destroy = cuda_destroy;
     be->threads = args->threads;
+    be->tuning = args->planning ? NULL : &tuning;
     s->planning = args->planning;
     md_status st = args->planning ? MD_OK : open_device(be, s, args);
     if (st != MD_OK) {

@@ -42,6 +42,9 @@ struct cuda_gemm_table {
 /* Finds or makes the plan of a key. MD_ERR_MEMORY when the table is full; MD_ERR_DEVICE. */
 md_status cuda_gemm_find(cuda_state *s, const cuda_gemm_key *key, cuda_gemm_plan **out);
 
+/* Adds a plan whose key and choice are known, unless the key has one. Errors as find. */
+md_status cuda_gemm_take(cuda_state *s, const cuda_gemm_plan *known);
+
 /* One product by the plan on the stream; scratch holds plan->workspace bytes. */
 typedef struct cuda_gemm_operands {
     const void *a, *b, *bias;

@@ -220,28 +220,57 @@ static md_status choose(cuda_state *s, cuda_gemm_plan *p)
     return MD_OK;
 }
 
-md_status cuda_gemm_find(cuda_state *s, const cuda_gemm_key *key, cuda_gemm_plan **out)
+static cuda_gemm_plan *look_up(cuda_gemm_table *t, const cuda_gemm_key *key)
+{
+    for (int i = 0; i < t->plans; i++)
+        if (memcmp(&t->plan[i].key, key, sizeof *key) == 0)
+            return &t->plan[i];
+    return NULL;
+}
+
+/* choice NULL: it is to be made. */
+static md_status add(cuda_state *s, const cuda_gemm_key *key, const cuda_gemm_plan *choice)
 {
     cuda_gemm_table *t = s->gemm;
-    for (int i = 0; i < t->plans; i++)
-        if (memcmp(&t->plan[i].key, key, sizeof *key) == 0) {
-            *out = &t->plan[i];
-            return MD_OK;
-        }
     if (t->plans == CUDA_GEMM_PLANS)
         MD_FAIL(MD_ERR_MEMORY, "more than %d shapes of matrix products", CUDA_GEMM_PLANS);
     cuda_gemm_plan p = {};
     p.key = *key;
     md_status st = describe(&p);
-    if (st == MD_OK)
+    if (st == MD_OK && !choice)
         st = choose(s, &p);
     if (st != MD_OK) {
         plan_free(&p);
         return st;
     }
-    t->plan[t->plans] = p;
-    *out = &t->plan[t->plans++];
+    if (choice) {
+        p.algo = choice->algo;
+        p.workspace = choice->workspace;
+        p.own = choice->own;
+    }
+    t->plan[t->plans++] = p;
     return MD_OK;
+}
+
+md_status cuda_gemm_find(cuda_state *s, const cuda_gemm_key *key, cuda_gemm_plan **out)
+{
+    cuda_gemm_table *t = s->gemm;
+    *out = look_up(t, key);
+    if (*out)
+        return MD_OK;
+    MD_TRY(add(s, key, NULL));
+    *out = &t->plan[t->plans - 1];
+    return MD_OK;
+}
+
+md_status cuda_gemm_take(cuda_state *s, const cuda_gemm_plan *known)
+{
+    return look_up(s->gemm, &known->key) ? MD_OK : add(s, &known->key, known);
+}
+
+void cuda_gemm_tune(md_backend *be)
+{
+    cuda_state_of(be)->gemm->tune = true;
 }
 
 md_status cuda_gemm_run(cuda_state *s, const cuda_gemm_plan *p, const cuda_gemm_operands *o)

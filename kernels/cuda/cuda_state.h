@@ -28,6 +28,11 @@ static inline cuda_state *cuda_state_of(const md_backend *be)
     return (cuda_state *)be;
 }
 
+/* Rows of md_tuning_ops. */
+void cuda_gemm_tune(md_backend *be);
+md_status cuda_gemm_write(md_backend *be, char **out);
+md_status cuda_gemm_read(md_backend *be, const char *text);
+
 /* The library's handle and the table of plans; close also ends what open left half done. */
 md_status cuda_gemm_open(cuda_state *s);
 void cuda_gemm_close(cuda_state *s);
