@@ -11,7 +11,8 @@
 #   MARCH=native             CPU to build for, the build machine's by default; MARCH= for any
 #   BUILD=build V=1          build folder; show whole commands
 #   SAN=address,undefined    sanitizer build, in its own folder
-#   CUDA=0                   the CUDA backend is not part of this version: 0 is the only value
+#   CUDA=1                   the cuda backend, with nvcc, cuBLASLt and NCCL from CUDA_HOME (and
+#                            NCCL_HOME); by default where there is an nvcc. CUDA=0: without
 #   DEPS=0                   `make test` and `make demo` do not look at Debian packages
 #   PREFIX=/usr/local DESTDIR=
 .SUFFIXES:
@@ -29,12 +30,11 @@ squeeze = $(subst $(space),,$(1))
 SAN    ?=
 BUILD  ?= build$(if $(SAN),-$(subst $(comma),-,$(SAN)))
 PREFIX ?= /usr/local
-CUDA   ?= 0
 MARCH  ?= native
-
-ifneq ($(CUDA),0)
-$(error CUDA=$(CUDA): this version has no CUDA backend; build with CUDA=0)
-endif
+CUDA_HOME ?= $(patsubst %/bin/nvcc,%,$(firstword $(wildcard $(shell command -v nvcc) \
+    /usr/local/cuda/bin/nvcc)))
+NVCC   ?= $(CUDA_HOME)/bin/nvcc
+CUDA   ?= $(if $(wildcard $(NVCC)),1,0)
 
 # ---- compiler and flags ----
 
@@ -91,6 +91,20 @@ DEP_LIBS := $(call dep_libs,$(HDF5_HOME),$(HDF5_PKG),-lhdf5) \
 TEST_CFLAGS := $(call dep_cflags,$(CMOCKA_HOME),cmocka)
 TEST_LIBS   := $(call dep_libs,$(CMOCKA_HOME),cmocka,-lcmocka)
 
+# The cuda backend is compiled twice: by nvcc for GPUs, and by the C++ compiler with a stand-in for
+# CUDA (tests/emu), on which the tests run it. Either is linked with the same library.
+CXX        ?= g++
+CUDA_ARCH  ?= -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 \
+    -gencode arch=compute_90,code=compute_90
+NVCC_FLAGS := -std=c++17 -O3 $(CUDA_ARCH) -Xcompiler -Wall,-Wextra,-Wno-missing-field-initializers \
+    $(if $(SAN),-g)
+CUDA_LIB   := $(wildcard $(CUDA_HOME)/lib64 $(CUDA_HOME)/lib)
+CUDA_LIBS  := $(foreach d,$(CUDA_LIB) $(wildcard $(NCCL_HOME)/lib),-L$(d) -Wl,-rpath,$(d)) \
+    -lcublasLt -lnccl -lcudart_static -lrt -ldl -lstdc++
+CUDA_CFLAGS := $(foreach d,$(NCCL_HOME) $(CUDA_HOME),-isystem $(d)/include)
+EMU_FLAGS  := -std=c++17 -D_GNU_SOURCE -DMD_EMU -I. -Itests/emu/include -g $(if $(SAN),-O1,-O2) -Wall -Wextra \
+    -Wno-missing-field-initializers -Wno-unknown-pragmas $(SANFLAGS)
+
 CFLAGS_ALL := $(strip $(CSTD) $(WARN) $(OPT) -fopenmp -pthread $(CFLAGS) $(SANFLAGS))
 EXTRA      := # of single files, by target
 COMPILE    := $(CC) -I. $(strip $(DEP_CFLAGS)) $(CPPFLAGS) $(CFLAGS_ALL)
@@ -99,7 +113,7 @@ LIBS_ALL   := $(LDFLAGS) $(strip $(DEP_LIBS))
 
 # ---- files ----
 
-SRC  := $(wildcard src/*.c kernels/*.c kernels/*/*.c mpi/*.c io/*.c)
+SRC  := $(filter-out mpi/comm_nccl.c,$(wildcard src/*.c kernels/*.c kernels/*/*.c mpi/*.c io/*.c))
 OBJ  := $(SRC:%.c=$(BUILD)/%.o)
 LIB  := $(BUILD)/libmd_hpc.a
 PROG := $(BUILD)/md_hpc
@@ -107,6 +121,13 @@ TEST_SRC  := $(wildcard tests/unit/test_*.c tests/ops/test_*.c tests/par/test_*.
 TESTS     := $(TEST_SRC:%.c=$(BUILD)/%)
 # The op tests are one program of several files.
 OPS_OBJ   := $(patsubst %.c,$(BUILD)/%.o,$(filter-out $(TEST_SRC),$(wildcard tests/ops/*.c)))
+CUDA_SRC  := $(wildcard kernels/cuda/*.cu)
+NCCL_SRC  := $(wildcard mpi/comm_nccl.c)
+CUDA_OBJ  := $(CUDA_SRC:%.cu=$(BUILD)/cuda/%.o) $(NCCL_SRC:%.c=$(BUILD)/cuda/%.o)
+EMU_SRC   := $(filter-out tests/emu/test_%,$(wildcard tests/emu/*.cpp))
+EMU_OBJ   := $(CUDA_SRC:%.cu=$(BUILD)/emu/%.o) $(EMU_SRC:%.cpp=$(BUILD)/emu/%.o) \
+    $(NCCL_SRC:%.c=$(BUILD)/emu/%.o)
+EMU_PROGS := $(BUILD)/emu/md_hpc $(BUILD)/emu/test_ops $(if $(wildcard tests/emu/test_emu.cpp),$(BUILD)/emu/test_emu)
 BENCH_SRC := $(wildcard bench/*.c)
 BENCHES   := $(BENCH_SRC:%.c=$(BUILD)/%)
 
@@ -126,7 +147,7 @@ endif
 all: $(PROG)
 	@cmp -s $(PROG) md_hpc || cp -f $(PROG) md_hpc
 
-tests: $(TESTS)
+tests: $(TESTS) $(EMU_PROGS)
 	@:
 benches: $(BENCHES)
 	@:
@@ -137,7 +158,8 @@ PROBE = CC='$(CC)' MPICC='$(MPICC)' PKG_CONFIG='$(PKG_CONFIG)' ONEDNN='$(ONEDNN)
     PROBE_CC='$(COMPILE)' PROBE_LIBS='$(LIBS_ALL)' scripts/probe.sh $(BUILD)
 $(BUILD)/flags: FORCE
 	@mkdir -p $(@D)
-	@printf '%s\n' '$(COMPILE)' '$(LIBS_ALL)' '$(TEST_CFLAGS) $(TEST_LIBS)' > $@.new
+	@printf '%s\n' '$(COMPILE)' '$(LIBS_ALL)' '$(TEST_CFLAGS) $(TEST_LIBS)' '$(CXX) $(EMU_FLAGS)' \
+	    '$(if $(filter 1,$(CUDA)),$(NVCC) $(NVCC_FLAGS) $(CUDA_LIBS))' > $@.new
 	@cmp -s $@.new $@ && rm -f $@.new || { \
 	    $(PROBE) && mv $@.new $@; }
 
@@ -165,9 +187,42 @@ $(LIB): $(filter-out $(BUILD)/src/main.o,$(OBJ))
 	@rm -f $@
 	$(Q)$(AR) rcs $@ $^
 
-$(PROG): $(BUILD)/src/main.o $(LIB) $(SANOBJ)
+$(PROG): $(BUILD)/src/main.o $(if $(filter 1,$(CUDA)),$(CUDA_OBJ)) $(LIB) $(SANOBJ)
 	$(say) LINK $@
-	$(Q)$(CC) $(CFLAGS_ALL) -rdynamic $^ -o $@ $(LIBS_ALL) # the watchdog's stacks have names
+	$(Q)$(CC) $(CFLAGS_ALL) -rdynamic $^ -o $@ $(LIBS_ALL) \
+	    $(if $(filter 1,$(CUDA)),$(CUDA_LIBS)) # the watchdog's stacks have names
+
+$(BUILD)/cuda/%.o: %.cu $(BUILD)/flags
+	$(say) NVCC $<
+	@mkdir -p $(@D)
+	$(Q)$(NVCC) $(NVCC_FLAGS) -I. -MMD -MP -MF $(@:.o=.d) -c $< -o $@
+$(BUILD)/cuda/%.o: %.c $(BUILD)/flags
+	$(say) CC $<
+	@mkdir -p $(@D)
+	$(Q)$(COMPILE) $(CUDA_CFLAGS) -MMD -MP -c $< -o $@
+
+$(BUILD)/emu/%.o: %.cu $(BUILD)/flags
+	$(say) CXX $<
+	@mkdir -p $(@D)
+	$(Q)$(CXX) -x c++ $(EMU_FLAGS) -MMD -MP -c $< -o $@
+$(BUILD)/emu/%.o: %.cpp $(BUILD)/flags
+	$(say) CXX $<
+	@mkdir -p $(@D)
+	$(Q)$(CXX) $(strip $(DEP_CFLAGS)) $(EMU_FLAGS) -MMD -MP -c $< -o $@
+$(BUILD)/emu/%.o: %.c $(BUILD)/flags
+	$(say) CC $<
+	@mkdir -p $(@D)
+	$(Q)$(COMPILE) -Itests/emu/include -MMD -MP -c $< -o $@
+EMU_LINK = $(Q)$(CC) $(CFLAGS_ALL) -rdynamic $^ -o $@ $(LIBS_ALL) $(TEST_LIBS) -lstdc++
+$(BUILD)/emu/md_hpc: $(BUILD)/src/main.o $(EMU_OBJ) $(LIB) $(SANOBJ)
+	$(say) LINK $@
+	$(EMU_LINK)
+$(BUILD)/emu/test_ops: $(BUILD)/tests/ops/test_ops.o $(OPS_OBJ) $(EMU_OBJ) $(LIB) $(SANOBJ)
+	$(say) LINK $@
+	$(EMU_LINK)
+$(BUILD)/emu/test_emu: $(BUILD)/emu/tests/emu/test_emu.o $(EMU_OBJ) $(LIB) $(SANOBJ)
+	$(say) LINK $@
+	$(EMU_LINK)
 
 $(BUILD)/tests/%: tests/%.c $(LIB) $(SANOBJ)
 	$(say) TEST $<
@@ -181,7 +236,7 @@ $(BUILD)/bench/%: bench/%.c $(LIB)
 	@mkdir -p $(@D)
 	$(Q)$(COMPILE) -MMD -MP $< $(LIB) -o $@ $(LIBS_ALL)
 
--include $(OBJ:.o=.d) $(OPS_OBJ:.o=.d) $(TESTS:=.d) $(BENCHES:=.d)
+-include $(EMU_OBJ:.o=.d) $(CUDA_OBJ:.o=.d) $(OBJ:.o=.d) $(OPS_OBJ:.o=.d) $(TESTS:=.d) $(BENCHES:=.d)
 
 # ---- people's targets ----
 

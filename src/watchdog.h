@@ -14,6 +14,8 @@
 
 #include "src/hang.h"
 
+MD_C_BEGIN
+
 /* ---- marks; main thread only; Local, nanoseconds, whether anybody watches or not ---- */
 
 /* This rank is now in the phase of this name (a string that stays), which counts as progress.
@@ -37,5 +39,7 @@ void md_watch_stop(void);
 void md_watch_dir(const char *run);
 /* Names of all ranks' hosts, `width` bytes each; copied. Local. */
 void md_watch_hosts(const char *hosts, int width);
+
+MD_C_END
 
 #endif

@@ -56,6 +56,7 @@ MD_OPS(CUDA_DECLARE)
     X(colsum)                    \
     X(act_bwd)                   \
     X(residual_ln_bwd)           \
+    X(attention)                 \
     X(attention_bwd)             \
     X(tokens_bwd)                \
     X(loss)                      \

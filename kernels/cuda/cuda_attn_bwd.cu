@@ -1,0 +1,578 @@
+/* cuda_attn_bwd: gradients of softmax attention in bf16 on tensor cores. Probabilities come again
+ * from lse, once for each of two kernels, so that every sum has one owner:
+ *
+ *   queries   A warp owns 16 queries of a head: dq, and delta = sum d_o o of its rows, which the
+ *             other kernel reads. Keys and values stream through three stages of shared memory. A
+ *             block of threads stays with its queries for a whole chunk of images, so that the sums
+ *             of dlogits over images stay in its shared memory; each chunk then writes one partial
+ *             drel.
+ *   keys      A warp owns 16 keys: dk and dv. Queries and d_o of the head lie in shared memory, all
+ *             of them where they fit, else part after part. */
+#include "kernels/cuda/cuda_attn.cuh"
+
+/* Tiles of 16 queries of a block of threads, at most; blocks of keys of a stage; stages. */
+#define QUERY_WARPS(w) ((w) <= 80 ? 9 : 8)
+#define QUERY_STAGE    4
+#define QUERY_STAGES   3
+
+/* What the sums of dlogits may take of shared memory together with the stages on the largest GPU.
+ * Chunks are cut for it everywhere. */
+#define QUERY_SMEM 232448
+
+/* Blocks of threads that fill a GPU when each has a multiprocessor for itself. */
+#define QUERY_GRID 132
+
+/* Bytes of the sums of a tile and a block of keys. */
+#define SUMS_BLOCK (ATTN_BLOCK * ATTN_BLOCK * (int)sizeof(float))
+
+/* Warps of a block of threads of the keys kernel, at most: two blocks fill a multiprocessor. */
+#define KEY_WARPS(w) ((w) <= 80 ? 6 : 4)
+
+struct bwd_args {
+    attn_dims d;
+    const md_bf16 *qkv, *o, *d_o;
+    const uint4 *rel; /* in the order of the lanes, then its transpose */
+    const float *lse;
+    md_bf16 *dqkv;
+    float *delta, *part;
+    int chunks, groups; /* of images, of queries */
+    int stages;         /* of an image's keys */
+    int resident;       /* blocks of queries in shared memory */
+};
+
+/* One block of scores as probabilities and gradients of the logits, from scores and gradients of
+ * the probabilities: p = 2^(s scale + bias), ds = p (dp - delta); bias and scale in base 2. */
+MD_DEV void bwd_logit(float &s, float &dp, float bias, float scale, float delta)
+{
+    s = md_exp2(s * scale + bias);
+    dp = s * (dp - delta);
+}
+
+/* ---- queries ---- */
+
+/* A warp's 16 queries of one image; lse (in base 2) and delta of rows g and g + 8. */
+template <int W> struct query_tile {
+    uint32_t q[W / 16][4], g[W / 16][4];
+    float dq[W / 8][4], lse[2], delta[2];
+};
+
+/* Where a stage's keys are for this lane. rel and sums: of the tile, block 0 of the head. */
+struct query_keys {
+    const md_bf16 *k, *k_sum;
+    const uint4 *rel;
+    float4 *sums;
+    int tokens;
+    float scale;
+};
+
+template <int W>
+MD_DEV void query_begin(query_tile<W> &t, const bwd_args &a, int image, int head, int first)
+{
+    const attn_dims &d = a.d;
+    const int lane = attn_thread() % MD_WARP;
+    attn_rows q = {a.qkv + attn_at(d, image, head, 3 * a.d.row), 3 * a.d.row, first, ATTN_BLOCK};
+    attn_rows g = {a.d_o + attn_at(d, image, head, a.d.row), a.d.row, first, ATTN_BLOCK};
+    attn_rows o = {a.o + attn_at(d, image, head, a.d.row), a.d.row, first, ATTN_BLOCK};
+    attn_left<W>(t.q, q, d);
+    attn_left<W>(t.g, g, d);
+    float sum[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int k = 0; k < W / 16; k++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            uint32_t x =
+                attn_pair(o, d, first + lane / 4 + i % 2 * 8, 16 * k + lane % 4 * 2 + i / 2 * 8);
+            sum[i % 2] += md_unpack_lo(x) * md_unpack_lo(t.g[k][i]) +
+                          md_unpack_hi(x) * md_unpack_hi(t.g[k][i]);
+        }
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const int row = first + lane / 4 + 8 * r;
+        const int64_t at = ((int64_t)image * d.heads + head) * d.tokens + row;
+        t.delta[r] = attn_quad_sum(sum[r]);
+        t.lse[r] = row < d.tokens ? a.lse[at] * MD_LOG2E : 0.0f;
+        if (lane % 4 == 0 && row < d.tokens)
+            a.delta[at] = t.delta[r];
+    }
+#pragma unroll
+    for (int n = 0; n < W / 8; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            t.dq[n][i] = 0.0f;
+}
+
+template <int W>
+MD_DEV void query_end(const query_tile<W> &t, const bwd_args &a, int image, int head, int first)
+{
+    const float scale[2] = {a.d.scale, a.d.scale};
+    attn_rows to = {nullptr, 3 * a.d.row, first, ATTN_BLOCK};
+    attn_write<W>(a.dqkv + attn_at(a.d, image, head, 3 * a.d.row), t.dq, to, a.d, scale);
+}
+
+/* Gradients of the logits of one block, in dp, and their sums over images. */
+template <bool REL>
+MD_DEV void query_logits(float (&s)[2][4], float (&dp)[2][4], const uint4 &word,
+                         const query_keys &k, int block, const float (&row)[4])
+{
+    float bias[2][4] = {};
+    if (REL)
+        attn_bias(bias, word);
+    const bool cut = !REL && ATTN_BLOCK * (block + 1) > k.tokens;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            bwd_logit(s[h][i], dp[h][i], bias[h][i] * MD_LOG2E - row[i / 2], k.scale,
+                      row[2 + i / 2]);
+            if (cut && attn_column(block, h, i) >= k.tokens)
+                dp[h][i] = 0.0f;
+        }
+        if (REL && k.sums) {
+            float4 &sum = k.sums[(2 * block + h) * MD_WARP];
+            float4 x = sum;
+            x.x += dp[h][0], x.y += dp[h][1], x.z += dp[h][2], x.w += dp[h][3];
+            sum = x;
+        }
+    }
+}
+
+/* N blocks of keys from block `at` of the stage, which is `block` of the head. */
+template <int W, bool REL, int N>
+MD_DEV void query_step(query_tile<W> &t, const query_keys &k, int at, int block)
+{
+    const int offset = at * ATTN_BLOCK * ATTN_ROW(W);
+    float s[N][2][4] = {}, dp[N][2][4] = {};
+    uint4 word[N] = {};
+    if (REL) {
+#pragma unroll
+        for (int n = 0; n < N; n++)
+            word[n] = k.rel[(block + n) * MD_WARP];
+    }
+#pragma unroll
+    for (int c = 0; c < W / 16; c++)
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            const int from = offset + n * ATTN_BLOCK * ATTN_ROW(W) + 16 * c;
+            attn_scores(s[n], t.q[c], k.k + from);
+            attn_scores(dp[n], t.g[c], k.k + from + W);
+        }
+    const float row[4] = {t.lse[0], t.lse[1], t.delta[0], t.delta[1]};
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        uint32_t ds[4];
+        query_logits<REL>(s[n], dp[n], word[n], k, block + n, row);
+        attn_round(ds, dp[n]);
+        attn_sum<W>(t.dq, ds, k.k_sum + offset + n * ATTN_BLOCK * ATTN_ROW(W));
+    }
+}
+
+/* The stages of all images of a chunk in one row: step / stages is the image, from `first` on, and
+ * step % stages its stage. Step n lies in buffer n % QUERY_STAGES. */
+struct query_steps {
+    int first, count;
+};
+
+template <int W> MD_DEV md_bf16 *query_buffer(int step)
+{
+    return reinterpret_cast<md_bf16 *>(md_smem()) +
+           step % QUERY_STAGES * (QUERY_STAGE * ATTN_BLOCK * ATTN_ROW(W));
+}
+
+/* Starts the copy of a step's keys and values; a group even when there is nothing left. */
+template <int W>
+MD_DEV void query_fetch(const bwd_args &a, int head, const query_steps &s, int step)
+{
+    const int rows = QUERY_STAGE * ATTN_BLOCK;
+    if (step < s.count) {
+        md_bf16 *to = query_buffer<W>(step);
+        const int padded = (a.d.tokens + ATTN_BLOCK - 1) / ATTN_BLOCK * ATTN_BLOCK;
+        const int first = step % a.stages * rows, image = s.first + step / a.stages;
+        attn_rows from = {a.qkv + attn_at(a.d, image, head, 3 * a.d.row) + a.d.row, 3 * a.d.row,
+                          first, padded - first < rows ? padded - first : rows};
+        attn_fetch<W>(to, from, a.d);
+        from.from += a.d.row;
+        attn_fetch<W>(to + W, from, a.d);
+    }
+    md_async_commit();
+}
+
+/* One step for a warp's queries; stage: of the image. */
+template <int W, bool REL>
+MD_DEV void query_stage(query_tile<W> &t, query_keys &k, const md_bf16 *keys, int stage)
+{
+    const int first = stage * QUERY_STAGE, blocks = (k.tokens + ATTN_BLOCK - 1) / ATTN_BLOCK;
+    const int count = blocks - first < QUERY_STAGE ? blocks - first : QUERY_STAGE;
+    k.k = attn_scores_at<W>(keys);
+    k.k_sum = attn_sum_at<W>(keys);
+    int at = 0;
+#pragma unroll 1
+    for (; at + 2 <= count; at += 2)
+        query_step<W, REL, 2>(t, k, at, first + at);
+    if (at < count)
+        query_step<W, REL, 1>(t, k, at, first + at);
+}
+
+/* A warp's sums of dlogits into its rows of the chunk's partial drel [T, T]. */
+MD_DEV void query_sums(float *to, const float4 *sums, int tokens, int first, int blocks)
+{
+    const int row = first + (int)threadIdx.x % MD_WARP / 4;
+#pragma unroll 1
+    for (int i = 0; i < 2 * blocks; i++) {
+        const float4 x = sums[i * MD_WARP];
+        const float value[4] = {x.x, x.y, x.z, x.w};
+        for (int j = 0; j < 4; j++) {
+            int r = row + j / 2 * 8, c = attn_column(i / 2, i % 2, j);
+            if (r < tokens && c < tokens)
+                to[(int64_t)r * tokens + c] = value[j];
+        }
+    }
+}
+
+template <int W, bool REL> MD_KERNEL(ATTN_BOUNDS(QUERY_WARPS(W), 1)) attn_bwd_queries(bwd_args a)
+{
+    const attn_dims d = a.d;
+    const int group = (int)blockIdx.x % a.groups, head = (int)blockIdx.x / a.groups % d.heads;
+    const int chunk = (int)blockIdx.x / (a.groups * d.heads);
+    const int blocks = (d.tokens + ATTN_BLOCK - 1) / ATTN_BLOCK;
+    const int warp = attn_warp(), lane = (int)threadIdx.x % MD_WARP;
+    const int tile = group * ((int)blockDim.x / MD_WARP) + warp, first = tile * ATTN_BLOCK;
+    const int begin = (int)((int64_t)d.images * chunk / a.chunks);
+    const int end = (int)((int64_t)d.images * (chunk + 1) / a.chunks);
+    const query_steps s = {begin, (end - begin) * a.stages};
+    query_keys k = {};
+    k.tokens = d.tokens;
+    k.scale = d.scale * MD_LOG2E;
+    if (REL)
+        k.rel = a.rel + ((int64_t)head * blocks + tile) * blocks * MD_WARP + lane;
+    if (REL && a.part) {
+        const int room = QUERY_STAGES * QUERY_STAGE * ATTN_BLOCK * ATTN_ROW(W);
+        k.sums = reinterpret_cast<float4 *>(reinterpret_cast<md_bf16 *>(md_smem()) + room) +
+                 warp * 2 * blocks * MD_WARP + lane;
+#pragma unroll 1
+        for (int i = 0; i < 2 * blocks; i++)
+            k.sums[i * MD_WARP] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    }
+    for (int i = 0; i + 1 < QUERY_STAGES; i++)
+        query_fetch<W>(a, head, s, i);
+    query_tile<W> t;
+    for (int step = 0; step < s.count; step++) {
+        const int stage = step % a.stages, image = s.first + step / a.stages;
+        if (stage == 0 && tile < blocks)
+            query_begin<W>(t, a, image, head, first);
+        md_async_wait<QUERY_STAGES - 2>();
+        md_barrier(); /* this stage is there, and the one before it has been read */
+        query_fetch<W>(a, head, s, step + QUERY_STAGES - 1);
+        if (tile < blocks)
+            query_stage<W, REL>(t, k, query_buffer<W>(step), stage);
+        if (stage == a.stages - 1 && tile < blocks)
+            query_end<W>(t, a, image, head, first);
+    }
+    if (REL && a.part && tile < blocks)
+        query_sums(a.part + ((int64_t)chunk * d.heads + head) * d.tokens * d.tokens, k.sums,
+                   d.tokens, first, blocks);
+}
+
+/* ---- keys ---- */
+
+/* A warp's 16 keys. */
+template <int W> struct key_tile {
+    uint32_t k[W / 16][4], v[W / 16][4];
+    float dk[W / 8][4], dv[W / 8][4];
+};
+
+/* Where the queries are for this lane: as right factor of scores and of sums, and the columns' own
+ * numbers; d_o is W further. first: the block that lies there. */
+struct key_queries {
+    const md_bf16 *q, *q_sum, *own;
+    const uint4 *rel;
+    int first;
+    float scale;
+};
+
+/* What the queries bring, lse (in base 2) and delta, lies behind their rows. */
+template <int W> MD_DEV float2 *key_own(md_bf16 *row)
+{
+    return reinterpret_cast<float2 *>(row + 2 * W);
+}
+
+/* One block of queries. Rows are keys: those beyond the tokens go nowhere; queries beyond them are
+ * zeros, and so are their d_o. */
+template <int W, bool REL> MD_DEV void key_step(key_tile<W> &t, const key_queries &k, int block)
+{
+    const int offset = (block - k.first) * ATTN_BLOCK * ATTN_ROW(W);
+    float s[2][4] = {}, dp[2][4] = {}, bias[2][4] = {};
+    uint4 word = {};
+    if (REL)
+        word = k.rel[block * MD_WARP];
+#pragma unroll
+    for (int c = 0; c < W / 16; c++) {
+        attn_scores(s, t.k[c], k.q + offset + 16 * c);
+        attn_scores(dp, t.v[c], k.q + offset + 16 * c + W);
+    }
+    if (REL)
+        attn_bias(bias, word);
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const float2 own =
+                *reinterpret_cast<const float2 *>(k.own + offset + (8 * h + j) * ATTN_ROW(W));
+            bwd_logit(s[h][j], dp[h][j], bias[h][j] * MD_LOG2E - own.x, k.scale, own.y);
+            bwd_logit(s[h][j + 2], dp[h][j + 2], bias[h][j + 2] * MD_LOG2E - own.x, k.scale, own.y);
+        }
+    uint32_t p[4];
+    attn_round(p, s);
+    attn_sum<W>(t.dv, p, k.q_sum + offset + W);
+    attn_round(p, dp);
+    attn_sum<W>(t.dk, p, k.q_sum + offset);
+}
+
+template <int W>
+MD_DEV void key_begin(key_tile<W> &t, const bwd_args &a, int image, int head, int first)
+{
+    attn_rows from = {a.qkv + attn_at(a.d, image, head, 3 * a.d.row) + a.d.row, 3 * a.d.row, first,
+                      ATTN_BLOCK};
+    attn_left<W>(t.k, from, a.d);
+    from.from += a.d.row;
+    attn_left<W>(t.v, from, a.d);
+#pragma unroll
+    for (int n = 0; n < W / 8; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            t.dk[n][i] = t.dv[n][i] = 0.0f;
+}
+
+/* Rows [first, first + count) of queries, d_o, lse and delta into shared memory. */
+template <int W>
+MD_DEV void key_fetch(const bwd_args &a, int image, int head, const key_queries &k, int count)
+{
+    const int first = k.first * ATTN_BLOCK;
+    md_bf16 *to = reinterpret_cast<md_bf16 *>(md_smem());
+    attn_rows q = {a.qkv + attn_at(a.d, image, head, 3 * a.d.row), 3 * a.d.row, first, count};
+    attn_rows g = {a.d_o + attn_at(a.d, image, head, a.d.row), a.d.row, first, count};
+    attn_fetch<W>(to, q, a.d);
+    attn_fetch<W>(to + W, g, a.d);
+    md_async_commit();
+    const int64_t at = ((int64_t)image * a.d.heads + head) * a.d.tokens + first;
+#pragma unroll 1
+    for (int i = (int)threadIdx.x; i < count; i += (int)blockDim.x) {
+        const bool there = first + i < a.d.tokens;
+        *key_own<W>(to + i * ATTN_ROW(W)) =
+            there ? make_float2(a.lse[at + i] * MD_LOG2E, a.delta[at + i])
+                  : make_float2(0.0f, 0.0f);
+    }
+    md_async_wait<0>();
+}
+
+template <int W>
+MD_DEV void key_end(const bwd_args &a, const key_tile<W> &t, int image, int head, int first)
+{
+    const float scale[2] = {a.d.scale, a.d.scale}, one[2] = {1.0f, 1.0f};
+    md_bf16 *to = a.dqkv + attn_at(a.d, image, head, 3 * a.d.row) + a.d.row;
+    attn_rows rows = {nullptr, 3 * a.d.row, first, ATTN_BLOCK};
+    attn_write<W>(to, t.dk, rows, a.d, scale);
+    attn_write<W>(to + a.d.row, t.dv, rows, a.d, one);
+}
+
+template <int W, bool REL> MD_KERNEL(ATTN_BOUNDS(KEY_WARPS(W), 2)) attn_bwd_keys(bwd_args a)
+{
+    const attn_dims &d = a.d;
+    const int head = (int)blockIdx.x % d.heads, image = (int)blockIdx.x / d.heads;
+    const int blocks = (d.tokens + ATTN_BLOCK - 1) / ATTN_BLOCK;
+    const int warps = (int)blockDim.x / MD_WARP, warp = attn_warp();
+    const int lane = (int)threadIdx.x % MD_WARP;
+    md_bf16 *q = reinterpret_cast<md_bf16 *>(md_smem());
+    key_queries k = {
+        attn_scores_at<W>(q), attn_sum_at<W>(q), q + lane % 4 * 2 * ATTN_ROW(W) + 2 * W, nullptr, 0,
+        d.scale * MD_LOG2E};
+    for (int round = 0; round < blocks; round += warps) {
+        const int tile = round + warp;
+        key_tile<W> t;
+        if (tile < blocks)
+            key_begin<W>(t, a, image, head, tile * ATTN_BLOCK);
+        if (REL)
+            k.rel = a.rel + ((int64_t)(d.heads + head) * blocks + tile) * blocks * MD_WARP + lane;
+        for (k.first = 0; k.first < blocks; k.first += a.resident) {
+            const int end = k.first + a.resident < blocks ? k.first + a.resident : blocks;
+            if (round == 0 || blocks > a.resident) {
+                md_barrier();
+                key_fetch<W>(a, image, head, k, (end - k.first) * ATTN_BLOCK);
+                md_barrier();
+            }
+#pragma unroll 1
+            for (int block = k.first; tile < blocks && block < end; block++)
+                key_step<W, REL>(t, k, block);
+        }
+        if (tile < blocks)
+            key_end<W>(a, t, image, head, tile * ATTN_BLOCK);
+    }
+}
+
+/* ---- host ---- */
+
+typedef void (*bwd_kernel)(bwd_args);
+
+static bwd_kernel queries_of(int width, bool rel)
+{
+    switch (width) {
+#define CASE(w) \
+    case w:     \
+        return rel ? attn_bwd_queries<w, true> : attn_bwd_queries<w, false>;
+        ATTN_WIDTHS(CASE)
+#undef CASE
+    }
+    return nullptr;
+}
+
+static bwd_kernel keys_of(int width, bool rel)
+{
+    switch (width) {
+#define CASE(w) \
+    case w:     \
+        return rel ? attn_bwd_keys<w, true> : attn_bwd_keys<w, false>;
+        ATTN_WIDTHS(CASE)
+#undef CASE
+    }
+    return nullptr;
+}
+
+/* Shared memory that a block of threads of the queries kernel may have; found at setup. */
+static int query_smem = ATTN_SMEM;
+
+md_status attn_bwd_setup(void)
+{
+    static const int room[] = {QUERY_SMEM, 163 * 1024, ATTN_SMEM};
+    size_t i = 0;
+    while (i + 1 < MD_COUNT(room) &&
+           MD_ALLOW_SMEM((attn_bwd_queries<80, true>), room[i]) != cudaSuccess) {
+        (void)cudaGetLastError(); /* a smaller GPU */
+        i++;
+    }
+    query_smem = room[i];
+#define ALLOW(w)                                                                               \
+    MD_TRY(cuda_ok(MD_ALLOW_SMEM((attn_bwd_queries<w, false>), query_smem), "shared memory")); \
+    MD_TRY(cuda_ok(MD_ALLOW_SMEM((attn_bwd_queries<w, true>), query_smem), "shared memory"));  \
+    MD_TRY(cuda_ok(MD_ALLOW_SMEM((attn_bwd_keys<w, false>), ATTN_SMEM), "shared memory"));     \
+    MD_TRY(cuda_ok(MD_ALLOW_SMEM((attn_bwd_keys<w, true>), ATTN_SMEM), "shared memory"));
+    ATTN_WIDTHS(ALLOW)
+#undef ALLOW
+    return MD_OK;
+}
+
+static int stage_bytes(int width)
+{
+    return QUERY_STAGES * QUERY_STAGE * ATTN_BLOCK * ATTN_ROW(width) * (int)sizeof(md_bf16);
+}
+
+/* Tiles of a block of threads that keeps the sums of dlogits, with `smem` bytes; 0: not even one.
+ */
+static int query_tiles(const attn_dims &d, int width, int smem)
+{
+    int most = (smem - stage_bytes(width)) / (SUMS_BLOCK * attn_blocks(d));
+    return most < 1 ? 0 : attn_warps(attn_blocks(d), MD_MIN(most, QUERY_WARPS(width)));
+}
+
+/* Chunks of images, from the shape only: as many as fill a large GPU. Without drel every image is
+ * its own. */
+static int image_chunks(const md_attention_bwd_args *a, const attn_dims &d)
+{
+    if (!a->drel)
+        return d.images;
+    int tiles = attn_tensor_cores(a->qkv, a->heads) ? query_tiles(d, d.width, QUERY_SMEM)
+                                                    : QUERY_WARPS(d.width);
+    int groups = (int)cuda_ceil(attn_blocks(d), MD_MAX(tiles, 1));
+    return MD_MAX(1, MD_MIN(d.images, QUERY_GRID / (d.heads * groups)));
+}
+
+/* Offsets in the scratch: delta, the bias, the partial drel; its end. */
+struct bwd_layout {
+    size_t rel, part, end;
+};
+
+static bwd_layout layout_of(const md_attention_bwd_args *a, const attn_dims &d)
+{
+    const size_t rows = (size_t)d.heads * (size_t)d.tokens;
+    bwd_layout l;
+    l.rel = attn_line(sizeof(float) * rows * (size_t)d.images);
+    l.part = l.rel + (a->rel && attn_tensor_cores(a->qkv, a->heads)
+                          ? attn_line(2 * sizeof(uint4) * (size_t)attn_rel_words(d))
+                          : 0);
+    l.end = l.part;
+    if (a->drel)
+        l.end += sizeof(float) * rows * (size_t)d.tokens * (size_t)image_chunks(a, d);
+    return l;
+}
+
+size_t cuda_attention_bwd_scratch(md_backend *be, const md_attention_bwd_args *a)
+{
+    (void)be;
+    return layout_of(a, attn_dims_of(a->qkv, a->heads, a->scale)).end;
+}
+
+/* Whether the bf16 kernels can do it. */
+static bool fits(const md_attention_bwd_args *a, const attn_dims &d)
+{
+    return attn_tensor_cores(a->qkv, a->heads) && attn_aligned(a->qkv) && attn_aligned(a->o) &&
+           attn_aligned(a->d_o) && attn_aligned(a->dqkv) &&
+           (!a->drel || query_tiles(d, d.width, query_smem) > 0);
+}
+
+static md_status launch(md_backend *be, const md_attention_bwd_args *a, bwd_args k)
+{
+    const int width = k.d.width, blocks = attn_blocks(k.d);
+    const int tiles =
+        k.part ? query_tiles(k.d, width, query_smem) : attn_warps(blocks, QUERY_WARPS(width));
+    const int sums = k.part ? tiles * blocks * SUMS_BLOCK : 0;
+    const int resident = ATTN_BLOCK * ATTN_ROW(width) * (int)sizeof(md_bf16);
+    k.groups = (int)cuda_ceil(blocks, tiles);
+    k.stages = (int)cuda_ceil(blocks, QUERY_STAGE);
+    k.resident = MD_MIN(blocks, ATTN_SMEM / resident);
+    bwd_kernel queries = queries_of(width, a->rel != nullptr);
+    bwd_kernel keys = keys_of(width, a->rel != nullptr);
+    MD_LAUNCH(queries, k.groups * k.d.heads * k.chunks, tiles * MD_WARP, stage_bytes(width) + sums,
+              cuda_stream(be), k);
+    MD_LAUNCH(keys, k.d.heads * k.d.images, attn_warps(blocks, KEY_WARPS(width)) * MD_WARP,
+              k.resident * resident, cuda_stream(be), k);
+    return cuda_launched(MD_OP_attention_bwd);
+}
+
+md_status cuda_attention_bwd(md_backend *be, const md_attention_bwd_args *a)
+{
+    CUDA_CHECK(attention_bwd, a);
+    MD_TRY(attn_check(MD_OP_attention_bwd, a->qkv, a->rel, a->lse, a->heads));
+    if (a->accumulate & 1 || (a->drel && !a->rel))
+        MD_FAIL(MD_ERR_BUG, "attention_bwd: dqkv does not accumulate, and drel needs rel");
+    const attn_dims d = attn_dims_of(a->qkv, a->heads, a->scale);
+    const bwd_layout l = layout_of(a, d);
+    void *scratch;
+    MD_TRY(cuda_scratch(be, MD_OP_attention_bwd, l.end, &scratch));
+    char *base = static_cast<char *>(scratch);
+    attn_bwd_room room = {reinterpret_cast<float *>(base),
+                          a->drel ? reinterpret_cast<float *>(base + l.part) : nullptr,
+                          image_chunks(a, d)};
+    if (!fits(a, d)) {
+        MD_TRY(attn_plain_bwd(be, a, room));
+    } else {
+        bwd_args k = {};
+        k.d = d;
+        k.qkv = cuda_data<md_bf16>(a->qkv);
+        k.o = cuda_data<md_bf16>(a->o);
+        k.d_o = cuda_data<md_bf16>(a->d_o);
+        k.lse = cuda_data<float>(a->lse);
+        k.dqkv = cuda_data<md_bf16>(a->dqkv);
+        k.delta = room.delta;
+        k.part = room.part;
+        k.chunks = room.chunks;
+        if (a->rel) {
+            uint4 *rel = reinterpret_cast<uint4 *>(base + l.rel);
+            attn_arrange(be, d, cuda_data<md_bf16>(a->rel), rel, true);
+            k.rel = rel;
+        }
+        MD_TRY(launch(be, a, k));
+    }
+    if (!a->drel)
+        return MD_OK;
+    return cuda_reduce_chunks(be, MD_OP_attention_bwd, room.part, room.chunks,
+                              (int64_t)d.heads * d.tokens * d.tokens, cuda_data<float>(a->drel),
+                              a->accumulate >> 1 & 1);
+}

@@ -1,0 +1,433 @@
+/* emu_runtime: CUDA's runtime on the CPU, for tests. Streams are lazy: what is put on them runs
+ * when the host waits or asks, and which stream goes on is drawn at random, so that a wait that was
+ * left out gives wrong results. Memory of the device is the heap's, filled with 0xff (NaNs), of
+ * exact size, so that AddressSanitizer sees what goes beyond it. Copies from pinned memory read
+ * their source when they run; the destination of a download is spoiled until then. */
+#include "tests/emu/emu_runtime.h"
+
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <map>
+#include <random>
+#include <string>
+#include <vector>
+
+struct emu_graph {
+    std::vector<emu_work> work;
+};
+
+struct emu_stream {
+    std::deque<emu_work> work;
+    emu_graph *recording;
+};
+
+struct emu_event {
+    uint64_t recorded, reached; /* times */
+    double when;                /* of the last one reached, in seconds */
+};
+
+namespace
+{
+
+std::vector<emu_stream *> streams;
+std::map<char *, size_t> device_memory, pinned_memory;
+std::map<std::string, long> calls;
+size_t in_use;
+cudaError_t last_error;
+int current_device;
+
+std::mt19937 &random_source()
+{
+    static std::mt19937 source(emu_seed());
+    return source;
+}
+
+long environment(const char *name, long otherwise)
+{
+    const char *text = std::getenv(name);
+    return text ? std::strtol(text, nullptr, 10) : otherwise;
+}
+
+size_t memory_limit()
+{
+    return (size_t)environment("MD_EMU_MEMORY", 8l << 30);
+}
+
+double seconds()
+{
+    const auto now = std::chrono::steady_clock::now().time_since_epoch();
+    return std::chrono::duration<double>(now).count();
+}
+
+bool within(const std::map<char *, size_t> &blocks, const void *p)
+{
+    auto block = blocks.upper_bound(static_cast<char *>(const_cast<void *>(p)));
+    if (block == blocks.begin())
+        return false;
+    --block;
+    return p < block->first + block->second;
+}
+
+cudaError_t fail(cudaError_t err)
+{
+    last_error = err;
+    return err;
+}
+
+/* Asks `done` between steps; where nothing is left to run it has to hold. */
+template <class F> void run_until(F done)
+{
+    while (!done())
+        if (!emu_step()) {
+            std::fprintf(stderr, "emulated CUDA: waits for what nobody will do\n");
+            std::abort();
+        }
+}
+
+} // namespace
+
+unsigned emu_seed()
+{
+    return (unsigned)environment("MD_EMU_SEED", 1);
+}
+
+void emu_set_error(cudaError_t err)
+{
+    last_error = err;
+}
+
+bool emu_fails(const char *what)
+{
+    const char *spec = std::getenv("MD_EMU_FAIL");
+    if (!spec)
+        return false;
+    const size_t n = std::strlen(what);
+    return std::strncmp(spec, what, n) == 0 && spec[n] == '#' &&
+           ++calls[what] == std::strtol(spec + n + 1, nullptr, 10);
+}
+
+void emu_queue(cudaStream_t stream, emu_work work)
+{
+    if (stream->recording)
+        stream->recording->work.push_back(std::move(work));
+    else
+        stream->work.push_back(std::move(work));
+}
+
+bool emu_step()
+{
+    std::vector<emu_stream *> ready;
+    for (emu_stream *s : streams)
+        if (!s->work.empty())
+            ready.push_back(s);
+    if (ready.empty())
+        return false;
+    emu_stream *s = ready[random_source()() % ready.size()];
+    for (unsigned burst = 1 + random_source()() % 8; burst > 0 && !s->work.empty(); burst--) {
+        emu_work work = s->work.front(); /* it may put more on the stream */
+        if (!work())
+            break;
+        s->work.pop_front();
+    }
+    return true;
+}
+
+/* ---- errors and devices ---- */
+
+const char *cudaGetErrorString(cudaError_t err)
+{
+    static const char *const text[] = {"no error",
+                                       "invalid argument",
+                                       "out of memory",
+                                       "invalid configuration argument",
+                                       "no CUDA-capable device is detected",
+                                       "invalid device ordinal",
+                                       "device not ready",
+                                       "unspecified launch failure"};
+    return text[err];
+}
+
+cudaError_t cudaGetLastError(void)
+{
+    const cudaError_t err = last_error;
+    last_error = cudaSuccess;
+    return err;
+}
+
+cudaError_t cudaDriverGetVersion(int *version)
+{
+    *version = environment("MD_EMU_DEVICES", 1) < 0 ? 0 : 13000;
+    return cudaSuccess;
+}
+
+cudaError_t cudaRuntimeGetVersion(int *version)
+{
+    *version = 13000;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGetDeviceCount(int *count)
+{
+    *count = (int)environment("MD_EMU_DEVICES", 1);
+    return *count > 0 ? cudaSuccess : fail(cudaErrorNoDevice);
+}
+
+cudaError_t cudaGetDevice(int *device)
+{
+    *device = current_device;
+    return cudaSuccess;
+}
+
+cudaError_t cudaSetDevice(int device)
+{
+    if (device < 0 || device >= environment("MD_EMU_DEVICES", 1))
+        return fail(cudaErrorInvalidDevice);
+    current_device = device;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp *prop, int device)
+{
+    (void)device;
+    std::snprintf(prop->name, sizeof prop->name, "emulated GPU");
+    prop->major = 9;
+    prop->minor = 0;
+    return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetPCIBusId(char *id, int size, int device)
+{
+    std::snprintf(id, (size_t)size, "0000:%02X:00.0", device);
+    return cudaSuccess;
+}
+
+/* ---- memory ---- */
+
+cudaError_t cudaMemGetInfo(size_t *left, size_t *total)
+{
+    *total = memory_limit();
+    *left = *total - in_use;
+    return cudaSuccess;
+}
+
+cudaError_t cudaMalloc(void **out, size_t bytes)
+{
+    *out = nullptr;
+    if (in_use + bytes > memory_limit() || emu_fails("malloc") ||
+        posix_memalign(out, 256, bytes) != 0)
+        return fail(cudaErrorMemoryAllocation);
+    std::memset(*out, 0xff, bytes);
+    device_memory[static_cast<char *>(*out)] = bytes;
+    in_use += bytes;
+    return cudaSuccess;
+}
+
+cudaError_t cudaFree(void *p)
+{
+    const auto block = device_memory.find(static_cast<char *>(p));
+    if (!p)
+        return cudaSuccess;
+    if (block == device_memory.end())
+        return fail(cudaErrorInvalidValue);
+    while (emu_step())
+        ;
+    in_use -= block->second;
+    device_memory.erase(block);
+    std::free(p);
+    return cudaSuccess;
+}
+
+cudaError_t cudaMallocHost(void **out, size_t bytes)
+{
+    if (emu_fails("pinned") || posix_memalign(out, 256, bytes) != 0)
+        return fail(cudaErrorMemoryAllocation);
+    pinned_memory[static_cast<char *>(*out)] = bytes;
+    return cudaSuccess;
+}
+
+cudaError_t cudaFreeHost(void *p)
+{
+    if (p && !pinned_memory.erase(static_cast<char *>(p)))
+        return fail(cudaErrorInvalidValue);
+    while (emu_step())
+        ;
+    std::free(p);
+    return cudaSuccess;
+}
+
+cudaError_t cudaMemcpyAsync(void *dst, const void *src, size_t bytes, cudaMemcpyKind kind,
+                            cudaStream_t stream)
+{
+    const bool up = kind == cudaMemcpyHostToDevice, down = kind == cudaMemcpyDeviceToHost;
+    if (bytes == 0)
+        return cudaSuccess;
+    if (within(device_memory, src) == up || within(device_memory, dst) == down ||
+        emu_fails("memcpy"))
+        return fail(cudaErrorInvalidValue);
+    if (up && !within(pinned_memory, src)) {
+        const char *from = static_cast<const char *>(src);
+        const std::vector<char> now(from, from + bytes);
+        emu_queue(stream, [=] {
+            std::memcpy(dst, now.data(), bytes);
+            return true;
+        });
+        return cudaSuccess;
+    }
+    if (down)
+        std::memset(dst, 0xff, bytes);
+    emu_queue(stream, [=] {
+        std::memcpy(dst, src, bytes);
+        return true;
+    });
+    return cudaSuccess;
+}
+
+cudaError_t cudaMemsetAsync(void *dst, int value, size_t bytes, cudaStream_t stream)
+{
+    emu_queue(stream, [=] {
+        std::memset(dst, value, bytes);
+        return true;
+    });
+    return cudaSuccess;
+}
+
+/* ---- streams and events ---- */
+
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned flags)
+{
+    (void)flags;
+    *out = new emu_stream{};
+    streams.push_back(*out);
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamDestroy(cudaStream_t stream)
+{
+    run_until([=] { return stream->work.empty(); });
+    for (size_t i = 0; i < streams.size(); i++)
+        if (streams[i] == stream)
+            streams.erase(streams.begin() + (long)i);
+    delete stream;
+    return cudaSuccess;
+}
+
+/* Who asks gets ahead a good deal, for between two questions the host may sleep. */
+static void go_ahead()
+{
+    for (int i = 0; i < 64 && emu_step(); i++)
+        ;
+}
+
+cudaError_t cudaStreamQuery(cudaStream_t stream)
+{
+    go_ahead();
+    return stream->work.empty() ? cudaSuccess : cudaErrorNotReady;
+}
+
+cudaError_t cudaStreamSynchronize(cudaStream_t stream)
+{
+    run_until([=] { return stream->work.empty(); });
+    return cudaSuccess;
+}
+
+/* For the record that was the last one when this was called, as CUDA has it. */
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags)
+{
+    (void)flags;
+    const uint64_t record = event->recorded;
+    emu_queue(stream, [=] { return event->reached >= record; });
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t *out, unsigned flags)
+{
+    (void)flags;
+    *out = new emu_event{};
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventDestroy(cudaEvent_t event)
+{
+    while (emu_step())
+        ;
+    delete event;
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream)
+{
+    const uint64_t record = ++event->recorded;
+    emu_queue(stream, [=] {
+        event->reached = record;
+        event->when = seconds();
+        return true;
+    });
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventQuery(cudaEvent_t event)
+{
+    go_ahead();
+    return event->reached >= event->recorded ? cudaSuccess : cudaErrorNotReady;
+}
+
+cudaError_t cudaEventSynchronize(cudaEvent_t event)
+{
+    run_until([=] { return event->reached >= event->recorded; });
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t begin, cudaEvent_t end)
+{
+    *ms = (float)(1e3 * (end->when - begin->when));
+    return cudaSuccess;
+}
+
+/* ---- recordings ---- */
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode)
+{
+    (void)mode;
+    if (stream->recording)
+        return fail(cudaErrorInvalidValue);
+    stream->recording = new emu_graph;
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *out)
+{
+    if (!stream->recording)
+        return fail(cudaErrorInvalidValue);
+    *out = stream->recording;
+    stream->recording = nullptr;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t *out, cudaGraph_t graph, unsigned long long flags)
+{
+    (void)flags;
+    *out = new emu_graph(*graph);
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphDestroy(cudaGraph_t graph)
+{
+    delete graph;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec)
+{
+    delete exec;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream)
+{
+    for (const emu_work &work : exec->work)
+        emu_queue(stream, work);
+    return cudaSuccess;
+}

@@ -1,0 +1,23 @@
+/* emu_runtime: the stand-in's streams, for its other parts. Everything runs on the calling thread,
+ * when the host waits or asks. */
+#ifndef MD_EMU_RUNTIME_H
+#define MD_EMU_RUNTIME_H
+
+#include <cuda_runtime.h>
+#include <functional>
+
+/* Work on a stream; returns false when it cannot go on yet and has to be called again. */
+typedef std::function<bool()> emu_work;
+
+/* Puts work on a stream, or on the graph that the stream is recording. */
+void emu_queue(cudaStream_t stream, emu_work work);
+/* Lets some stream run a little. Returns whether there was anything to run. */
+bool emu_step();
+/* The error that cudaGetLastError gives next. */
+void emu_set_error(cudaError_t err);
+/* Whether this is the call of `what` that MD_EMU_FAIL = "what#N" lets fail. */
+bool emu_fails(const char *what);
+/* MD_EMU_SEED, 1 when it is not set: of every order that the stand-in chooses. */
+unsigned emu_seed();
+
+#endif
