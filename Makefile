@@ -230,6 +230,9 @@ $(BUILD)/tests/%: tests/%.c $(LIB) $(SANOBJ)
 	$(Q)$(COMPILE) $(TEST_CFLAGS) -MMD -MP $< $(TEST_OBJ) $(LIB) $(SANOBJ) -o $@ $(TEST_LIBS) $(LIBS_ALL)
 $(BUILD)/tests/ops/test_ops: $(OPS_OBJ)
 $(BUILD)/tests/ops/test_ops: private TEST_OBJ := $(OPS_OBJ)
+FAKE_DEVICE := $(BUILD)/tests/ops/fake_device.o
+$(BUILD)/tests/par/test_comm_device: $(FAKE_DEVICE)
+$(BUILD)/tests/par/test_comm_device: private TEST_OBJ := $(FAKE_DEVICE)
 
 $(BUILD)/bench/%: bench/%.c $(LIB)
 	$(say) BENCH $<

@@ -53,7 +53,8 @@ static void check_idle(const md_comm_request *req)
 static void check_parts(const md_comm *c, int64_t n, md_dtype dtype)
 {
     MD_ASSERT(n % c->size == 0, "%lld elements over %d ranks", (long long)n, c->size);
-    MD_ASSERT(dtype == MD_F32 || dtype == MD_F64 || dtype == MD_I32 || dtype == MD_I64,
+    MD_ASSERT(dtype == MD_F32 || dtype == MD_BF16 || dtype == MD_F64 || dtype == MD_I32 ||
+                  dtype == MD_I64,
               "no reduce-scatter of %s", md_dtype_name(dtype));
 }
 

@@ -1,5 +1,6 @@
 /* comm: collectives on one group of ranks. Nothing above mpi/ knows what carries them: one rank
- * alone (comm_self), MPI on host buffers (comm_mpi), nothing at all (comm_plan), later NCCL.
+ * alone (comm_self), MPI on host buffers (comm_mpi), nothing at all (comm_plan), and for buffers
+ * that are operands of a backend NCCL (comm_nccl) or MPI through host memory (comm_staged).
  *
  * Every function is Collective over the group of `c` unless it says Local; all ranks must call in
  * the same order with the same count, type and operation. Only the thread that started MPI calls.
@@ -53,14 +54,15 @@ md_status md_comm_split(md_comm *c, int colour, int key, md_comm **out);
 md_status md_comm_split_node(md_comm *c, md_comm **out);
 
 void md_comm_barrier(md_comm *c);
-/* In place on host memory: n elements of dtype F32, F64, I32, I64 or U8. */
+/* In place: n elements of dtype F32, BF16, F64, I32, I64 or U8. Over MPI a sum of bf16 is rounded
+ * after each of its size - 1 additions, which are made in f32. */
 void md_comm_allreduce(md_comm *c, void *buf, int64_t n, md_dtype dtype, md_reduce op);
 void md_comm_bcast(md_comm *c, void *buf, int64_t bytes, int root);
 /* Gathers `bytes` bytes of every rank into recv[size * bytes] in rank order. In place when send is
  * recv + rank * bytes; else the two may not overlap. */
 void md_comm_allgather(md_comm *c, const void *send, void *recv, int64_t bytes);
-/* recv gets this rank's 1/size part of the sum of all send[n]; n divides by size. F32, F64, I32 or
- * I64. recv may not overlap send, except in a group of one. */
+/* recv gets this rank's 1/size part of the sum of all send[n]; n divides by size. F32, BF16,
+ * F64, I32 or I64. recv may not overlap send, except in a group of one. */
 void md_comm_reduce_scatter(md_comm *c, const void *send, void *recv, int64_t n, md_dtype dtype);
 /* Exclusive prefix sum of one int64; rank 0 gets 0. */
 int64_t md_comm_exscan(md_comm *c, int64_t value);

@@ -167,6 +167,7 @@ md_status md_mpi_start(int *argc, char ***argv, md_comm **world)
     MPI_Comm_create_errhandler(on_error, &error_handler);
     MPI_Comm_set_errhandler(MPI_COMM_WORLD, error_handler);
     MPI_Comm_set_errhandler(MPI_COMM_SELF, error_handler);
+    md_mpi_bf16_start();
     if (provided < MPI_THREAD_FUNNELED)
         MD_FAIL(MD_ERR_DEVICE, "this MPI library supports no threads beside the one that calls it");
     MPI_Comm handle; /* own context: messages of other libraries cannot be mistaken for ours */
@@ -179,6 +180,7 @@ md_status md_mpi_start(int *argc, char ***argv, md_comm **world)
     if (st == MD_OK)
         md_comm_free(*world);
     md_base_set_abort_hook(NULL);
+    md_mpi_bf16_stop();
     MPI_Finalize();
     return st != MD_OK ? st : md_error_set(MD_ERR_MEMORY, "another rank has no memory to start");
 }
@@ -186,6 +188,7 @@ md_status md_mpi_start(int *argc, char ***argv, md_comm **world)
 void md_mpi_stop(md_comm *world)
 {
     md_comm_free(world);
+    md_mpi_bf16_stop();
     MPI_Errhandler_free(&error_handler);
     md_base_set_abort_hook(NULL);
     MPI_Finalize();

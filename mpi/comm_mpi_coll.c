@@ -44,14 +44,18 @@ static MPI_Datatype type_of(md_dtype dtype)
         return MPI_INT64_T;
     case MD_U8:
         return MPI_UINT8_T;
+    case MD_BF16:
+        return MPI_UINT16_T;
     default:
         MD_ASSERT(false, "no reduction on %s", md_dtype_name(dtype));
         return MPI_DATATYPE_NULL;
     }
 }
 
-static MPI_Op op_of(md_reduce op)
+static MPI_Op op_of(md_dtype dtype, md_reduce op)
 {
+    if (dtype == MD_BF16)
+        return md_mpi_bf16_op(op);
     return op == MD_SUM ? MPI_SUM : op == MD_MAX_OP ? MPI_MAX : MPI_MIN;
 }
 
@@ -111,7 +115,7 @@ static void add(void *sum, const void *x, int64_t n, md_dtype dtype)
     size_t width = md_dtype_bytes(dtype);
     for (int64_t at = 0; at < n; at += slice_elements)
         MPI_Reduce_local((const char *)x + (size_t)at * width, (char *)sum + (size_t)at * width,
-                         (int)MD_MIN(slice_elements, n - at), type_of(dtype), MPI_SUM);
+                         (int)MD_MIN(slice_elements, n - at), type_of(dtype), op_of(dtype, MD_SUM));
 }
 
 /* Of elements [0, n) of every part of `stride` elements: what is this rank's, added up. The sum of
@@ -161,7 +165,7 @@ void md_mpi_allreduce(md_comm *c, void *buf, int64_t n, md_dtype dtype, md_reduc
     bool sums = op == MD_SUM && dtype != MD_U8;
     for (int64_t at = sums ? sum_in_two(c, buf, n, dtype) : 0; at < n; at += slice_elements)
         MPI_Allreduce(MPI_IN_PLACE, (char *)buf + (size_t)at * width,
-                      (int)MD_MIN(slice_elements, n - at), type_of(dtype), op_of(op),
+                      (int)MD_MIN(slice_elements, n - at), type_of(dtype), op_of(dtype, op),
                       mpi_handle(c));
 }
 
@@ -285,7 +289,7 @@ void md_mpi_allreduce_begin(md_comm *c, void *buf, int64_t n, md_dtype dtype, md
         int64_t at = (int64_t)i * slice_elements;
         MPI_Request r;
         MPI_Iallreduce(MPI_IN_PLACE, (char *)buf + (size_t)at * width,
-                       (int)MD_MIN(slice_elements, n - at), type_of(dtype), op_of(op),
+                       (int)MD_MIN(slice_elements, n - at), type_of(dtype), op_of(dtype, op),
                        mpi_handle(c), &r);
         request_set(req, i, r);
     }

@@ -37,6 +37,12 @@ md_status md_mpi_reserve(md_comm *c, size_t bytes, int requests);
 bool md_mpi_poll(md_comm *c, md_comm_request *req);
 void md_mpi_wait(md_comm *c, md_comm_request *req);
 
+/* Sums, maxima and minima of bf16, which MPI takes for MPI_UINT16_T: made after MPI has started,
+ * and freed before it ends. */
+void md_mpi_bf16_start(void);
+void md_mpi_bf16_stop(void);
+MPI_Op md_mpi_bf16_op(md_reduce op);
+
 /* Frees what md_mpi_reserve and reduce-scatters have made; none may be under way. */
 void md_mpi_works_free(mpi_comm *m);
 

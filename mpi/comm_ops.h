@@ -1,7 +1,8 @@
 /* comm_ops: what stands behind md_comm. One row of functions per carrier: self (comm_self.c), MPI
- * (comm_mpi.c), plan (comm_plan.c); a further carrier is a further row. comm.c is the only caller:
- * it counts, passes the fault sites and skips empty calls, so a row holds nothing but the
- * transport. Private to mpi/. */
+ * (comm_mpi.c), plan (comm_plan.c), staged (comm_staged.c), NCCL (comm_nccl.c); a further carrier
+ * is a further row. comm.c is the only caller, beside carriers that stand on another one: it
+ * counts, passes the fault sites and skips empty calls, so a row holds nothing but the transport.
+ * Private to mpi/. */
 #ifndef MD_COMM_OPS_H
 #define MD_COMM_OPS_H
 

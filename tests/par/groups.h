@@ -5,6 +5,8 @@
 
 #include "tests/par/par_main.h"
 
+#include "kernels/backend.h"
+#include "mpi/comm_device.h"
 #include "mpi/topo.h"
 
 enum { N = 1000, MAX_RANKS = 8 };
@@ -26,8 +28,28 @@ static inline int expected(int64_t i, int size, md_reduce op)
     return v;
 }
 
+/* The same groups again, for operands of a backend; here they are host memory. */
+static inline void on_staged(md_comm *const *groups, size_t n, void (*check)(md_comm *c))
+{
+    md_backend *be;
+    md_comm *world, *halves;
+    assert_ok(md_backend_create("cpu", 1, &be));
+    for (size_t i = 0; i < n; i++) {
+        md_comm *c;
+        assert_ok(md_comm_staged(groups[i], be, &c));
+        check(c);
+        md_comm_free(c);
+    }
+    assert_ok(md_comm_staged(par_world, be, &world));
+    assert_ok(md_comm_split(world, md_comm_rank(world) % 2, md_comm_rank(world), &halves));
+    check(halves);
+    md_comm_free(halves);
+    md_comm_free(world);
+    md_backend_destroy(be);
+}
+
 /* Runs check on: the world, its halves, the node, every rank alone (by MPI), every rank alone
- * (self), and the groups of every process grid. */
+ * (self), all of these staged, and the groups of every process grid. */
 static inline void on_every_group(void (*check)(md_comm *c))
 {
     md_comm *halves, *node, *single, *self;
@@ -40,6 +62,7 @@ static inline void on_every_group(void (*check)(md_comm *c))
     md_comm *groups[] = {par_world, halves, node, single, self};
     for (size_t i = 0; i < MD_COUNT(groups); i++)
         check(groups[i]);
+    on_staged(groups, MD_COUNT(groups), check);
     for (size_t i = 1; i < MD_COUNT(groups); i++)
         md_comm_free(groups[i]);
     for (int tensor = 1; tensor <= size; tensor++) {

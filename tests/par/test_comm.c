@@ -1,5 +1,6 @@
 /* Blocking collectives on small integers, which floats add exactly in any order: bit equality on
  * every group. */
+#include "kernels/scalar_math.h"
 #include "tests/par/groups.h"
 
 #define CHECK_ALLREDUCE(type, dtype)                                       \
@@ -14,6 +15,55 @@
         for (int i = 0; i < N; i++)                                        \
             assert_true(buf[i] == (type)expected(i, md_comm_size(c), op)); \
     } while (0)
+
+/* Small enough that every sum is a bf16 number. */
+static float small(int64_t i, int r)
+{
+    return (float)((i + 3 * r) % 31 - 15);
+}
+
+static float small_expected(int64_t i, int size, md_reduce op)
+{
+    float v = small(i, 0);
+    for (int r = 1; r < size; r++) {
+        float x = small(i, r);
+        v = op == MD_SUM ? v + x : op == MD_MAX_OP ? MD_MAX(v, x) : MD_MIN(v, x);
+    }
+    return v;
+}
+
+static void check_bf16(md_comm *c)
+{
+    enum { PART = 33 };
+    int size = md_comm_size(c), rank = md_comm_rank(c);
+    uint16_t buf[N], send[MAX_RANKS * PART], recv[PART];
+    for (md_reduce op = MD_SUM; op <= MD_MIN_OP; op++) {
+        for (int i = 0; i < N; i++)
+            buf[i] = md_bf16_from_f32(small(i, rank));
+        md_comm_allreduce(c, buf, N, MD_BF16, op);
+        for (int i = 0; i < N; i++)
+            assert_true(md_f32_from_bf16(buf[i]) == small_expected(i, size, op));
+    }
+    for (int i = 0; i < size * PART; i++)
+        send[i] = md_bf16_from_f32(small(i, rank));
+    md_comm_reduce_scatter(c, send, recv, size * PART, MD_BF16);
+    for (int i = 0; i < PART; i++)
+        assert_true(md_f32_from_bf16(recv[i]) == small_expected(rank * PART + i, size, MD_SUM));
+}
+
+/* Each addition is exact in f32 and rounded once, to nearest even. */
+static void test_bf16_rounds(void **state)
+{
+    (void)state;
+    uint16_t x = md_bf16_from_f32(md_comm_rank(par_world) == 0 ? 256.0f : 1.0f);
+    md_comm_allreduce(par_world, &x, 1, MD_BF16, MD_SUM);
+    if (md_comm_size(par_world) == 2)
+        assert_int_equal(x, md_bf16_from_f32(256.0f));
+    x = md_bf16_from_f32(md_comm_rank(par_world) == 0 ? 256.0f : 3.0f);
+    md_comm_allreduce(par_world, &x, 1, MD_BF16, MD_SUM);
+    if (md_comm_size(par_world) == 2)
+        assert_int_equal(x, md_bf16_from_f32(260.0f));
+}
 
 static void check_allreduce(md_comm *c)
 {
@@ -106,6 +156,7 @@ static void test_collectives(void **state)
     on_every_group(check_moves);
     on_every_group(check_allgather);
     on_every_group(check_reduce_scatter);
+    on_every_group(check_bf16);
 }
 
 /* The same with every collective cut into slices that do not divide its length. */
@@ -116,6 +167,7 @@ static void test_sliced(void **state)
     on_every_group(check_moves);
     on_every_group(check_allgather);
     on_every_group(check_reduce_scatter);
+    on_every_group(check_bf16);
     md_mpi_set_slice(47);
     on_every_group(check_allreduce);
     md_mpi_set_slice((int64_t)1 << 28);
@@ -219,6 +271,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(test_collectives),         cmocka_unit_test(test_sliced),
     cmocka_unit_test(test_long_reduce_scatter), cmocka_unit_test(test_long_sum),
     cmocka_unit_test(test_split_order),         cmocka_unit_test(test_shared),
+    cmocka_unit_test(test_bf16_rounds),
 };
 
 PAR_MAIN(tests)

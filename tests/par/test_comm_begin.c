@@ -197,6 +197,17 @@ static void test_reserve(void **state)
     check_reserve(c);
     md_comm_free(c);
     assert_int_equal(md_alloc_now(), before);
+    md_backend *be;
+    assert_ok(md_backend_create("cpu", 1, &be));
+    before = md_alloc_now();
+    assert_ok(md_comm_split(par_world, 0, md_comm_rank(par_world), &c));
+    md_comm *staged;
+    assert_ok(md_comm_staged(c, be, &staged));
+    check_reserve(staged);
+    md_comm_free(staged);
+    md_comm_free(c);
+    assert_int_equal(md_alloc_now(), before);
+    md_backend_destroy(be);
 }
 
 /* Every collective once, some twice; buffers may be NULL for a planned group. */
