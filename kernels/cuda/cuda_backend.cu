@@ -39,6 +39,11 @@ cudaStream_t cuda_stream(const md_backend *be)
     return cuda_state_of(be)->stream;
 }
 
+void *md_cuda_stream(const md_backend *be)
+{
+    return cuda_stream(be);
+}
+
 md_status cuda_scratch(const md_backend *be, md_op op, size_t need, void **scratch)
 {
     if (be->scratch_size < need)
@@ -74,7 +79,8 @@ static void rest(double waited)
 /* Asks until the answer is not "not ready", and the watchers whether all is well. */
 static md_status wait_for(cuda_state *s, cudaError_t (*ask)(cuda_state *s, int slot), int slot)
 {
-    const char *was = md_phase("cuda.sync");
+    /* A GPU whose work waits for other ranks is one more way to wait for them. */
+    const char *was = md_phase(s->watchers > 0 ? "comm.gpu" : "cuda.sync");
     const double begun = md_now();
     md_status st = md_fault("cuda.sync")
                        ? md_error_set(MD_ERR_DEVICE, "waiting for the GPU: injected fault")

@@ -17,6 +17,9 @@ md_status md_cuda_create(const md_backend_args *args, md_backend **out);
 md_status md_cuda_watch(md_backend *be, md_status (*look)(void *context), void *context);
 void md_cuda_unwatch(md_backend *be, void *context);
 
+/* The stream of the ops, a cudaStream_t. Local. */
+void *md_cuda_stream(const md_backend *be);
+
 MD_C_END
 
 #endif
