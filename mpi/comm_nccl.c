@@ -304,8 +304,7 @@ static void nccl_barrier(md_comm *c)
 
 static int64_t nccl_exscan(md_comm *c, int64_t value)
 {
-    md_comm *boot = nccl_of(c)->boot;
-    return boot->ops->exscan(boot, value);
+    return nccl_of(c)->boot->ops->exscan(nccl_of(c)->boot, value);
 }
 
 static md_status nccl_shared(md_comm *c, size_t bytes, void **out)
@@ -414,18 +413,11 @@ static md_status connected(ncclResult_t r, const char *what)
     return nccl_ok(r, what);
 }
 
-static ncclConfig_t config_of(void)
-{
-    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
-    config.blocking = 0;
-    return config;
-}
-
 /* Takes over boot, also on failure. Collective(c). */
 static md_status split_over(md_comm *c, md_comm *boot, int colour, int key, md_comm **out)
 {
     nccl_comm *parent = nccl_of(c), *g = NULL;
-    ncclConfig_t config = config_of();
+    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
     md_status st = md_agree(parent->boot, make(boot, parent->be, &g));
     if (st != MD_OK) {
         if (g)
@@ -434,6 +426,7 @@ static md_status split_over(md_comm *c, md_comm *boot, int colour, int key, md_c
         return st;
     }
     g->owns_boot = true;
+    config.blocking = 0;
     ncclResult_t r = ncclCommSplit(parent->handle, colour, key, &g->handle, &config);
     r = settle(parent->handle, r, CONNECT_SECONDS);
     if (r == ncclSuccess && g->handle)
@@ -457,37 +450,35 @@ static md_status nccl_split_node(md_comm *c, md_comm **out)
     return split_over(c, boot, (int)first, c->rank, out);
 }
 
-typedef struct facts {
-    int nccl, runtime, major, minor;
-} facts;
-
-static md_status look_up(facts *f)
+static md_status look_up(int *nccl, int *runtime, int *capability)
 {
-    int device;
-    MD_TRY(nccl_ok(ncclGetVersion(&f->nccl), "ncclGetVersion"));
-    GPU_TRY(cudaRuntimeGetVersion(&f->runtime));
+    int device, major, minor;
+    MD_TRY(nccl_ok(ncclGetVersion(nccl), "ncclGetVersion"));
+    GPU_TRY(cudaRuntimeGetVersion(runtime));
     GPU_TRY(cudaGetDevice(&device));
-    GPU_TRY(cudaDeviceGetAttribute(&f->major, cudaDevAttrComputeCapabilityMajor, device));
-    GPU_TRY(cudaDeviceGetAttribute(&f->minor, cudaDevAttrComputeCapabilityMinor, device));
+    GPU_TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    GPU_TRY(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+    *capability = 10 * major + minor;
     return MD_OK;
 }
 
 static md_status same_everywhere(md_comm *boot)
 {
-    facts f = {0};
-    MD_TRY(md_agree(boot, look_up(&f)));
-    MD_TRY(md_agree_same(boot, "NCCL's version", f.nccl));
-    MD_TRY(md_agree_same(boot, "the version of CUDA's runtime", f.runtime));
-    return md_agree_same(boot, "ten times the GPU's compute capability", 10 * f.major + f.minor);
+    int nccl = 0, runtime = 0, capability = 0;
+    MD_TRY(md_agree(boot, look_up(&nccl, &runtime, &capability)));
+    MD_TRY(md_agree_same(boot, "NCCL's version", nccl));
+    MD_TRY(md_agree_same(boot, "the version of CUDA's runtime", runtime));
+    return md_agree_same(boot, "ten times the GPU's compute capability", capability);
 }
 
 md_status md_comm_nccl(md_comm *boot, md_backend *be, md_comm **out)
 {
     nccl_comm *g = NULL;
     ncclUniqueId id;
-    ncclConfig_t config = config_of();
+    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
     MD_TRY(same_everywhere(boot));
     memset(&id, 0, sizeof id);
+    config.blocking = 0;
     md_status st = make(boot, be, &g);
     if (st == MD_OK && boot->rank == 0)
         st = nccl_ok(ncclGetUniqueId(&id), "ncclGetUniqueId");

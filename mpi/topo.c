@@ -210,9 +210,11 @@ md_status md_topo_operands(md_topo *t, md_backend *be, const char *kind)
 {
     if (!md_backend_is_device(be))
         return MD_OK;
-    MD_TRY(md_comm_for_backend(t->tp, be, kind, &t->op_tp));
-    MD_TRY(md_comm_for_backend(t->dp, be, kind, &t->op_dp));
-    return md_comm_for_backend(t->all, be, kind, &t->op_all);
+    md_comm *const host[] = {t->tp, t->dp, t->all};
+    md_comm **const op[] = {&t->op_tp, &t->op_dp, &t->op_all};
+    for (size_t i = 0; i < MD_COUNT(host); i++) /* what fails in one group may not in its sisters */
+        MD_TRY(md_agree(t->world, md_comm_for_backend(host[i], be, kind, op[i])));
+    return MD_OK;
 }
 
 void md_topo_free(md_topo *t)
