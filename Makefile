@@ -102,7 +102,7 @@ CUDA_LIB   := $(wildcard $(CUDA_HOME)/lib64 $(CUDA_HOME)/lib)
 CUDA_LIBS  := $(foreach d,$(CUDA_LIB) $(wildcard $(NCCL_HOME)/lib),-L$(d) -Wl,-rpath,$(d)) \
     -lcublasLt -lnccl -lcudart_static -lrt -ldl -lstdc++
 CUDA_CFLAGS := $(foreach d,$(NCCL_HOME) $(CUDA_HOME),-isystem $(d)/include)
-EMU_FLAGS  := -std=c++17 -D_GNU_SOURCE -DMD_EMU -I. -Itests/emu/include -g $(if $(SAN),-O1,-O2) -Wall -Wextra \
+EMU_FLAGS  := -std=c++17 -D_GNU_SOURCE -DMD_EMU -DOMPI_SKIP_MPICXX -DMPICH_SKIP_MPICXX -I. -Itests/emu/include -g $(if $(SAN),-O1,-O2) -Wall -Wextra \
     -Wno-missing-field-initializers -Wno-unknown-pragmas $(SANFLAGS)
 
 CFLAGS_ALL := $(strip $(CSTD) $(WARN) $(OPT) -fopenmp -pthread $(CFLAGS) $(SANFLAGS))

@@ -40,6 +40,14 @@ static size_t region_bytes(const md_method *m)
     return MD_MAX(m->teacher_graph.region_bytes, m->student_graph.region_bytes);
 }
 
+/* The norm over whole groups; with ZeRO a rank takes parts of them. */
+static md_status plan_norm(const md_params *p, md_backend *plan)
+{
+    md_piece piece[MD_GROUPS];
+    md_grad_stats stats;
+    return md_optim_grad_stats(plan, p, piece, md_params_pieces(p, piece), &stats);
+}
+
 md_status md_stepper_plan(const md_method *method, md_backend *backend, md_stepper_bytes *out)
 {
     md_method m = *method; /* running the graphs only reads them, apart from backend and group */
@@ -61,11 +69,15 @@ md_status md_stepper_plan(const md_method *method, md_backend *backend, md_stepp
     if (st == MD_OK)
         st = md_graph_backward(&m.student_graph, plan, true, NULL, NULL);
     md_plan_total backward = md_plan_take(plan);
+    if (st == MD_OK)
+        st = plan_norm(&m.params, plan);
+    md_plan_total norm = md_plan_take(plan);
     plan->destroy(plan);
     md_comm_free(tp);
     *out = (md_stepper_bytes){
         .activations = region_bytes(method),
-        .scratch = MD_MAX(MD_MAX(teacher.scratch, student.scratch), backward.scratch),
+        .scratch = MD_MAX(MD_MAX(teacher.scratch, student.scratch),
+                          MD_MAX(backward.scratch, norm.scratch)),
         .student_forward = student.flops,
         .student_backward = backward.flops,
         .teacher_forward = teacher.flops,

@@ -198,6 +198,14 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *prop, int device)
     return cudaSuccess;
 }
 
+cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr which, int device)
+{
+    cudaDeviceProp prop;
+    cudaGetDeviceProperties(&prop, device);
+    *value = which == cudaDevAttrComputeCapabilityMajor ? prop.major : prop.minor;
+    return cudaSuccess;
+}
+
 cudaError_t cudaDeviceGetPCIBusId(char *id, int size, int device)
 {
     std::snprintf(id, (size_t)size, "0000:%02X:00.0", device);
@@ -302,6 +310,18 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned flags)
     *out = new emu_stream{};
     streams.push_back(*out);
     return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *most)
+{
+    *least = *most = 0;
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t *out, unsigned flags, int priority)
+{
+    (void)priority;
+    return cudaStreamCreateWithFlags(out, flags);
 }
 
 cudaError_t cudaStreamDestroy(cudaStream_t stream)
