@@ -10,6 +10,7 @@
  *   md_async_*               16-byte copies from device to shared memory that end later (cp.async)
  *   md_ldmatrix*, md_mma     tensor cores, bf16 in, f32 sums
  *   md_pack, md_unpack       two bf16 in a word
+ *   md_store16               16 bytes to memory in one access
  *   md_exp2, md_exp, md_rcp  fast exponentials and 1/x
  *
  * No float atomics: every sum has one order. Blocks are one-dimensional and a multiple of 32. */
@@ -174,6 +175,17 @@ MD_DEV float md_rcp(float x)
 #endif
 }
 
+/* One store of 16 aligned bytes, to device or shared memory: an assignment may end as four. */
+MD_DEV void md_store16(void *p, uint4 v)
+{
+#ifdef MD_EMU
+    *static_cast<uint4 *>(p) = v;
+#else
+    asm volatile("st.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+#endif
+}
+
 MD_DEV float md_load(const float *p)
 {
     return *p;
@@ -206,7 +218,8 @@ template <> struct md_vec<float> {
     }
     static MD_DEV void store(float *p, const float (&x)[N])
     {
-        *reinterpret_cast<float4 *>(p) = make_float4(x[0], x[1], x[2], x[3]);
+        md_store16(p, make_uint4(md_f32_to_bits(x[0]), md_f32_to_bits(x[1]), md_f32_to_bits(x[2]),
+                                 md_f32_to_bits(x[3])));
     }
 };
 
@@ -223,8 +236,8 @@ template <> struct md_vec<md_bf16> {
     }
     static MD_DEV void store(md_bf16 *p, const float (&x)[N])
     {
-        *reinterpret_cast<uint4 *>(p) = make_uint4(md_pack(x[0], x[1]), md_pack(x[2], x[3]),
-                                                   md_pack(x[4], x[5]), md_pack(x[6], x[7]));
+        md_store16(p, make_uint4(md_pack(x[0], x[1]), md_pack(x[2], x[3]), md_pack(x[4], x[5]),
+                                 md_pack(x[6], x[7])));
     }
 };
 

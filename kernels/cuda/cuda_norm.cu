@@ -10,7 +10,7 @@ template <class T> struct md_ln {
     T *r, *y;
     float *mean, *rstd;
     int64_t rows, cols, tokens;
-    float eps, divisor;
+    float eps, per_col, per_term; /* 1 / C; 1 / what the variance is divided by */
 };
 
 /* r = x + keep * gamma * branch of one vector, rounded as it is stored: the statistics are those of
@@ -49,7 +49,7 @@ MD_DEV void md_row_stats(const md_ln<T> &k, const uint4 (&x)[R], bool there, flo
     for (int i = 0; i < R; i++) {
         float v[N];
         md_raw<T>::unpack(x[i], v);
-        mean[i] /= (float)k.cols;
+        mean[i] *= k.per_col;
         rstd[i] = 0.0f;
 #pragma unroll
         for (int j = 0; j < N; j++)
@@ -58,7 +58,7 @@ MD_DEV void md_row_stats(const md_ln<T> &k, const uint4 (&x)[R], bool there, flo
     md_block_sums(rstd, smem + blockDim.x / MD_WARP * R);
 #pragma unroll
     for (int i = 0; i < R; i++)
-        rstd[i] = 1.0f / sqrtf(rstd[i] / k.divisor + k.eps);
+        rstd[i] = 1.0f / sqrtf(rstd[i] * k.per_term + k.eps);
 }
 
 template <class T> MD_KERNEL(LN_BLOCK) md_ln_rows(md_ln<T> k)
@@ -88,7 +88,7 @@ template <class T> MD_KERNEL(LN_BLOCK) md_ln_rows(md_ln<T> k)
 #pragma unroll
         for (int i = 0; i < R; i++)
             if (k.r && row + i < end)
-                *reinterpret_cast<uint4 *>(k.r + at + i * k.cols) = x[i];
+                md_store16(k.r + at + i * k.cols, x[i]);
         if (!k.y && !k.mean && !k.rstd)
             continue;
         md_row_stats(k, x, there, mean, rstd);
@@ -133,13 +133,13 @@ template <class T> MD_KERNEL(VEC_BLOCK) md_ln_any(md_ln<T> k)
         for (int64_t c = threadIdx.x; c < k.cols; c += VEC_BLOCK)
             mean[0] += md_load(&x[c]);
         md_block_sums(mean, smem);
-        mean[0] /= (float)k.cols;
+        mean[0] *= k.per_col;
         for (int64_t c = threadIdx.x; c < k.cols; c += VEC_BLOCK) {
             const float d = md_load(&x[c]) - mean[0];
             rstd[0] += d * d;
         }
         md_block_sums(rstd, smem + VEC_WARPS);
-        rstd[0] = 1.0f / sqrtf(rstd[0] / k.divisor + k.eps);
+        rstd[0] = 1.0f / sqrtf(rstd[0] * k.per_term + k.eps);
         for (int64_t c = threadIdx.x; k.y && c < k.cols; c += VEC_BLOCK)
             md_store(&k.y[row * k.cols + c],
                      (md_load(&x[c]) - mean[0]) * rstd[0] * (k.weight ? k.weight[c] : 1.0f) +
@@ -180,7 +180,8 @@ template <class T> md_status layernorm_run(md_backend *be, const md_layernorm_ar
     k.rows = md_tensor_rows(a->x);
     k.cols = md_tensor_cols(a->x);
     k.eps = a->eps;
-    k.divisor = (float)(a->unbiased && k.cols > 1 ? k.cols - 1 : k.cols);
+    k.per_col = 1.0f / (float)k.cols;
+    k.per_term = 1.0f / (float)(a->unbiased && k.cols > 1 ? k.cols - 1 : k.cols);
     return ln_run(be, MD_OP_layernorm, k);
 }
 
@@ -201,7 +202,7 @@ template <class T> md_status residual_run(md_backend *be, const md_residual_ln_a
     k.cols = md_tensor_cols(a->x);
     k.tokens = a->keep ? k.rows / md_tensor_count(a->keep) : k.rows;
     k.eps = a->eps;
-    k.divisor = (float)k.cols;
+    k.per_col = k.per_term = 1.0f / (float)k.cols;
     return ln_run(be, MD_OP_residual_ln, k);
 }
 

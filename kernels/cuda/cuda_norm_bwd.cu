@@ -13,6 +13,7 @@ template <class T> struct md_ln_bwd {
     T *dx, *dbranch;
     float *part;
     int64_t rows, cols, tokens;
+    float per_col; /* 1 / C */
 };
 
 /* What one thread keeps of its columns. */
@@ -59,7 +60,7 @@ MD_DEV void md_ln_bwd_row(const md_ln_bwd<T> &k, const md_ln_batch<R> &b, int i,
     float g[N];
     md_raw<T>::unpack(b.dr[i], g);
     if (k.dy) {
-        const float s1 = b.sums[2 * i] / (float)k.cols, s2 = b.sums[2 * i + 1] / (float)k.cols;
+        const float s1 = b.sums[2 * i] * k.per_col, s2 = b.sums[2 * i + 1] * k.per_col;
         float r[N], dy[N];
         md_raw<T>::unpack(b.r[i], r);
         md_raw<T>::unpack(b.dy[i], dy);
@@ -184,7 +185,7 @@ template <class T> MD_KERNEL(VEC_BLOCK) md_ln_bwd_any(md_ln_bwd<T> k)
             }
             md_block_sums(sums, smem + turn * 2 * VEC_WARPS);
         }
-        md_ln_bwd_any_row(k, row, sums[0] / (float)k.cols, sums[1] / (float)k.cols, part);
+        md_ln_bwd_any_row(k, row, sums[0] * k.per_col, sums[1] * k.per_col, part);
     }
 }
 
@@ -231,6 +232,7 @@ template <class T> md_ln_bwd<T> bwd_operands(const md_residual_ln_bwd_args *a, f
     k.part = part;
     k.rows = md_tensor_rows(a->dx);
     k.cols = md_tensor_cols(a->dx);
+    k.per_col = 1.0f / (float)k.cols;
     k.tokens = a->keep ? k.rows / md_tensor_count(a->keep) : k.rows;
     return k;
 }

@@ -47,7 +47,8 @@ template <int W> MD_DEV void md_put(float *p, const float (&x)[W])
     } else {
 #pragma unroll
         for (int i = 0; i < W; i += 4)
-            *reinterpret_cast<float4 *>(p + i) = make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]);
+            md_store16(p + i, make_uint4(md_f32_to_bits(x[i]), md_f32_to_bits(x[i + 1]),
+                                         md_f32_to_bits(x[i + 2]), md_f32_to_bits(x[i + 3])));
     }
 }
 
