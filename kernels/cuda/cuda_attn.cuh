@@ -33,6 +33,19 @@ struct attn_dims {
     float scale;
 };
 
+/* What the two kernels of the backward pass take. */
+struct attn_bwd_args {
+    attn_dims d;
+    const md_bf16 *qkv, *o, *d_o;
+    const uint4 *rel; /* in the order of the lanes, then its transpose */
+    const float *lse;
+    md_bf16 *dqkv;
+    float *delta, *part;
+    int chunks, groups; /* of images, of queries */
+    int stages;         /* of an image's keys */
+    int resident;       /* blocks of queries in shared memory */
+};
+
 /* ---- host ---- */
 
 static inline attn_dims attn_dims_of(const md_tensor *qkv, int heads, float scale)
@@ -94,6 +107,10 @@ void attn_arrange(const md_backend *be, const attn_dims &d, const md_bf16 *rel, 
                   bool both);
 
 md_status attn_bwd_setup(void);
+md_status attn_keys_setup(void);
+
+/* dk and dv; delta is there. */
+void attn_keys(const md_backend *be, attn_bwd_args k);
 
 /* The kernels for f32, and for what the bf16 kernels cannot do. */
 md_status attn_plain(md_backend *be, const md_attention_args *a);
@@ -241,6 +258,14 @@ MD_DEV void attn_bias(float (&x)[2][4], const uint4 &word)
         x[i / 2][i % 2 * 2] = md_unpack_lo(pair[i]);
         x[i / 2][i % 2 * 2 + 1] = md_unpack_hi(pair[i]);
     }
+}
+
+/* One block of scores as probabilities and gradients of the logits, from scores and gradients of
+ * the probabilities: p = 2^(s scale + bias), ds = p (dp - delta); bias and scale in base 2. */
+MD_DEV void attn_gradient(float &s, float &dp, float bias, float scale, float delta)
+{
+    s = md_exp2(s * scale + bias);
+    dp = s * (dp - delta);
 }
 
 /* Column of value i of half `half` of a block. */

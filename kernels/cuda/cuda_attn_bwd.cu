@@ -6,14 +6,16 @@
  *             block of threads stays with its queries for a whole chunk of images, so that the sums
  *             of dlogits over images stay in its shared memory; each chunk then writes one partial
  *             drel.
- *   keys      A warp owns 16 keys: dk and dv. Queries and d_o of the head lie in shared memory, all
- *             of them where they fit, else part after part. */
+ *   keys      A warp owns 16 keys: dk and dv (cuda_attn_keys). */
 #include "kernels/cuda/cuda_attn.cuh"
 
 /* Tiles of 16 queries of a block of threads, at most; blocks of keys of a stage; stages. */
 #define QUERY_WARPS(w) ((w) <= 80 ? 9 : 8)
 #define QUERY_STAGE    4
 #define QUERY_STAGES   3
+
+/* Blocks of keys of a step: two where the registers hold them. */
+#define QUERY_STEP(w, rel) ((rel) && (w) > 64 ? 1 : 2)
 
 /* What the sums of dlogits may take of shared memory together with the stages on the largest GPU.
  * Chunks are cut for it everywhere. */
@@ -24,31 +26,6 @@
 
 /* Bytes of the sums of a tile and a block of keys. */
 #define SUMS_BLOCK (ATTN_BLOCK * ATTN_BLOCK * (int)sizeof(float))
-
-/* Warps of a block of threads of the keys kernel, at most: two blocks fill a multiprocessor. */
-#define KEY_WARPS(w) ((w) <= 80 ? 6 : 4)
-
-struct bwd_args {
-    attn_dims d;
-    const md_bf16 *qkv, *o, *d_o;
-    const uint4 *rel; /* in the order of the lanes, then its transpose */
-    const float *lse;
-    md_bf16 *dqkv;
-    float *delta, *part;
-    int chunks, groups; /* of images, of queries */
-    int stages;         /* of an image's keys */
-    int resident;       /* blocks of queries in shared memory */
-};
-
-/* One block of scores as probabilities and gradients of the logits, from scores and gradients of
- * the probabilities: p = 2^(s scale + bias), ds = p (dp - delta); bias and scale in base 2. */
-MD_DEV void bwd_logit(float &s, float &dp, float bias, float scale, float delta)
-{
-    s = md_exp2(s * scale + bias);
-    dp = s * (dp - delta);
-}
-
-/* ---- queries ---- */
 
 /* A warp's 16 queries of one image; lse (in base 2) and delta of rows g and g + 8. */
 template <int W> struct query_tile {
@@ -66,7 +43,7 @@ struct query_keys {
 };
 
 template <int W>
-MD_DEV void query_begin(query_tile<W> &t, const bwd_args &a, int image, int head, int first)
+MD_DEV void query_begin(query_tile<W> &t, const attn_bwd_args &a, int image, int head, int first)
 {
     const attn_dims &d = a.d;
     const int lane = attn_thread() % MD_WARP;
@@ -102,7 +79,8 @@ MD_DEV void query_begin(query_tile<W> &t, const bwd_args &a, int image, int head
 }
 
 template <int W>
-MD_DEV void query_end(const query_tile<W> &t, const bwd_args &a, int image, int head, int first)
+MD_DEV void query_end(const query_tile<W> &t, const attn_bwd_args &a, int image, int head,
+                      int first)
 {
     const float scale[2] = {a.d.scale, a.d.scale};
     attn_rows to = {nullptr, 3 * a.d.row, first, ATTN_BLOCK};
@@ -122,8 +100,8 @@ MD_DEV void query_logits(float (&s)[2][4], float (&dp)[2][4], const uint4 &word,
     for (int h = 0; h < 2; h++) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            bwd_logit(s[h][i], dp[h][i], bias[h][i] * MD_LOG2E - row[i / 2], k.scale,
-                      row[2 + i / 2]);
+            attn_gradient(s[h][i], dp[h][i], bias[h][i] * MD_LOG2E - row[i / 2], k.scale,
+                          row[2 + i / 2]);
             if (cut && attn_column(block, h, i) >= k.tokens)
                 dp[h][i] = 0.0f;
         }
@@ -180,7 +158,7 @@ template <int W> MD_DEV md_bf16 *query_buffer(int step)
 
 /* Starts the copy of a step's keys and values; a group even when there is nothing left. */
 template <int W>
-MD_DEV void query_fetch(const bwd_args &a, int head, const query_steps &s, int step)
+MD_DEV void query_fetch(const attn_bwd_args &a, int head, const query_steps &s, int step)
 {
     const int rows = QUERY_STAGE * ATTN_BLOCK;
     if (step < s.count) {
@@ -206,9 +184,9 @@ MD_DEV void query_stage(query_tile<W> &t, query_keys &k, const md_bf16 *keys, in
     k.k_sum = attn_sum_at<W>(keys);
     int at = 0;
 #pragma unroll 1
-    for (; at + 2 <= count; at += 2)
-        query_step<W, REL, 2>(t, k, at, first + at);
-    if (at < count)
+    for (; at + QUERY_STEP(W, REL) <= count; at += QUERY_STEP(W, REL))
+        query_step<W, REL, QUERY_STEP(W, REL)>(t, k, at, first + at);
+    if (QUERY_STEP(W, REL) == 2 && at < count)
         query_step<W, REL, 1>(t, k, at, first + at);
 }
 
@@ -228,7 +206,9 @@ MD_DEV void query_sums(float *to, const float4 *sums, int tokens, int first, int
     }
 }
 
-template <int W, bool REL> MD_KERNEL(ATTN_BOUNDS(QUERY_WARPS(W), 1)) attn_bwd_queries(bwd_args a)
+template <int W, bool REL>
+MD_KERNEL(ATTN_BOUNDS(QUERY_WARPS(W), 1))
+attn_bwd_queries(attn_bwd_args a)
 {
     const attn_dims d = a.d;
     const int group = (int)blockIdx.x % a.groups, head = (int)blockIdx.x / a.groups % d.heads;
@@ -272,145 +252,9 @@ template <int W, bool REL> MD_KERNEL(ATTN_BOUNDS(QUERY_WARPS(W), 1)) attn_bwd_qu
                    d.tokens, first, blocks);
 }
 
-/* ---- keys ---- */
-
-/* A warp's 16 keys. */
-template <int W> struct key_tile {
-    uint32_t k[W / 16][4], v[W / 16][4];
-    float dk[W / 8][4], dv[W / 8][4];
-};
-
-/* Where the queries are for this lane: as right factor of scores and of sums, and the columns' own
- * numbers; d_o is W further. first: the block that lies there. */
-struct key_queries {
-    const md_bf16 *q, *q_sum, *own;
-    const uint4 *rel;
-    int first;
-    float scale;
-};
-
-/* What the queries bring, lse (in base 2) and delta, lies behind their rows. */
-template <int W> MD_DEV float2 *key_own(md_bf16 *row)
-{
-    return reinterpret_cast<float2 *>(row + 2 * W);
-}
-
-/* One block of queries. Rows are keys: those beyond the tokens go nowhere; queries beyond them are
- * zeros, and so are their d_o. */
-template <int W, bool REL> MD_DEV void key_step(key_tile<W> &t, const key_queries &k, int block)
-{
-    const int offset = (block - k.first) * ATTN_BLOCK * ATTN_ROW(W);
-    float s[2][4] = {}, dp[2][4] = {}, bias[2][4] = {};
-    uint4 word = {};
-    if (REL)
-        word = k.rel[block * MD_WARP];
-#pragma unroll
-    for (int c = 0; c < W / 16; c++) {
-        attn_scores(s, t.k[c], k.q + offset + 16 * c);
-        attn_scores(dp, t.v[c], k.q + offset + 16 * c + W);
-    }
-    if (REL)
-        attn_bias(bias, word);
-#pragma unroll
-    for (int h = 0; h < 2; h++)
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-            const float2 own =
-                *reinterpret_cast<const float2 *>(k.own + offset + (8 * h + j) * ATTN_ROW(W));
-            bwd_logit(s[h][j], dp[h][j], bias[h][j] * MD_LOG2E - own.x, k.scale, own.y);
-            bwd_logit(s[h][j + 2], dp[h][j + 2], bias[h][j + 2] * MD_LOG2E - own.x, k.scale, own.y);
-        }
-    uint32_t p[4];
-    attn_round(p, s);
-    attn_sum<W>(t.dv, p, k.q_sum + offset + W);
-    attn_round(p, dp);
-    attn_sum<W>(t.dk, p, k.q_sum + offset);
-}
-
-template <int W>
-MD_DEV void key_begin(key_tile<W> &t, const bwd_args &a, int image, int head, int first)
-{
-    attn_rows from = {a.qkv + attn_at(a.d, image, head, 3 * a.d.row) + a.d.row, 3 * a.d.row, first,
-                      ATTN_BLOCK};
-    attn_left<W>(t.k, from, a.d);
-    from.from += a.d.row;
-    attn_left<W>(t.v, from, a.d);
-#pragma unroll
-    for (int n = 0; n < W / 8; n++)
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            t.dk[n][i] = t.dv[n][i] = 0.0f;
-}
-
-/* Rows [first, first + count) of queries, d_o, lse and delta into shared memory. */
-template <int W>
-MD_DEV void key_fetch(const bwd_args &a, int image, int head, const key_queries &k, int count)
-{
-    const int first = k.first * ATTN_BLOCK;
-    md_bf16 *to = reinterpret_cast<md_bf16 *>(md_smem());
-    attn_rows q = {a.qkv + attn_at(a.d, image, head, 3 * a.d.row), 3 * a.d.row, first, count};
-    attn_rows g = {a.d_o + attn_at(a.d, image, head, a.d.row), a.d.row, first, count};
-    attn_fetch<W>(to, q, a.d);
-    attn_fetch<W>(to + W, g, a.d);
-    md_async_commit();
-    const int64_t at = ((int64_t)image * a.d.heads + head) * a.d.tokens + first;
-#pragma unroll 1
-    for (int i = (int)threadIdx.x; i < count; i += (int)blockDim.x) {
-        const bool there = first + i < a.d.tokens;
-        *key_own<W>(to + i * ATTN_ROW(W)) =
-            there ? make_float2(a.lse[at + i] * MD_LOG2E, a.delta[at + i])
-                  : make_float2(0.0f, 0.0f);
-    }
-    md_async_wait<0>();
-}
-
-template <int W>
-MD_DEV void key_end(const bwd_args &a, const key_tile<W> &t, int image, int head, int first)
-{
-    const float scale[2] = {a.d.scale, a.d.scale}, one[2] = {1.0f, 1.0f};
-    md_bf16 *to = a.dqkv + attn_at(a.d, image, head, 3 * a.d.row) + a.d.row;
-    attn_rows rows = {nullptr, 3 * a.d.row, first, ATTN_BLOCK};
-    attn_write<W>(to, t.dk, rows, a.d, scale);
-    attn_write<W>(to + a.d.row, t.dv, rows, a.d, one);
-}
-
-template <int W, bool REL> MD_KERNEL(ATTN_BOUNDS(KEY_WARPS(W), 2)) attn_bwd_keys(bwd_args a)
-{
-    const attn_dims &d = a.d;
-    const int head = (int)blockIdx.x % d.heads, image = (int)blockIdx.x / d.heads;
-    const int blocks = (d.tokens + ATTN_BLOCK - 1) / ATTN_BLOCK;
-    const int warps = (int)blockDim.x / MD_WARP, warp = attn_warp();
-    const int lane = (int)threadIdx.x % MD_WARP;
-    md_bf16 *q = reinterpret_cast<md_bf16 *>(md_smem());
-    key_queries k = {
-        attn_scores_at<W>(q), attn_sum_at<W>(q), q + lane % 4 * 2 * ATTN_ROW(W) + 2 * W, nullptr, 0,
-        d.scale * MD_LOG2E};
-    for (int round = 0; round < blocks; round += warps) {
-        const int tile = round + warp;
-        key_tile<W> t;
-        if (tile < blocks)
-            key_begin<W>(t, a, image, head, tile * ATTN_BLOCK);
-        if (REL)
-            k.rel = a.rel + ((int64_t)(d.heads + head) * blocks + tile) * blocks * MD_WARP + lane;
-        for (k.first = 0; k.first < blocks; k.first += a.resident) {
-            const int end = k.first + a.resident < blocks ? k.first + a.resident : blocks;
-            if (round == 0 || blocks > a.resident) {
-                md_barrier();
-                key_fetch<W>(a, image, head, k, (end - k.first) * ATTN_BLOCK);
-                md_barrier();
-            }
-#pragma unroll 1
-            for (int block = k.first; tile < blocks && block < end; block++)
-                key_step<W, REL>(t, k, block);
-        }
-        if (tile < blocks)
-            key_end<W>(a, t, image, head, tile * ATTN_BLOCK);
-    }
-}
-
 /* ---- host ---- */
 
-typedef void (*bwd_kernel)(bwd_args);
+typedef void (*bwd_kernel)(attn_bwd_args);
 
 static bwd_kernel queries_of(int width, bool rel)
 {
@@ -418,18 +262,6 @@ static bwd_kernel queries_of(int width, bool rel)
 #define CASE(w) \
     case w:     \
         return rel ? attn_bwd_queries<w, true> : attn_bwd_queries<w, false>;
-        ATTN_WIDTHS(CASE)
-#undef CASE
-    }
-    return nullptr;
-}
-
-static bwd_kernel keys_of(int width, bool rel)
-{
-    switch (width) {
-#define CASE(w) \
-    case w:     \
-        return rel ? attn_bwd_keys<w, true> : attn_bwd_keys<w, false>;
         ATTN_WIDTHS(CASE)
 #undef CASE
     }
@@ -451,12 +283,10 @@ md_status attn_bwd_setup(void)
     query_smem = room[i];
 #define ALLOW(w)                                                                               \
     MD_TRY(cuda_ok(MD_ALLOW_SMEM((attn_bwd_queries<w, false>), query_smem), "shared memory")); \
-    MD_TRY(cuda_ok(MD_ALLOW_SMEM((attn_bwd_queries<w, true>), query_smem), "shared memory"));  \
-    MD_TRY(cuda_ok(MD_ALLOW_SMEM((attn_bwd_keys<w, false>), ATTN_SMEM), "shared memory"));     \
-    MD_TRY(cuda_ok(MD_ALLOW_SMEM((attn_bwd_keys<w, true>), ATTN_SMEM), "shared memory"));
+    MD_TRY(cuda_ok(MD_ALLOW_SMEM((attn_bwd_queries<w, true>), query_smem), "shared memory"));
     ATTN_WIDTHS(ALLOW)
 #undef ALLOW
-    return MD_OK;
+    return attn_keys_setup();
 }
 
 static int stage_bytes(int width)
@@ -517,22 +347,18 @@ static bool fits(const md_attention_bwd_args *a, const attn_dims &d)
            (!a->drel || query_tiles(d, d.width, query_smem) > 0);
 }
 
-static md_status launch(md_backend *be, const md_attention_bwd_args *a, bwd_args k)
+static md_status launch(md_backend *be, const md_attention_bwd_args *a, attn_bwd_args k)
 {
     const int width = k.d.width, blocks = attn_blocks(k.d);
     const int tiles =
         k.part ? query_tiles(k.d, width, query_smem) : attn_warps(blocks, QUERY_WARPS(width));
     const int sums = k.part ? tiles * blocks * SUMS_BLOCK : 0;
-    const int resident = ATTN_BLOCK * ATTN_ROW(width) * (int)sizeof(md_bf16);
     k.groups = (int)cuda_ceil(blocks, tiles);
     k.stages = (int)cuda_ceil(blocks, QUERY_STAGE);
-    k.resident = MD_MIN(blocks, ATTN_SMEM / resident);
     bwd_kernel queries = queries_of(width, a->rel != nullptr);
-    bwd_kernel keys = keys_of(width, a->rel != nullptr);
     MD_LAUNCH(queries, k.groups * k.d.heads * k.chunks, tiles * MD_WARP, stage_bytes(width) + sums,
               cuda_stream(be), k);
-    MD_LAUNCH(keys, k.d.heads * k.d.images, attn_warps(blocks, KEY_WARPS(width)) * MD_WARP,
-              k.resident * resident, cuda_stream(be), k);
+    attn_keys(be, k);
     return cuda_launched(MD_OP_attention_bwd);
 }
 
@@ -553,7 +379,7 @@ md_status cuda_attention_bwd(md_backend *be, const md_attention_bwd_args *a)
     if (!fits(a, d)) {
         MD_TRY(attn_plain_bwd(be, a, room));
     } else {
-        bwd_args k = {};
+        attn_bwd_args k = {};
         k.d = d;
         k.qkv = cuda_data<md_bf16>(a->qkv);
         k.o = cuda_data<md_bf16>(a->o);
