@@ -287,17 +287,18 @@ def bench_step(a):
 # ---- limits ----
 
 
-def timed(a, call, repeats=20):
-    """Median seconds of a call, each between events of its own."""
+def timed(a, call, samples=10, calls=10):
+    """Median seconds of a call, from samples of several that follow each other without a pause."""
     for _ in range(3):
         call()
     seconds = []
-    for _ in range(2 if a.small else repeats):
+    for _ in range(2 if a.small else samples):
         wait(a)
         start = time.perf_counter()
-        call()
+        for _ in range(calls):
+            call()
         wait(a)
-        seconds.append(time.perf_counter() - start)
+        seconds.append((time.perf_counter() - start) / calls)
     return statistics.median(seconds)
 
 
