@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The PyTorch peer of `md_hpc bench step config/vit_h.cfg backend=cuda`, and the limits of a GPU.
+"""The PyTorch peer of `md_hpc bench step --case vit_h14 backend=cuda`, and the limits of a GPU.
 
   bench_gpu.py step --form eager|compile --batch 64     one training step, timed: one JSON line
   bench_gpu.py limits                                   what the GPU can do at most: a line each

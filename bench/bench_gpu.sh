@@ -47,8 +47,8 @@ record() {
 }
 
 ours() { # BATCH
-    record ours "$1" "$program" bench step config/vit_h.cfg backend=cuda precision=bf16 \
-        "train.batch=$1" "train.micro_batch=$1" --steps "$steps" --warmup 4 "${keys[@]}"
+    record ours "$1" "$program" bench step --case vit_h14 --steps "$steps" --warmup 4 \
+        backend=cuda precision=bf16 "train.batch=$1" "train.micro_batch=$1" "${keys[@]}"
 }
 
 peer() { # BATCH FORM
@@ -108,10 +108,6 @@ nvidia-smi --query-gpu=name,driver_version,clocks.sm,power.limit --format=csv,no
 
 if wants limits; then
     record limits 64 "$python" bench/bench_gpu.py limits --batch 64
-    if "$program" help bench 2>/dev/null | grep -q '^ops '; then
-        record ops 64 "$program" bench ops backend=cuda precision=bf16
-        grep -v '^{' "$out"
-    fi
 fi
 for ((round = 0; round < rounds; round++)); do
     for batch in "${batches[@]}"; do
@@ -121,6 +117,11 @@ for ((round = 0; round < rounds; round++)); do
         ! { wants ours && wants peer; } || ours "$batch"
     done
 done
+if wants ours; then
+    record ops 64 "$program" bench ops --case vit_h14 --repeat 10 --steps 1 \
+        backend=cuda precision=bf16 train.batch=64 train.micro_batch=64
+    grep -v '^{' "$out"
+fi
 echo
 limits_table
 table

@@ -62,13 +62,29 @@ compile_all() {
     [ ! -e "$scratch/failed" ]
 }
 
+# The instances of a template that differ in types and constants only are one row, the largest.
 all_rows() {
     local arch file
     for file in "${sources[@]}"; do
         for arch in "${archs[@]}"; do
             rows "$file" "$arch"
         done
-    done | LC_ALL=C sort -k 6,6 -k 1,1 -k 7
+    done | awk '
+        {
+            kernel = $0
+            sub(/^[^ ]+ [^ ]+ [^ ]+ [^ ]+ [^ ]+ [^ ]+ /, "", kernel)
+            match(kernel, /^[a-zA-Z_0-9]+(<[a-zA-Z_0-9]+<)?/)
+            kernel = substr(kernel, 1, RLENGTH)
+            sub(/<$/, "", kernel)
+            k = $6 " " kernel " " $1
+            if (!(k in n)) { n[k] = 0; what[k] = $6 " " kernel; arch[k] = $1 }
+            n[k]++
+            for (i = 2; i <= 5; i++) if ($i > most[k, i] + 0) most[k, i] = $i
+        }
+        END {
+            for (k in n)
+                print arch[k], most[k, 2] + 0, most[k, 3] + 0, most[k, 4] + 0, most[k, 5] + 0, what[k]
+        }' | LC_ALL=C sort -k 6,7 -k 1,1
 }
 
 # The columns in front of a row's file and kernel, which name it.
