@@ -31,7 +31,7 @@ fail() {
 
 compile() {
     $make --no-print-directory BUILD="$objects" MARCH="${MARCH:-x86-64-v3}" CUDA="${CUDA:-1}" \
-        "$objects/md_hpc" "${programs[@]/#/$objects/}"
+        "${programs[@]/#/$objects/}"
 }
 
 needed() { # FILE...: "soname path" of every library below them
@@ -70,7 +70,10 @@ open_mpi() {
     cp "$share"/help-*.txt "$root/share/openmpi/"
     cp "$etc"/openmpi-mca-params.conf "$root/etc/"
     cp -L "$(command -v orterun)" "$root/libexec/orterun"
-    libraries "$root/libexec/orterun" "$root"/lib/openmpi/*.so
+    cp -L "$(command -v orted)" "$root/libexec/orted" # a program started without mpirun starts it
+    wrapper bin/mpirun orterun
+    wrapper bin/orted orted
+    libraries "$root/libexec/orterun" "$root/libexec/orted" "$root"/lib/openmpi/*.so
 }
 
 # wrapper PATH PROGRAM: a script that runs it with the bundle's libraries.
@@ -91,7 +94,6 @@ copy_programs() {
         wrapper "build/$program" "$(basename "$program")"
     done
     wrapper bin/md_hpc md_hpc
-    wrapper bin/mpirun orterun
     libraries "$root"/libexec/*
 }
 
