@@ -1,0 +1,178 @@
+/* cuda_attn_keys: gradients of keys and values, the second half of cuda_attn_bwd. A warp owns 16
+ * keys: the scores are transposed, keys by queries. Queries and d_o of the head lie in shared
+ * memory, all of them where they fit, else part after part. */
+#include "kernels/cuda/cuda_attn.cuh"
+
+/* Warps of a block of threads, at most: two blocks fill a multiprocessor. */
+#define KEY_WARPS(w) ((w) <= 80 ? 6 : 4)
+
+/* A warp's 16 keys. */
+template <int W> struct key_tile {
+    uint32_t k[W / 16][4], v[W / 16][4];
+    float dk[W / 8][4], dv[W / 8][4];
+};
+
+/* Where the queries are for this lane: as right factor of scores and of sums, and the columns' own
+ * numbers; d_o is W further. first: the block that lies there. */
+struct key_queries {
+    const md_bf16 *q, *q_sum, *own;
+    const uint4 *rel;
+    int first;
+    float scale;
+};
+
+/* What the queries bring, lse (in base 2) and delta, lies behind their rows. */
+template <int W> MD_DEV float2 *key_own(md_bf16 *row)
+{
+    return reinterpret_cast<float2 *>(row + 2 * W);
+}
+
+/* One block of queries. Rows are keys: those beyond the tokens go nowhere; queries beyond them are
+ * zeros, and so are their d_o. */
+template <int W, bool REL> MD_DEV void key_step(key_tile<W> &t, const key_queries &k, int block)
+{
+    const int offset = (block - k.first) * ATTN_BLOCK * ATTN_ROW(W);
+    float s[2][4] = {}, dp[2][4] = {}, bias[2][4] = {};
+    uint4 word = {};
+    if (REL)
+        word = k.rel[block * MD_WARP];
+#pragma unroll
+    for (int c = 0; c < W / 16; c++) {
+        attn_scores(s, t.k[c], k.q + offset + 16 * c);
+        attn_scores(dp, t.v[c], k.q + offset + 16 * c + W);
+    }
+    if (REL)
+        attn_bias(bias, word);
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const float2 own =
+                *reinterpret_cast<const float2 *>(k.own + offset + (8 * h + j) * ATTN_ROW(W));
+            attn_gradient(s[h][j], dp[h][j], bias[h][j] * MD_LOG2E - own.x, k.scale, own.y);
+            attn_gradient(s[h][j + 2], dp[h][j + 2], bias[h][j + 2] * MD_LOG2E - own.x, k.scale,
+                          own.y);
+        }
+    uint32_t p[4];
+    attn_round(p, s);
+    attn_sum<W>(t.dv, p, k.q_sum + offset + W);
+    attn_round(p, dp);
+    attn_sum<W>(t.dk, p, k.q_sum + offset);
+}
+
+template <int W>
+MD_DEV void key_begin(key_tile<W> &t, const attn_bwd_args &a, int image, int head, int first)
+{
+    attn_rows from = {a.qkv + attn_at(a.d, image, head, 3 * a.d.row) + a.d.row, 3 * a.d.row, first,
+                      ATTN_BLOCK};
+    attn_left<W>(t.k, from, a.d);
+    from.from += a.d.row;
+    attn_left<W>(t.v, from, a.d);
+#pragma unroll
+    for (int n = 0; n < W / 8; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            t.dk[n][i] = t.dv[n][i] = 0.0f;
+}
+
+/* Rows [first, first + count) of queries, d_o, lse and delta into shared memory. */
+template <int W>
+MD_DEV void key_fetch(const attn_bwd_args &a, int image, int head, const key_queries &k, int count)
+{
+    const int first = k.first * ATTN_BLOCK;
+    md_bf16 *to = reinterpret_cast<md_bf16 *>(md_smem());
+    attn_rows q = {a.qkv + attn_at(a.d, image, head, 3 * a.d.row), 3 * a.d.row, first, count};
+    attn_rows g = {a.d_o + attn_at(a.d, image, head, a.d.row), a.d.row, first, count};
+    attn_fetch<W>(to, q, a.d);
+    attn_fetch<W>(to + W, g, a.d);
+    md_async_commit();
+    const int64_t at = ((int64_t)image * a.d.heads + head) * a.d.tokens + first;
+#pragma unroll 1
+    for (int i = (int)threadIdx.x; i < count; i += (int)blockDim.x) {
+        const bool there = first + i < a.d.tokens;
+        *key_own<W>(to + i * ATTN_ROW(W)) =
+            there ? make_float2(a.lse[at + i] * MD_LOG2E, a.delta[at + i])
+                  : make_float2(0.0f, 0.0f);
+    }
+    md_async_wait<0>();
+}
+
+template <int W>
+MD_DEV void key_end(const attn_bwd_args &a, const key_tile<W> &t, int image, int head, int first)
+{
+    const float scale[2] = {a.d.scale, a.d.scale}, one[2] = {1.0f, 1.0f};
+    md_bf16 *to = a.dqkv + attn_at(a.d, image, head, 3 * a.d.row) + a.d.row;
+    attn_rows rows = {nullptr, 3 * a.d.row, first, ATTN_BLOCK};
+    attn_write<W>(to, t.dk, rows, a.d, scale);
+    attn_write<W>(to + a.d.row, t.dv, rows, a.d, one);
+}
+
+template <int W, bool REL> MD_KERNEL(ATTN_BOUNDS(KEY_WARPS(W), 2)) attn_bwd_keys(attn_bwd_args a)
+{
+    const attn_dims &d = a.d;
+    const int head = (int)blockIdx.x % d.heads, image = (int)blockIdx.x / d.heads;
+    const int blocks = (d.tokens + ATTN_BLOCK - 1) / ATTN_BLOCK;
+    const int warps = (int)blockDim.x / MD_WARP, lane = (int)threadIdx.x % MD_WARP;
+    const int warp = W > 64 ? attn_warp() : (int)threadIdx.x / MD_WARP; /* no spills with either */
+    md_bf16 *q = reinterpret_cast<md_bf16 *>(md_smem());
+    key_queries k = {
+        attn_scores_at<W>(q), attn_sum_at<W>(q), q + lane % 4 * 2 * ATTN_ROW(W) + 2 * W, nullptr, 0,
+        d.scale * MD_LOG2E};
+    for (int round = 0; round < blocks; round += warps) {
+        const int tile = round + warp;
+        key_tile<W> t;
+        if (tile < blocks)
+            key_begin<W>(t, a, image, head, tile * ATTN_BLOCK);
+        if (REL)
+            k.rel = a.rel + ((int64_t)(d.heads + head) * blocks + tile) * blocks * MD_WARP + lane;
+        for (k.first = 0; k.first < blocks; k.first += a.resident) {
+            const int end = k.first + a.resident < blocks ? k.first + a.resident : blocks;
+            if (round == 0 || blocks > a.resident) {
+                md_barrier();
+                key_fetch<W>(a, image, head, k, (end - k.first) * ATTN_BLOCK);
+                md_barrier();
+            }
+#pragma unroll 1
+            for (int block = k.first; tile < blocks && block < end; block++)
+                key_step<W, REL>(t, k, block);
+        }
+        if (tile < blocks)
+            key_end<W>(a, t, image, head, tile * ATTN_BLOCK);
+    }
+}
+
+/* ---- host ---- */
+
+typedef void (*keys_kernel)(attn_bwd_args);
+
+static keys_kernel kernel_of(int width, bool rel)
+{
+    switch (width) {
+#define CASE(w) \
+    case w:     \
+        return rel ? attn_bwd_keys<w, true> : attn_bwd_keys<w, false>;
+        ATTN_WIDTHS(CASE)
+#undef CASE
+    }
+    return nullptr;
+}
+
+md_status attn_keys_setup(void)
+{
+#define ALLOW(w)                                                                           \
+    MD_TRY(cuda_ok(MD_ALLOW_SMEM((attn_bwd_keys<w, false>), ATTN_SMEM), "shared memory")); \
+    MD_TRY(cuda_ok(MD_ALLOW_SMEM((attn_bwd_keys<w, true>), ATTN_SMEM), "shared memory"));
+    ATTN_WIDTHS(ALLOW)
+#undef ALLOW
+    return MD_OK;
+}
+
+void attn_keys(const md_backend *be, attn_bwd_args k)
+{
+    const int blocks = attn_blocks(k.d), warps = attn_warps(blocks, KEY_WARPS(k.d.width));
+    const int block_bytes = ATTN_BLOCK * ATTN_ROW(k.d.width) * (int)sizeof(md_bf16);
+    k.resident = MD_MIN(blocks, ATTN_SMEM / block_bytes);
+    keys_kernel kernel = kernel_of(k.d.width, k.rel != nullptr);
+    MD_LAUNCH(kernel, k.d.heads * k.d.images, warps * MD_WARP, k.resident * block_bytes,
+              cuda_stream(be), k);
+}
