@@ -127,7 +127,7 @@ CUDA_OBJ  := $(CUDA_SRC:%.cu=$(BUILD)/cuda/%.o) $(NCCL_SRC:%.c=$(BUILD)/cuda/%.o
 EMU_SRC   := $(filter-out tests/emu/test_%,$(wildcard tests/emu/*.cpp))
 EMU_OBJ   := $(CUDA_SRC:%.cu=$(BUILD)/emu/%.o) $(EMU_SRC:%.cpp=$(BUILD)/emu/%.o) \
     $(NCCL_SRC:%.c=$(BUILD)/emu/%.o)
-EMU_PROGS := $(BUILD)/emu/md_hpc $(BUILD)/emu/test_ops $(if $(wildcard tests/emu/test_emu.cpp),$(BUILD)/emu/test_emu)
+EMU_PROGS := $(addprefix $(BUILD)/emu/,md_hpc test_ops test_emu)
 BENCH_SRC := $(wildcard bench/*.c)
 BENCHES   := $(BENCH_SRC:%.c=$(BUILD)/%)
 
@@ -302,7 +302,7 @@ lint:
 
 # Every C file as clang-format writes it.
 format:
-	clang-format-14 -i $$(git ls-files '*.[ch]' | grep -v '^tests/golden/')
+	clang-format-14 -i $$(git ls-files '*.[ch]' '*.cu' '*.cuh' '*.cpp' | grep -v '^tests/golden/')
 
 info:
 	@printf '%-10s %s\n' compiler '$(CC): $(shell $(CC) --version 2>/dev/null | head -n 1)' \

@@ -4,7 +4,7 @@
 # is missing. Elsewhere than on Debian and its children it does nothing: INSTALL.md says what to do.
 set -eu
 declare -A sets=(
-    [build]="gcc libc6-dev make pkg-config openmpi-bin libopenmpi-dev libhdf5-openmpi-dev
+    [build]="gcc g++ libc6-dev make pkg-config openmpi-bin libopenmpi-dev libhdf5-openmpi-dev
              libconfig-dev libjpeg62-turbo-dev libpng-dev libjansson-dev libxxhash-dev zlib1g-dev
              libdnnl-dev"
     [test]="libcmocka-dev"

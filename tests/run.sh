@@ -75,6 +75,9 @@ for source in tests/unit/test_*.c tests/ops/test_*.c; do
 done
 
 # The cuda backend, compiled for the CPU where tests/emu is built.
+if selected "$build/emu/test_emu" emu/test_emu; then
+    run emu/test_emu 60 "$build/emu/test_emu"
+fi
 if selected "$build/emu/test_ops" ops/test_ops_emu; then
     MD_TEST_BACKEND=cuda MD_TEST_LIGHT=1 run ops/test_ops_emu 300 "$build/emu/test_ops"
 fi

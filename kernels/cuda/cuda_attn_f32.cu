@@ -214,7 +214,7 @@ template <class T>
 static md_status plain_fwd(md_backend *be, const md_attention_args *a, const attn_dims &d)
 {
     plain_args<T> k = {};
-    plain_grid g;
+    plain_grid g = {};
     k.d = d;
     k.qkv = cuda_data<T>(a->qkv);
     k.rel = cuda_data<T>(a->rel);
@@ -238,7 +238,7 @@ static md_status plain_bwd(md_backend *be, const md_attention_bwd_args *a, const
                            const attn_bwd_room &room)
 {
     plain_args<T> k = {};
-    plain_grid g;
+    plain_grid g = {};
     k.d = d;
     k.qkv = cuda_data<T>(a->qkv);
     k.rel = cuda_data<T>(a->rel);

@@ -68,7 +68,6 @@ struct machine {
     const emu_launch *how;
     const std::function<void()> *body;
     unsigned char *smem;
-    std::mt19937 random{emu_seed()};
 } m;
 
 [[noreturn]] void die(const char *what)
@@ -147,6 +146,7 @@ void resume(fiber *f)
 void begin_block(const emu_launch &how, dim3 block)
 {
     const size_t n = how.block.x;
+    m.fibers.reserve(MAX_THREADS); /* a fiber that has been entered does not move */
     while (m.fibers.size() < n) {
         m.fibers.emplace_back();
         m.fibers.back().stack = static_cast<char *>(std::malloc(STACK));
@@ -187,12 +187,15 @@ void run_block(const emu_launch &how, dim3 block)
 {
     const int n = (int)how.block.x;
     begin_block(how, block);
-    for (int left = n; left > 0;) {
-        std::shuffle(m.order.begin(), m.order.end(), m.random);
-        int ran = 0, at_barrier = 0;
+    int round = 0;
+    for (int left = n; left > 0; round++) {
+        std::shuffle(m.order.begin(), m.order.end(), emu_random());
+        /* In every other round some warps lag behind. */
+        const unsigned lag = round % 2 ? (unsigned)emu_random()() : 0;
+        int ran = lag != 0, at_barrier = 0;
         for (int i : m.order) {
             fiber &f = m.fibers[(size_t)i];
-            if (!can_run(f))
+            if (!can_run(f) || (lag >> i / 32 & 1))
                 continue;
             ran++;
             resume(&f);
@@ -271,6 +274,7 @@ void emu_async_copy(void *smem, const void *src, bool there)
     emu_want_aligned(smem, 16);
     if (there)
         emu_want_aligned(src, 16);
+    std::memset(smem, 0xff, 16); /* what was there is lost at once, what comes is there later */
     m.self->open.push_back({smem, src, there});
 }
 
@@ -328,7 +332,7 @@ void emu_run_blocks(const emu_launch &how, const std::function<void()> &body)
     std::vector<unsigned> blocks(how.grid.x * how.grid.y * how.grid.z);
     for (size_t i = 0; i < blocks.size(); i++)
         blocks[i] = (unsigned)i;
-    std::shuffle(blocks.begin(), blocks.end(), m.random);
+    std::shuffle(blocks.begin(), blocks.end(), emu_random());
     m.how = &how;
     m.body = &body;
     void *memory = nullptr;

@@ -11,7 +11,6 @@
 #include <cstring>
 #include <deque>
 #include <map>
-#include <random>
 #include <string>
 #include <vector>
 
@@ -38,12 +37,6 @@ std::map<std::string, long> calls;
 size_t in_use;
 cudaError_t last_error;
 int current_device;
-
-std::mt19937 &random_source()
-{
-    static std::mt19937 source(emu_seed());
-    return source;
-}
 
 long environment(const char *name, long otherwise)
 {
@@ -77,6 +70,15 @@ cudaError_t fail(cudaError_t err)
     return err;
 }
 
+/* While a stream records, CUDA takes no call that waits or allocates. */
+bool records(const emu_stream *one)
+{
+    bool any = one && one->recording;
+    for (const emu_stream *s : streams)
+        any |= !one && s->recording;
+    return any;
+}
+
 /* Asks `done` between steps; where nothing is left to run it has to hold. */
 template <class F> void run_until(F done)
 {
@@ -89,9 +91,10 @@ template <class F> void run_until(F done)
 
 } // namespace
 
-unsigned emu_seed()
+std::mt19937 &emu_random()
 {
-    return (unsigned)environment("MD_EMU_SEED", 1);
+    static std::mt19937 source((unsigned)environment("MD_EMU_SEED", 1));
+    return source;
 }
 
 void emu_set_error(cudaError_t err)
@@ -125,8 +128,8 @@ bool emu_step()
             ready.push_back(s);
     if (ready.empty())
         return false;
-    emu_stream *s = ready[random_source()() % ready.size()];
-    for (unsigned burst = 1 + random_source()() % 8; burst > 0 && !s->work.empty(); burst--) {
+    emu_stream *s = ready[emu_random()() % ready.size()];
+    for (unsigned burst = 1 + emu_random()() % 8; burst > 0 && !s->work.empty(); burst--) {
         emu_work work = s->work.front(); /* it may put more on the stream */
         if (!work())
             break;
@@ -146,8 +149,9 @@ const char *cudaGetErrorString(cudaError_t err)
                                        "no CUDA-capable device is detected",
                                        "invalid device ordinal",
                                        "device not ready",
-                                       "unspecified launch failure"};
-    return text[err];
+                                       "unspecified launch failure",
+                                       "operation not permitted when stream is capturing"};
+    return (size_t)err < sizeof text / sizeof *text ? text[err] : "unknown error";
 }
 
 cudaError_t cudaGetLastError(void)
@@ -224,6 +228,8 @@ cudaError_t cudaMemGetInfo(size_t *left, size_t *total)
 cudaError_t cudaMalloc(void **out, size_t bytes)
 {
     *out = nullptr;
+    if (records(nullptr))
+        return fail(cudaErrorStreamCaptureUnsupported);
     if (in_use + bytes > memory_limit() || emu_fails("malloc") ||
         posix_memalign(out, 256, bytes) != 0)
         return fail(cudaErrorMemoryAllocation);
@@ -235,6 +241,8 @@ cudaError_t cudaMalloc(void **out, size_t bytes)
 
 cudaError_t cudaFree(void *p)
 {
+    if (records(nullptr))
+        return fail(cudaErrorStreamCaptureUnsupported);
     const auto block = device_memory.find(static_cast<char *>(p));
     if (!p)
         return cudaSuccess;
@@ -343,12 +351,16 @@ static void go_ahead()
 
 cudaError_t cudaStreamQuery(cudaStream_t stream)
 {
+    if (records(stream))
+        return fail(cudaErrorStreamCaptureUnsupported);
     go_ahead();
     return stream->work.empty() ? cudaSuccess : cudaErrorNotReady;
 }
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream)
 {
+    if (records(stream))
+        return fail(cudaErrorStreamCaptureUnsupported);
     run_until([=] { return stream->work.empty(); });
     return cudaSuccess;
 }

@@ -5,6 +5,7 @@
 
 #include <cuda_runtime.h>
 #include <functional>
+#include <random>
 
 /* Work on a stream; returns false when it cannot go on yet and has to be called again. */
 typedef std::function<bool()> emu_work;
@@ -17,7 +18,7 @@ bool emu_step();
 void emu_set_error(cudaError_t err);
 /* Whether this is the call of `what` that MD_EMU_FAIL = "what#N" lets fail. */
 bool emu_fails(const char *what);
-/* MD_EMU_SEED, 1 when it is not set: of every order that the stand-in chooses. */
-unsigned emu_seed();
+/* Draws every order that the stand-in chooses; MD_EMU_SEED, 1 when it is not set, is its seed. */
+std::mt19937 &emu_random();
 
 #endif

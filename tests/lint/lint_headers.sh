@@ -9,5 +9,5 @@ while read -r file; do
     guard=$(basename "$file" .h) guard=${guard^^} guard=${guard//[^A-Z0-9]/_}
     grep -qiE 'no include guard' "$file" && continue
     grep -qE "^#ifndef (MD_)?${guard}_H\$" "$file" || error "$file:1: no include guard MD_${guard}_H"
-done < <(files '*.[ch]' | grep -v '^tests/golden/')
+done < <(files '*.[ch]' '*.cu' '*.cuh' '*.cpp' | grep -v '^tests/golden/')
 finish

@@ -11,7 +11,7 @@ while read -r file; do
     elif [ "$lines" -gt 500 ]; then
         warn "$file:1: $lines lines, more than 500"
     fi
-done < <(files '*.[ch]' '*.sh' '*.cu' '*.cuh' | grep -v '^tests/golden/')
+done < <(files '*.[ch]' '*.sh' '*.cu' '*.cuh' '*.cpp' | grep -v '^tests/golden/')
 
 while read -r what text; do
     "$what" "$text"

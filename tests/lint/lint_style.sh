@@ -9,5 +9,5 @@ while read -r file; do
     "$format" --dry-run -Werror "$file" >/dev/null 2>&1 && continue
     line=$("$format" --dry-run "$file" 2>&1 | sed -n 's/^[^:]*:\([0-9]*\):.*/\1/p' | head -n 1)
     error "$file:$line: not as clang-format would write it (clang-format-14 -i $file)"
-done < <(files '*.[ch]' '*.cu' '*.cuh' | grep -v '^tests/golden/')
+done < <(files '*.[ch]' '*.cu' '*.cuh' '*.cpp' | grep -v '^tests/golden/')
 finish

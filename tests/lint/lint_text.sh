@@ -11,7 +11,7 @@ look() { # WHAT PATTERN FILE...
 }
 
 mapfile -t all < <(files '*' | grep -vE '^(LICENSE|tests/golden/|tests/lint/)')
-mapfile -t sources < <(files '*.[ch]')
+mapfile -t sources < <(files '*.[ch]' '*.cu' '*.cuh' '*.cpp')
 look 'unfinished' '\b(TODO|FIXME|XXX|HACK)\b' "${all[@]}"
 look 'path of one machine' '(^|[^A-Za-z0-9._~/-])/(home|work|root|Users|mnt|scratch)/' "${all[@]}"
 look 'trailing blank' '[ 	]+$' "${all[@]}"

@@ -42,5 +42,5 @@ while read -r file; do
             error "$file:$line: ${reasons[i]}: ${text#"${text%%[! ]*}"}"
         done < <(grep -E "${patterns[i]}" "$stripped")
     done
-done < <(files 'src/*.[ch]' 'kernels/*.[ch]' 'mpi/*.[ch]' 'io/*.[ch]')
+done < <(files 'src/*.[ch]' 'kernels/*.[ch]' 'kernels/*.cu' 'kernels/*.cuh' 'mpi/*.[ch]' 'io/*.[ch]')
 finish

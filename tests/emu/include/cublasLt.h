@@ -1,7 +1,7 @@
 /* cublasLt: a stand-in for the part of cuBLASLt that this program uses (emu_cublaslt.cpp). Names
  * and meanings are those of NVIDIA's library; values are not. */
-#ifndef MD_EMU_CUBLASLT_H
-#define MD_EMU_CUBLASLT_H
+#ifndef MD_CUBLASLT_H
+#define MD_CUBLASLT_H
 
 #include <cuda_runtime.h>
 

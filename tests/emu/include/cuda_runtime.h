@@ -1,8 +1,8 @@
 /* cuda_runtime: a stand-in for the part of CUDA's runtime that this program uses, so that the cuda
  * backend runs on the CPU in tests (emu_runtime.cpp). Names, types and meanings are those of
  * NVIDIA's CUDA Runtime API; values are not. */
-#ifndef MD_EMU_CUDA_RUNTIME_H
-#define MD_EMU_CUDA_RUNTIME_H
+#ifndef MD_CUDA_RUNTIME_H
+#define MD_CUDA_RUNTIME_H
 
 #include <stddef.h>
 #include <stdint.h>
@@ -15,7 +15,8 @@ typedef enum cudaError_t {
     cudaErrorNoDevice,
     cudaErrorInvalidDevice,
     cudaErrorNotReady,
-    cudaErrorLaunchFailure
+    cudaErrorLaunchFailure,
+    cudaErrorStreamCaptureUnsupported
 } cudaError_t;
 
 typedef enum cudaMemcpyKind {
