@@ -79,7 +79,8 @@ if selected "$build/emu/test_emu" emu/test_emu; then
     run emu/test_emu 60 "$build/emu/test_emu"
 fi
 if selected "$build/emu/test_ops" ops/test_ops_emu; then
-    MD_TEST_BACKEND=cuda MD_TEST_LIGHT=1 run ops/test_ops_emu 300 "$build/emu/test_ops"
+    MD_TEST_BACKEND=cuda MD_TEST_LIGHT=$([ -n "$san" ] && echo 60 || echo 1) \
+        MD_TEST_ONCE=$([ -n "$san" ] && echo 1) run ops/test_ops_emu 300 "$build/emu/test_ops"
 fi
 
 # Under MPI whole stacks are needed, also through libraries without frame pointers, for suppressions

@@ -1,6 +1,7 @@
-/* emu_fiber: see emu_fiber.h. A fiber is entered once through makecontext; after that _setjmp and
- * _longjmp switch, which unlike swapcontext need no system call. AddressSanitizer has to be told of
- * every switch, and there swapcontext does it. */
+/* emu_fiber: see emu_fiber.h. A fiber is entered once through makecontext; after that setjmp and
+ * longjmp switch, which unlike swapcontext need no system call. AddressSanitizer has to be told of
+ * every switch; its own longjmp would forget what it knows of the stack, the compiler's does not.
+ */
 #include "tests/emu/emu_fiber.h"
 #include "tests/emu/emu_runtime.h"
 
@@ -27,6 +28,16 @@ namespace
 constexpr size_t STACK = 256 * 1024, GUARD = 64, MAX_THREADS = 1024;
 constexpr unsigned char GUARD_BYTE = 0xA7;
 
+#if ASAN
+typedef void *jump_buffer[5];
+#define SET_JUMP(buffer) __builtin_setjmp(buffer)
+#define JUMP(buffer)     __builtin_longjmp(buffer, 1)
+#else
+typedef jmp_buf jump_buffer;
+#define SET_JUMP(buffer) _setjmp(buffer)
+#define JUMP(buffer)     _longjmp(buffer, 1)
+#endif
+
 enum waiting { RUNS, AT_BARRIER, IN_WARP, DONE };
 
 struct copy {
@@ -41,7 +52,7 @@ struct fiber {
     bool entered;
     unsigned generation; /* of its warp, when it began to wait */
     ucontext_t context;
-    jmp_buf jump;
+    jump_buffer jump;
     void *fake_stack;
     char *stack;
     std::vector<copy> open;                /* asynchronous copies, not yet a group */
@@ -57,12 +68,16 @@ struct warp {
 };
 
 struct machine {
+    ~machine()
+    {
+        for (fiber &f : fibers)
+            std::free(f.stack);
+    }
     std::vector<fiber> fibers;
     std::vector<warp> warps;
     std::vector<int> order;
     fiber *self;
-    jmp_buf scheduler;
-    ucontext_t scheduler_context;
+    jump_buffer scheduler;
     const void *scheduler_stack;
     size_t scheduler_stack_size;
     const emu_launch *how;
@@ -84,16 +99,21 @@ struct machine {
 
 /* ---- switching ---- */
 
+[[gnu::noinline]] void jump_to_scheduler(fiber *f)
+{
+    if (SET_JUMP(f->jump) == 0)
+        JUMP(m.scheduler);
+}
+
 void to_scheduler()
 {
 #if ASAN
     fiber *f = m.self;
     __sanitizer_start_switch_fiber(&f->fake_stack, m.scheduler_stack, m.scheduler_stack_size);
-    swapcontext(&f->context, &m.scheduler_context);
+    jump_to_scheduler(f);
     __sanitizer_finish_switch_fiber(f->fake_stack, nullptr, nullptr);
 #else
-    if (_setjmp(m.self->jump) == 0)
-        _longjmp(m.scheduler, 1);
+    jump_to_scheduler(m.self);
 #endif
 }
 
@@ -119,6 +139,15 @@ void prepare(fiber *f)
     f->entered = true;
 }
 
+[[gnu::noinline]] void jump_to(fiber *f, bool first)
+{
+    if (SET_JUMP(m.scheduler) != 0)
+        return;
+    if (first)
+        setcontext(&f->context);
+    JUMP(f->jump);
+}
+
 /* Runs a fiber until it waits. */
 void resume(fiber *f)
 {
@@ -129,14 +158,10 @@ void resume(fiber *f)
 #if ASAN
     void *fake = nullptr;
     __sanitizer_start_switch_fiber(&fake, f->stack, STACK);
-    swapcontext(&m.scheduler_context, &f->context);
+    jump_to(f, first);
     __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
 #else
-    if (_setjmp(m.scheduler) == 0) {
-        if (first)
-            setcontext(&f->context);
-        _longjmp(f->jump, 1);
-    }
+    jump_to(f, first);
 #endif
     m.self = nullptr;
 }

@@ -9,6 +9,7 @@
 #include <cmocka.h>
 #include <float.h>
 #include <math.h>
+#include <stdlib.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -134,7 +135,9 @@ void case_begin(op_case *c, const op_row *row, md_dtype compute)
 
 bool case_is_heavy(const op_case *c)
 {
-    const int64_t limit = 400000;
+    const char *light = getenv("MD_TEST_LIGHT");
+    const long thousand = light ? strtol(light, NULL, 10) : 0;
+    const int64_t limit = 1000 * (thousand > 1 ? thousand : 400);
     int64_t elements = 0;
     for (int i = 0; i < c->tensors; i++)
         elements += md_tensor_count(&c->tensor[i]);

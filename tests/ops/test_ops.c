@@ -3,7 +3,8 @@
  * a GPU.
  *
  * Environment: MD_TEST_BACKEND=cuda runs what concerns that backend only, and it must be there;
- * MD_TEST_LIGHT=1 leaves the heavy cases out. */
+ * MD_TEST_LIGHT=N leaves out the cases of more than N thousand elements, 1 those of 400;
+ * MD_TEST_ONCE=1 leaves out the repeats on cuda. */
 #include "tests/ops/fake_device.h"
 #include "tests/ops/ops_case.h"
 
@@ -54,7 +55,7 @@ static bool is_set(const char *variable, const char *value)
 
 static setup make(const char *name, int threads, md_dtype compute)
 {
-    setup s = {.compute = compute, .light = is_set("MD_TEST_LIGHT", "1")};
+    setup s = {.compute = compute, .light = getenv("MD_TEST_LIGHT") != NULL};
     const md_backend_args args = {
         .name = name, .threads = threads, .compute = compute, .node_size = 1};
     if (md_backend_make(&args, &s.be) != MD_OK)
@@ -350,10 +351,15 @@ int main(void)
         cmocka_unit_test(test_sumsq_counts_nonfinite_on_cuda),
     };
     int failed = 0;
+    /* Repeats find what the order of threads changes; a sanitizer finds nothing more in them. */
+    const struct CMUnitTest once[] = {cmocka_unit_test(test_cuda),
+                                      cmocka_unit_test(test_cuda_bf16)};
     bool only_cuda = is_set("MD_TEST_BACKEND", "cuda");
     if (!only_cuda)
         failed += cmocka_run_group_tests(host, NULL, NULL);
-    if (only_cuda || strstr(md_backend_list(), "cuda"))
+    if (is_set("MD_TEST_ONCE", "1"))
+        failed += cmocka_run_group_tests(once, NULL, NULL);
+    else if (only_cuda || strstr(md_backend_list(), "cuda"))
         failed += cmocka_run_group_tests(cuda, NULL, NULL);
     return failed;
 }
