@@ -12,7 +12,8 @@
 #   BUILD=build V=1          build folder; show whole commands
 #   SAN=address,undefined    sanitizer build, in its own folder
 #   CUDA=1                   the cuda backend, with nvcc, cuBLASLt and NCCL from CUDA_HOME (and
-#                            NCCL_HOME); by default where there is an nvcc. CUDA=0: without
+#                            NCCL_HOME); by default where there is an nvcc. CUDA=0: without.
+#                            NCCL=0: ranks on GPUs talk through MPI only
 #   DEPS=0                   `make test` and `make demo` do not look at Debian packages
 #   PREFIX=/usr/local DESTDIR=
 .SUFFIXES:
@@ -99,8 +100,9 @@ CUDA_ARCH  ?= -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=
 NVCC_FLAGS := -std=c++17 -O3 $(CUDA_ARCH) -Xcompiler -Wall,-Wextra,-Wno-missing-field-initializers \
     $(if $(SAN),-g)
 CUDA_LIB   := $(wildcard $(CUDA_HOME)/lib64 $(CUDA_HOME)/lib)
+NCCL       ?= $(if $(wildcard $(addsuffix /include/nccl.h,$(NCCL_HOME) $(CUDA_HOME) /usr/local /usr)),1,0)
 CUDA_LIBS  := $(foreach d,$(CUDA_LIB) $(wildcard $(NCCL_HOME)/lib),-L$(d) -Wl,-rpath,$(d)) \
-    -lcublasLt -lnccl -lcudart_static -lrt -ldl -lstdc++
+    -lcublasLt $(if $(filter 1,$(NCCL)),-lnccl) -lcudart_static -lrt -ldl -lstdc++
 CUDA_CFLAGS := $(foreach d,$(NCCL_HOME) $(CUDA_HOME),-isystem $(d)/include)
 EMU_FLAGS  := -std=c++17 -D_GNU_SOURCE -DMD_EMU -DOMPI_SKIP_MPICXX -DMPICH_SKIP_MPICXX -I. -Itests/emu/include -g $(if $(SAN),-O1,-O2) -Wall -Wextra \
     -Wno-missing-field-initializers -Wno-unknown-pragmas $(SANFLAGS)
@@ -122,11 +124,10 @@ TESTS     := $(TEST_SRC:%.c=$(BUILD)/%)
 # The op tests are one program of several files.
 OPS_OBJ   := $(patsubst %.c,$(BUILD)/%.o,$(filter-out $(TEST_SRC),$(wildcard tests/ops/*.c)))
 CUDA_SRC  := $(wildcard kernels/cuda/*.cu)
-NCCL_SRC  := $(wildcard mpi/comm_nccl.c)
-CUDA_OBJ  := $(CUDA_SRC:%.cu=$(BUILD)/cuda/%.o) $(NCCL_SRC:%.c=$(BUILD)/cuda/%.o)
+CUDA_OBJ  := $(CUDA_SRC:%.cu=$(BUILD)/cuda/%.o) $(if $(filter 1,$(NCCL)),$(BUILD)/cuda/mpi/comm_nccl.o)
 EMU_SRC   := $(filter-out tests/emu/test_%,$(wildcard tests/emu/*.cpp))
 EMU_OBJ   := $(CUDA_SRC:%.cu=$(BUILD)/emu/%.o) $(EMU_SRC:%.cpp=$(BUILD)/emu/%.o) \
-    $(NCCL_SRC:%.c=$(BUILD)/emu/%.o)
+    $(BUILD)/emu/mpi/comm_nccl.o
 EMU_PROGS := $(addprefix $(BUILD)/emu/,md_hpc test_ops test_emu)
 BENCH_SRC := $(wildcard bench/*.c)
 BENCHES   := $(BENCH_SRC:%.c=$(BUILD)/%)
