@@ -43,7 +43,8 @@ bad 78 'train.micro_batch = 3 must divide train.batch' train.micro_batch=3
 bad 78 'train.micro_batch = 16 does not divide the 8 images of a data-parallel rank' train.micro_batch=16
 bad 78 'train.epochs = 0.01 is less than half a step' train.epochs=0.01 optim.warmup_epochs=0
 bad 78 'data.train is not set' data.train=
-bad 78 "backend 'cuda' is not in this program" backend=cuda
+CUDA_VISIBLE_DEVICES=-1 bad 78 "backend 'cuda' is not in this program|no NVIDIA driver|no GPU can be used" \
+    backend=cuda
 sed 's/lr = 4e-3/lr = /' "$scratch/tiny.cfg" >"$scratch/syntax.cfg"
 config=syntax.cfg bad 78 'syntax.cfg:[0-9]+: '
 config=missing.cfg bad 66 'no config file .*missing.cfg'
