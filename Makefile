@@ -97,7 +97,7 @@ TEST_LIBS   := $(call dep_libs,$(CMOCKA_HOME),cmocka,-lcmocka)
 CXX        ?= g++
 CUDA_ARCH  ?= -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 \
     -gencode arch=compute_90,code=compute_90
-NVCC_FLAGS := -std=c++17 -O3 $(CUDA_ARCH) -Xcompiler -Wall,-Wextra,-Wno-missing-field-initializers \
+NVCC_FLAGS := -std=c++17 -O3 $(CUDA_ARCH) -Xptxas -v -Xcompiler -Wall,-Wextra,-Wno-missing-field-initializers \
     $(if $(SAN),-g)
 CUDA_LIB   := $(wildcard $(CUDA_HOME)/lib64 $(CUDA_HOME)/lib)
 NCCL       ?= $(if $(wildcard $(addsuffix /include/nccl.h,$(NCCL_HOME) $(CUDA_HOME) /usr/local /usr)),1,0)
@@ -196,7 +196,8 @@ $(PROG): $(BUILD)/src/main.o $(if $(filter 1,$(CUDA)),$(CUDA_OBJ)) $(LIB) $(SANO
 $(BUILD)/cuda/%.o: %.cu $(BUILD)/flags
 	$(say) NVCC $<
 	@mkdir -p $(@D)
-	$(Q)$(NVCC) $(NVCC_FLAGS) -I. -MMD -MP -MF $(@:.o=.d) -c $< -o $@
+	$(Q)$(NVCC) $(NVCC_FLAGS) -I. -MMD -MP -MF $(@:.o=.d) -c $< -o $@ >$(@:.o=.log) 2>&1; rc=$$?; \
+	    grep -vE '^ptxas info|^ *[0-9]+ bytes (stack|gmem)|^$$' $(@:.o=.log); exit $$rc
 $(BUILD)/cuda/%.o: %.c $(BUILD)/flags
 	$(say) CC $<
 	@mkdir -p $(@D)

@@ -6,7 +6,8 @@
 #   tests/cuda/ptxas.sh [--update]        compares, or writes the table anew
 #
 # Another version of nvcc than the table's allocates otherwise: then only spills count.
-# Environment: NVCC, NVCC_ARCHS ("80 90"). Exit status 77: there is no nvcc.
+# Environment: NVCC, NVCC_ARCHS ("80 90"); PTXAS_LOGS, a folder where the build left what nvcc said of
+# each file (BUILD/cuda/kernels/cuda), else they are compiled here. Exit status 77: there is no nvcc.
 set -u
 cd "$(dirname "$0")/../.." || exit 1
 nvcc=${NVCC:-$(command -v nvcc || echo "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc")}
@@ -22,8 +23,13 @@ sources=(kernels/cuda/*.cu)
 [ ${#sources[@]} -gt 0 ] || { echo 'there are no kernels' && exit 77; }
 
 compile() { # FILE ARCH
-    local log
+    local log made
     log=$scratch/$(basename "$1").$2
+    made=${PTXAS_LOGS:-}/$(basename "$1" .cu).log
+    if [ -n "${PTXAS_LOGS:-}" ] && [ -e "$made" ]; then
+        cp "$made" "$log.log"
+        return
+    fi
     "$nvcc" -std=c++17 -O3 -I. -gencode "arch=compute_$2,code=sm_$2" -Xptxas -v -c "$1" \
         -o "$log.o" >"$log.log" 2>&1 || { cat "$log.log" && touch "$scratch/failed"; }
     rm -f "$log.o"
@@ -32,7 +38,11 @@ compile() { # FILE ARCH
 # rows FILE ARCH: "sm registers stack smem spills file kernel" of a log.
 rows() {
     awk -v file="$(basename "$1")" -v arch="sm_$2" '
-        /Compiling entry function/ { split($0, part, "\047"); kernel = part[2]; stack = spills = 0 }
+        /Compiling entry function/ {
+            split($0, part, "\047")
+            kernel = part[4] == arch ? part[2] : ""
+            stack = spills = 0
+        }
         /bytes stack frame/ {
             for (i = 1; i < NF; i++) {
                 if ($(i + 2) == "stack") stack = $i
