@@ -188,12 +188,9 @@ static md_status cuda_feed_wait(md_backend *be, int slot)
 static md_status cuda_feed(md_backend *be, int slot, void *dst, const void *src, size_t bytes)
 {
     cuda_state *s = cuda_state_of(be);
-    if (s->was_used[slot])
-        CUDA_TRY(cudaStreamWaitEvent(s->copy, s->used[slot], 0));
-    else /* dst was zeroed on the other stream */
+    if (!s->was_used[slot]) /* dst was zeroed on the other stream */
         CUDA_TRY(cudaEventRecord(s->used[slot], s->stream));
-    if (!s->was_used[slot])
-        CUDA_TRY(cudaStreamWaitEvent(s->copy, s->used[slot], 0));
+    CUDA_TRY(cudaStreamWaitEvent(s->copy, s->used[slot], 0));
     CUDA_TRY(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyHostToDevice, s->copy));
     CUDA_TRY(cudaEventRecord(s->fed[slot], s->copy));
     s->was_fed[slot] = true;
