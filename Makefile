@@ -177,6 +177,7 @@ $(BUILD)/src/log.o: private EXTRA += -I$(BUILD)
 # Fused multiply-adds where tolerances hold; elsewhere (pictures, schedules) bits must not depend on
 # the processor, and C11 mode keeps products unfused.
 $(BUILD)/kernels/cpu/%.o: private EXTRA += -ffp-contract=fast
+$(BUILD)/kernels/cpu/cpu_patch.o: private EXTRA := -ffp-contract=off
 
 $(BUILD)/%.o: %.c $(BUILD)/flags
 	$(say) CC $<

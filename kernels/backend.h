@@ -3,7 +3,7 @@
  *
  * Letters (everywhere): B images, T tokens of an image with cls, N = B*T rows, C width, H heads,
  * D = C/H head width, F mlp width, P patch side, G = patches of an image, M masked patches of an
- * image, K width of a target.
+ * image (or of rows), K width of a target (or classes).
  *
  * Types: activations, the weights of matrix products and their gradients in flight are of the
  * compute type, f32 or bf16, all of one call alike. What a row says is f32 stays f32 under bf16:
@@ -148,11 +148,27 @@ typedef struct md_rel_scatter_args {
 
 typedef enum md_patch_order { MD_PATCH_CHW, MD_PATCH_HWC } md_patch_order;
 
+/* What becomes of one image of a batch in training with labels: random erasing with noise in every
+ * pixel (Zhong et al. 2020), mixup (Zhang et al. 2018) and cutmix (Yun et al. 2019), in this order,
+ * as timm does them. Boxes are x, y, width, height in pixels; width 0: nothing. */
+typedef struct md_mix {
+    int32_t erase[4]; /* noise instead of the image */
+    int32_t partner;  /* image of the batch that it is mixed with, erased where that one is */
+    int32_t box[4];   /* taken from the partner whole */
+    float lambda;     /* elsewhere lambda of this image and 1 - lambda of the partner */
+    uint32_t key[2];  /* of the noise (md_rng_normal) */
+} md_mix;
+#define MD_MIX_WORDS 12
+
 /* Cuts u8 images into normalised patch vectors: patch[b*G + gy*g + gx, i] =
  * (image[b, y, x, ch] / 255 - mean[ch]) / std[ch]. image u8 [B, S, S, 3]; patch [B*G, 3*P*P];
- * inner order (ch, y, x) as a convolution weight, or (y, x, ch) as MAE's targets. */
+ * inner order (ch, y, x) as a convolution weight, or (y, x, ch) as MAE's targets.
+ * mix i32 [B, MD_MIX_WORDS] optional: an md_mix of every image. With v the normalised image, or
+ * md_rng_normal(key, (y * S + x) * 3 + ch) inside its erase box, what is cut is v of the partner
+ * inside box, v alone where lambda is 1, else lambda * v + (1 - lambda) * v of the partner, each
+ * product rounded, as torch does. */
 typedef struct md_patchify_args {
-    MD_IN(*image);
+    MD_IN(*image, *mix);
     MD_OUT(*patch);
     int side; /* P */
     md_patch_order order;
@@ -186,6 +202,18 @@ typedef struct md_scatter_rows_args {
     MD_OUT(*dx);
 } md_scatter_rows_args;
 
+/* y[b] = mean over m of x[b, m]: x [B, M, C], M >= 1, y [B, C]. No accumulation. */
+typedef struct md_mean_rows_args {
+    MD_IN(*x);
+    MD_OUT(*y);
+} md_mean_rows_args;
+
+/* dx[b, m] = dy[b] / M: dy [B, C], dx [B, M, C], M >= 1. No accumulation. */
+typedef struct md_mean_rows_bwd_args {
+    MD_IN(*dy);
+    MD_OUT(*dx);
+} md_mean_rows_bwd_args;
+
 typedef enum md_loss_kind { MD_LOSS_SMOOTH_L1, MD_LOSS_L1, MD_LOSS_L2 } md_loss_kind;
 
 /* loss[0] = scale * sum over all elements of l(pred - target);  dpred = scale * l'(pred - target).
@@ -197,6 +225,17 @@ typedef struct md_loss_args {
     md_loss_kind kind;
     float beta, scale;
 } md_loss_args;
+
+/* loss[0] = scale * sum over b, k of -target[b, k] * log p[b, k] with p = softmax of every row of
+ * logits; dlogits[b, k] = scale * (p[b, k] * sum of target[b] - target[b, k]). logits [B, K],
+ * target f32 [B, K], of any row sums; loss f64 [1]; dlogits optional, may be logits, does not
+ * accumulate.
+ */
+typedef struct md_cross_entropy_args {
+    MD_IN(*logits, *target);
+    MD_OUT(*loss, *dlogits);
+    float scale;
+} md_cross_entropy_args;
 
 /* sum[0] = sum of x^2 (f64), nonfinite[0] (f64) = number of NaN or Inf elements; x f32. */
 typedef struct md_sumsq_args {
@@ -252,7 +291,10 @@ typedef struct md_cast_args {
     X(tokens_bwd)      \
     X(gather_rows)     \
     X(scatter_rows)    \
+    X(mean_rows)       \
+    X(mean_rows_bwd)   \
     X(loss)            \
+    X(cross_entropy)   \
     X(sumsq)           \
     X(adamw)           \
     X(fill)            \

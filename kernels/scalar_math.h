@@ -131,6 +131,24 @@ MD_HD float md_smooth_l1_grad(float d, float beta)
     return g < -1.0f ? -1.0f : g;
 }
 
+/* Whether a pixel is in the box x, y, width, height; none is in one of width 0. */
+MD_HD int md_in_box(const int32_t box[4], int32_t x, int32_t y)
+{
+    return ((uint32_t)(x - box[0]) < (uint32_t)box[2]) &
+           ((uint32_t)(y - box[1]) < (uint32_t)box[3]);
+}
+
+/* lambda * a + (1 - lambda) * b with both products rounded. On the host that is up to the flags of
+ * the file: no -ffp-contract=fast. */
+MD_HD float md_blend(float lambda, float a, float b)
+{
+#ifdef __CUDA_ARCH__
+    return __fadd_rn(__fmul_rn(lambda, a), __fmul_rn(1.0f - lambda, b));
+#else
+    return lambda * a + (1.0f - lambda) * b;
+#endif
+}
+
 /* What a step of AdamW needs beyond the element, computed once per call in double. */
 typedef struct md_adamw_coef {
     float decay;        /* 1 - lr * weight_decay */

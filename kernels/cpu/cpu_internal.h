@@ -113,6 +113,7 @@ MD_OPS(CPU_DECLARE)
     X(attention_bwd)            \
     X(tokens_bwd)               \
     X(loss)                     \
+    X(cross_entropy)            \
     X(sumsq)
 #define CPU_DECLARE(op) size_t cpu_##op##_scratch(md_backend *be, const md_##op##_args *a);
 CPU_OPS_WITH_SCRATCH(CPU_DECLARE)

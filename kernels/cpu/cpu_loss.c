@@ -1,4 +1,4 @@
-/* cpu_loss: the loss and the squared norm. Sums are f64, per chunk, added in chunk order. */
+/* cpu_loss: the losses and the squared norm. Sums are f64, per chunk or row, added in its order. */
 #include "kernels/cpu/cpu_internal.h"
 #include "kernels/scalar_math.h"
 
@@ -95,6 +95,58 @@ md_status cpu_loss(md_backend *be, const md_loss_args *a)
                                        .first = cpu_chunk_begin(n, chunks, i),
                                        .end = cpu_chunk_begin(n, chunks, i + 1)});
     store_sum(a->loss, a->accumulate & 1, (double)a->scale * add_up(part, chunks));
+    return MD_OK;
+}
+
+size_t cpu_cross_entropy_scratch(md_backend *be, const md_cross_entropy_args *a)
+{
+    (void)be;
+    return sizeof(double) * (size_t)md_tensor_rows(a->logits);
+}
+
+/* Loss of one row of k classes; out (may be x, or NULL) receives its gradient times scale. Logits
+ * count from their maximum: nothing overflows, and large ones lose nothing in the sums. */
+static double cross_entropy_row(const float *x, const float *target, int64_t k, float scale,
+                                float *out)
+{
+    float most = x[0];
+#pragma omp simd reduction(max : most)
+    for (int64_t i = 0; i < k; i++)
+        most = x[i] > most ? x[i] : most;
+    double sum = 0.0, all = 0.0, dot = 0.0;
+#pragma omp simd reduction(+ : sum, all, dot)
+    for (int64_t i = 0; i < k; i++) {
+        float z = x[i] - most;
+        sum += (double)md_expf(z);
+        all += (double)target[i];
+        dot += (double)target[i] * (double)z;
+    }
+    float share = (float)(all / sum);
+    if (out) {
+#pragma omp simd
+        for (int64_t i = 0; i < k; i++)
+            out[i] = scale * (share * md_expf(x[i] - most) - target[i]);
+    }
+    return all * log(sum) - dot;
+}
+
+md_status cpu_cross_entropy(md_backend *be, const md_cross_entropy_args *a)
+{
+    CPU_CHECK(cross_entropy, a);
+    int64_t rows = md_tensor_rows(a->logits), k = md_tensor_cols(a->logits);
+    if (k < 1 || a->accumulate >> 1 & 1)
+        MD_FAIL(MD_ERR_BUG, "cross_entropy: %lld classes; dlogits does not accumulate",
+                (long long)k);
+    const float *logits = md_f32(a->logits), *target = md_f32(a->target);
+    float *out = a->dlogits ? md_f32(a->dlogits) : NULL;
+    void *scratch;
+    MD_TRY(cpu_scratch(be, MD_OP_cross_entropy, cpu_cross_entropy_scratch(be, a), &scratch));
+    double *part = scratch;
+#pragma omp parallel for num_threads(be->threads) if (rows * k > CPU_SERIAL_BELOW)
+    for (int64_t b = 0; b < rows; b++)
+        part[b] = cross_entropy_row(logits + b * k, target + b * k, k, a->scale,
+                                    out ? out + b * k : NULL);
+    store_sum(a->loss, a->accumulate & 1, (double)a->scale * add_up(part, rows));
     return MD_OK;
 }
 

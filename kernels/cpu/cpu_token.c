@@ -1,4 +1,4 @@
-/* cpu_token: images to patches, patches to tokens, row gathers, relative position tables. */
+/* cpu_token: patches to tokens, row gathers, means of rows, relative position tables. */
 #include "kernels/cpu/cpu_internal.h"
 
 md_status cpu_rel_gather(md_backend *be, const md_rel_gather_args *a)
@@ -35,55 +35,6 @@ md_status cpu_rel_scatter(md_backend *be, const md_rel_scatter_args *a)
     for (int64_t h = 0; h < heads; h++)
         for (int64_t i = 0; i < area; i++)
             dtable[index[i] * heads + h] += drel[h * area + i];
-    return MD_OK;
-}
-
-typedef struct patch_geometry {
-    int64_t image_side, patch_side, grid; /* grid: patches along one side */
-    md_patch_order order;
-    float table[3][256]; /* the normalised value of every byte of every channel */
-} patch_geometry;
-
-/* The patch whose first byte is at corner. */
-static void cut_patch(const patch_geometry *g, const uint8_t *corner, float *out)
-{
-    int64_t p = g->patch_side;
-    for (int64_t y = 0; y < p; y++) {
-        const uint8_t *row = corner + y * g->image_side * 3;
-        if (g->order == MD_PATCH_HWC) {
-            for (int64_t i = 0; i < 3 * p; i++)
-                out[y * 3 * p + i] = g->table[i % 3][row[i]];
-        } else {
-            for (int ch = 0; ch < 3; ch++)
-                for (int64_t x = 0; x < p; x++)
-                    out[(ch * p + y) * p + x] = g->table[ch][row[3 * x + ch]];
-        }
-    }
-}
-
-md_status cpu_patchify(md_backend *be, const md_patchify_args *a)
-{
-    CPU_CHECK(patchify, a);
-    int64_t images = a->image->dim[0], s = a->image->dim[1], p = a->side;
-    patch_geometry g = {
-        .image_side = s, .patch_side = p, .grid = p > 0 ? s / p : 0, .order = a->order};
-    if (p < 1 || s % p != 0 || md_tensor_rows(a->patch) != images * g.grid * g.grid ||
-        md_tensor_cols(a->patch) != 3 * p * p || a->accumulate)
-        MD_FAIL(MD_ERR_BUG, "patchify: patches of side %d do not tile images of side %lld", a->side,
-                (long long)s);
-    for (int ch = 0; ch < 3; ch++)
-        for (int v = 0; v < 256; v++)
-            g.table[ch][v] =
-                (float)(((double)v / 255.0 - (double)a->mean[ch]) / (double)a->std[ch]);
-    const uint8_t *image = a->image->data;
-    float *patch = md_f32(a->patch);
-#pragma omp parallel for num_threads(be->threads)
-    for (int64_t row = 0; row < images * g.grid; row++) {
-        int64_t b = row / g.grid, gy = row % g.grid;
-        for (int64_t gx = 0; gx < g.grid; gx++)
-            cut_patch(&g, image + ((b * s + gy * p) * s + gx * p) * 3,
-                      patch + (row * g.grid + gx) * 3 * p * p);
-    }
     return MD_OK;
 }
 
@@ -257,6 +208,56 @@ md_status cpu_scatter_rows(md_backend *be, const md_scatter_rows_args *a)
         }
         memcpy(dx + row * width, dy + r * width, sizeof *dx * (size_t)width);
         memset(dx + (row + 1) * width, 0, sizeof *dx * (size_t)((next - row - 1) * width));
+    }
+    return MD_OK;
+}
+
+/* Columns of one image's rows that a thread adds up. */
+#define MEAN_COLS 256
+
+static void mean_of(const float *x, int64_t rows, int64_t width, int64_t cols, float *y)
+{
+    float sum[MEAN_COLS] = {0};
+    for (int64_t m = 0; m < rows; m++)
+        add_to(sum, x + m * width, cols);
+#pragma omp simd
+    for (int64_t c = 0; c < cols; c++)
+        y[c] = sum[c] / (float)rows;
+}
+
+md_status cpu_mean_rows(md_backend *be, const md_mean_rows_args *a)
+{
+    CPU_CHECK(mean_rows, a);
+    int64_t images = a->x->dim[0], rows = a->x->dim[1], width = a->x->dim[2];
+    if (rows < 1 || a->accumulate)
+        MD_FAIL(MD_ERR_BUG, "mean_rows: a mean of %lld rows, accumulate %u", (long long)rows,
+                a->accumulate);
+    const float *x = md_f32(a->x);
+    float *y = md_f32(a->y);
+#pragma omp parallel for collapse(2) \
+    num_threads(be->threads) if (md_tensor_count(a->x) > CPU_SERIAL_BELOW)
+    for (int64_t b = 0; b < images; b++)
+        for (int64_t c = 0; c < width; c += MEAN_COLS)
+            mean_of(x + b * rows * width + c, rows, width, MD_MIN(MEAN_COLS, width - c),
+                    y + b * width + c);
+    return MD_OK;
+}
+
+md_status cpu_mean_rows_bwd(md_backend *be, const md_mean_rows_bwd_args *a)
+{
+    CPU_CHECK(mean_rows_bwd, a);
+    int64_t images = a->dx->dim[0], rows = a->dx->dim[1], width = a->dx->dim[2];
+    if (rows < 1 || a->accumulate)
+        MD_FAIL(MD_ERR_BUG, "mean_rows_bwd: a mean of %lld rows, accumulate %u", (long long)rows,
+                a->accumulate);
+    const float *dy = md_f32(a->dy);
+    float *dx = md_f32(a->dx);
+#pragma omp parallel for num_threads(be->threads) if (md_tensor_count(a->dx) > CPU_SERIAL_BELOW)
+    for (int64_t r = 0; r < images * rows; r++) {
+        const float *from = dy + r / rows * width;
+#pragma omp simd
+        for (int64_t c = 0; c < width; c++)
+            dx[r * width + c] = from[c] / (float)rows;
     }
     return MD_OK;
 }

@@ -60,6 +60,7 @@ MD_OPS(CUDA_DECLARE)
     X(attention_bwd)             \
     X(tokens_bwd)                \
     X(loss)                      \
+    X(cross_entropy)             \
     X(sumsq)
 #define CUDA_DECLARE(op) size_t cuda_##op##_scratch(md_backend *be, const md_##op##_args *a);
 CUDA_OPS_WITH_SCRATCH(CUDA_DECLARE)

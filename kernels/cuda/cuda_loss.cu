@@ -1,4 +1,4 @@
-/* cuda_loss: the loss and the squared norm. Elements are dealt to threads in groups of 16 bytes,
+/* cuda_loss: the losses and the squared norm. Elements are dealt to threads in groups of 16 bytes,
  * whatever the address of the first; a thread adds its own in f64, the block its threads, and one
  * last block the blocks. The number of blocks depends on the number of elements only. */
 #include "kernels/cuda/cuda_vec.cuh"
@@ -104,6 +104,71 @@ template <class T, int KIND, bool ALIGNED> MD_KERNEL(VEC_BLOCK) md_loss_sum(md_l
         k.part[blockIdx.x] = sum[0];
 }
 
+template <class T> struct md_cross_entropy_pass {
+    const T *logits;
+    const float *target;
+    T *dlogits;
+    double *part; /* loss of every row */
+    int64_t cols;
+    float scale;
+};
+
+/* Maximum over the block, the same on every thread. smem: a float per warp. All threads. */
+MD_DEV float md_block_max(float v, float *smem)
+{
+    v = md_warp_max(v);
+    if (threadIdx.x % MD_WARP == 0)
+        smem[threadIdx.x / MD_WARP] = v;
+    md_barrier();
+    v = smem[0];
+#pragma unroll
+    for (int w = 1; w < VEC_WARPS; w++)
+        v = fmaxf(v, smem[w]);
+    return v;
+}
+
+/* A block has one row, which it reads three times, after the first from the caches: for the
+ * maximum, from which logits count so that nothing overflows, the sums, and the gradient. cols is a
+ * multiple of W. */
+template <class T, int W> MD_KERNEL(VEC_BLOCK) md_cross_entropy(md_cross_entropy_pass<T> k)
+{
+    const int64_t row = blockIdx.x * k.cols;
+    double *smem = reinterpret_cast<double *>(md_smem());
+    float x[W], target[W], most = -INFINITY;
+    for (int64_t c = (int64_t)threadIdx.x * W; c < k.cols; c += VEC_BLOCK * W) {
+        md_get(k.logits + row + c, x);
+#pragma unroll
+        for (int j = 0; j < W; j++)
+            most = fmaxf(most, x[j]);
+    }
+    most = md_block_max(most, reinterpret_cast<float *>(smem + 3 * VEC_WARPS));
+    double sum[3] = {}; /* of e^logit, of the target, of target times logit */
+    for (int64_t c = (int64_t)threadIdx.x * W; c < k.cols; c += VEC_BLOCK * W) {
+        md_get(k.logits + row + c, x);
+        md_get(k.target + row + c, target);
+#pragma unroll
+        for (int j = 0; j < W; j++) {
+            sum[0] += (double)md_exp(x[j] - most);
+            sum[1] += (double)target[j];
+            sum[2] += (double)target[j] * (double)(x[j] - most);
+        }
+    }
+    md_block_sums(sum, smem);
+    if (threadIdx.x == 0)
+        k.part[blockIdx.x] = sum[1] * log(sum[0]) - sum[2];
+    if (!k.dlogits)
+        return;
+    const float share = (float)(sum[1] / sum[0]);
+    for (int64_t c = (int64_t)threadIdx.x * W; c < k.cols; c += VEC_BLOCK * W) {
+        md_get(k.logits + row + c, x);
+        md_get(k.target + row + c, target);
+#pragma unroll
+        for (int j = 0; j < W; j++)
+            x[j] = k.scale * (share * md_exp(x[j] - most) - target[j]);
+        md_put(k.dlogits + row + c, x);
+    }
+}
+
 struct md_sumsq_pass {
     const float *x;
     double *part;
@@ -183,6 +248,34 @@ template <class T> md_status loss_run(md_backend *be, const md_loss_args *a, dou
     return cuda_launched(MD_OP_loss);
 }
 
+template <class T>
+md_status cross_entropy_run(md_backend *be, const md_cross_entropy_args *a, double *part)
+{
+    md_cross_entropy_pass<T> k;
+    const int64_t rows = md_tensor_rows(a->logits);
+    k.logits = cuda_data<T>(a->logits);
+    k.target = cuda_data<float>(a->target);
+    k.dlogits = cuda_data<T>(a->dlogits);
+    k.part = part;
+    k.cols = md_tensor_cols(a->logits);
+    k.scale = a->scale;
+    enum { W = md_vec<T>::N };
+    const bool aligned = cuda_aligned(k.logits, k.target, k.dlogits);
+    const auto kernel =
+        vec_width<T>(k.cols, aligned) == W ? md_cross_entropy<T, W> : md_cross_entropy<T, 1>;
+    const size_t smem = 3 * VEC_WARPS * sizeof(double) + VEC_WARPS * sizeof(float);
+    if (rows > 0)
+        MD_LAUNCH(kernel, (unsigned)rows, VEC_BLOCK, smem, cuda_stream(be), k);
+    md_last_sum last = {};
+    last.part = part;
+    last.out[0] = cuda_data<double>(a->loss);
+    last.scale = (double)a->scale;
+    last.blocks = (int)rows;
+    last.accumulate = (int)a->accumulate;
+    MD_LAUNCH(md_add_partials<1>, 1, VEC_BLOCK, VEC_WARPS * sizeof(double), cuda_stream(be), last);
+    return cuda_launched(MD_OP_cross_entropy);
+}
+
 } // namespace
 
 size_t cuda_loss_scratch(md_backend *be, const md_loss_args *a)
@@ -202,6 +295,25 @@ md_status cuda_loss(md_backend *be, const md_loss_args *a)
     MD_TRY(cuda_scratch(be, MD_OP_loss, cuda_loss_scratch(be, a), &scratch));
     double *part = static_cast<double *>(scratch);
     return cuda_is_bf16(a->pred) ? loss_run<md_bf16>(be, a, part) : loss_run<float>(be, a, part);
+}
+
+size_t cuda_cross_entropy_scratch(md_backend *be, const md_cross_entropy_args *a)
+{
+    (void)be;
+    return sizeof(double) * (size_t)md_tensor_rows(a->logits);
+}
+
+md_status cuda_cross_entropy(md_backend *be, const md_cross_entropy_args *a)
+{
+    CUDA_CHECK(cross_entropy, a);
+    if (md_tensor_cols(a->logits) < 1 || a->accumulate >> 1 & 1)
+        MD_FAIL(MD_ERR_BUG, "cross_entropy: %lld classes; dlogits does not accumulate",
+                (long long)md_tensor_cols(a->logits));
+    void *scratch;
+    MD_TRY(cuda_scratch(be, MD_OP_cross_entropy, cuda_cross_entropy_scratch(be, a), &scratch));
+    double *part = static_cast<double *>(scratch);
+    return cuda_is_bf16(a->logits) ? cross_entropy_run<md_bf16>(be, a, part)
+                                   : cross_entropy_run<float>(be, a, part);
 }
 
 size_t cuda_sumsq_scratch(md_backend *be, const md_sumsq_args *a)

@@ -1,92 +1,8 @@
-/* cuda_token: images to patches, patches to tokens, row gathers. */
+/* cuda_token: patches to tokens, row gathers, means of rows. */
 #include "kernels/cuda/cuda_vec.cuh"
 
 namespace
 {
-
-/* ---- patches ---- */
-
-template <class T> struct md_patchify_pass {
-    const uint8_t *image;
-    T *patch;
-    int64_t strip; /* numbers of a strip of patches, side rows of an image */
-    int image_side, side, grid;
-    bool hwc;
-    float mean[3], std[3];
-};
-
-/* The place of one number of a strip, and steps to the next. */
-struct md_patch_at {
-    int gx, ch, y, x;
-};
-
-MD_DEV md_patch_at md_patch_find(int i, int side, bool hwc)
-{
-    const int size = 3 * side * side, inner = i % size;
-    md_patch_at p;
-    p.gx = i / size;
-    if (hwc) {
-        p.ch = inner % 3;
-        p.x = inner / 3 % side;
-        p.y = inner / 3 / side;
-    } else {
-        p.x = inner % side;
-        p.y = inner / side % side;
-        p.ch = inner / side / side;
-    }
-    return p;
-}
-
-MD_DEV void md_patch_next(md_patch_at &p, int side, bool hwc)
-{
-    if (hwc) {
-        if (++p.ch < 3)
-            return;
-        p.ch = 0;
-        if (++p.x < side)
-            return;
-        p.x = 0;
-        if (++p.y == side)
-            p.y = 0, p.gx++;
-    } else {
-        if (++p.x < side)
-            return;
-        p.x = 0;
-        if (++p.y < side)
-            return;
-        p.y = 0;
-        if (++p.ch == 3)
-            p.ch = 0, p.gx++;
-    }
-}
-
-/* A block makes the patches of one strip (blockIdx.x), which follow each other in memory; a thread
- * W numbers at a time. The value of every byte of every channel is looked up in a table, made in
- * f64 as on the cpu. */
-template <class T, int W> MD_KERNEL(VEC_BLOCK) md_patchify(md_patchify_pass<T> k)
-{
-    float *table = reinterpret_cast<float *>(md_smem());
-    for (int i = (int)threadIdx.x; i < 768; i += VEC_BLOCK) {
-        const int ch = i / 256;
-        const float mean = ch == 0 ? k.mean[0] : ch == 1 ? k.mean[1] : k.mean[2];
-        const float std = ch == 0 ? k.std[0] : ch == 1 ? k.std[1] : k.std[2];
-        table[i] = (float)(((double)(i % 256) / 255.0 - (double)mean) / (double)std);
-    }
-    md_barrier();
-    const uint8_t *image = k.image + (int64_t)blockIdx.x * k.side * k.image_side * 3;
-    T *patch = k.patch + blockIdx.x * k.strip;
-    for (int i = (int)threadIdx.x * W; i < k.strip; i += VEC_BLOCK * W) {
-        md_patch_at p = md_patch_find(i, k.side, k.hwc);
-        float x[W];
-#pragma unroll
-        for (int j = 0; j < W; j++) {
-            const int64_t pixel = (int64_t)p.y * k.image_side + p.gx * k.side + p.x;
-            x[j] = table[p.ch * 256 + image[pixel * 3 + p.ch]];
-            md_patch_next(p, k.side, k.hwc);
-        }
-        md_put(patch + i, x);
-    }
-}
 
 /* ---- tokens; a warp has one row ---- */
 
@@ -264,38 +180,62 @@ template <class T, int W> MD_KERNEL(VEC_BLOCK) md_scatter(md_rows_pass<T> k)
     md_put_row<W>(there ? k.x + entry * k.cols : nullptr, k.y + row * k.cols, k.cols, false);
 }
 
-/* ---- host ---- */
+/* ---- means of rows ---- */
 
-/* Numbers of one access for rows of cols: 1 where they are not whole aligned vectors. */
-template <class T> int vec_width(int64_t cols, bool aligned)
-{
-    return aligned && cols % md_vec<T>::N == 0 ? md_vec<T>::N : 1;
-}
+template <class T> struct md_mean_pass {
+    const T *x;
+    T *y;
+    int64_t rows, cols, all; /* rows of an image, and of all */
+};
 
-template <class T> md_status patchify_run(md_backend *be, const md_patchify_args *a)
+/* A block has one image (blockIdx.x) and 32 W columns; its warps take the rows in turn. */
+template <class T, int W> MD_KERNEL(VEC_BLOCK) md_mean(md_mean_pass<T> k)
 {
-    const int64_t images = a->image->dim[0], side = a->image->dim[1];
-    md_patchify_pass<T> k;
-    k.image = cuda_data<uint8_t>(a->image);
-    k.patch = cuda_data<T>(a->patch);
-    k.image_side = (int)side;
-    k.side = a->side;
-    k.grid = (int)(side / a->side);
-    k.strip = (int64_t)k.grid * 3 * a->side * a->side;
-    k.hwc = a->order == MD_PATCH_HWC;
-    for (int ch = 0; ch < 3; ch++) {
-        k.mean[ch] = a->mean[ch];
-        k.std[ch] = a->std[ch];
+    enum { U = 4, COLS = MD_WARP * W };
+    const int64_t tile = (int64_t)blockIdx.y * COLS, col = tile + threadIdx.x % MD_WARP * W;
+    const T *x = k.x + blockIdx.x * k.rows * k.cols + col;
+    float *smem = reinterpret_cast<float *>(md_smem());
+    float sum[W] = {};
+    for (int64_t m = threadIdx.x / MD_WARP; m < k.rows && col < k.cols; m += VEC_WARPS * U) {
+        float v[U][W] = {};
+#pragma unroll
+        for (int u = 0; u < U; u++)
+            if (m + u * VEC_WARPS < k.rows)
+                md_get(x + (m + u * VEC_WARPS) * k.cols, v[u]);
+#pragma unroll
+        for (int u = 0; u < U; u++)
+#pragma unroll
+            for (int j = 0; j < W; j++)
+                sum[j] += v[u][j];
     }
-    const int64_t strips = images * k.grid;
-    if (strips == 0)
-        return MD_OK;
-    enum { W = md_vec<T>::N };
-    const auto kernel =
-        vec_width<T>(k.strip, cuda_aligned(k.patch)) == W ? md_patchify<T, W> : md_patchify<T, 1>;
-    MD_LAUNCH(kernel, (unsigned)strips, VEC_BLOCK, 768 * sizeof(float), cuda_stream(be), k);
-    return cuda_launched(MD_OP_patchify);
+    md_put(smem + (int)threadIdx.x * W, sum);
+    md_barrier();
+    for (int c = (int)threadIdx.x; c < COLS && tile + c < k.cols; c += VEC_BLOCK) {
+        float total = smem[c];
+#pragma unroll
+        for (int w = 1; w < VEC_WARPS; w++)
+            total += smem[w * COLS + c];
+        md_store(k.y + blockIdx.x * k.cols + tile + c, total / (float)k.rows);
+    }
 }
+
+template <class T, int W> MD_KERNEL(VEC_BLOCK) md_mean_bwd(md_mean_pass<T> k)
+{
+    const int64_t row = md_warp_row();
+    if (row >= k.all)
+        return;
+    const T *x = k.x + row / k.rows * k.cols;
+    for (int64_t c = threadIdx.x % MD_WARP * W; c < k.cols; c += MD_WARP * W) {
+        float v[W];
+        md_get(x + c, v);
+#pragma unroll
+        for (int j = 0; j < W; j++)
+            v[j] /= (float)k.rows;
+        md_put(k.y + row * k.cols + c, v);
+    }
+}
+
+/* ---- host ---- */
 
 template <class T> md_status tokens_run(md_backend *be, const md_tokens_args *a)
 {
@@ -386,18 +326,45 @@ template <class T> md_status scatter_run(md_backend *be, const md_scatter_rows_a
     return cuda_launched(MD_OP_scatter_rows);
 }
 
-} // namespace
-
-md_status cuda_patchify(md_backend *be, const md_patchify_args *a)
+/* full: the tensor [B, M, C] of the two. */
+template <class T>
+md_mean_pass<T> mean_pass(const md_tensor *x, const md_tensor *y, const md_tensor *full)
 {
-    CUDA_CHECK(patchify, a);
-    const int64_t s = a->image->dim[1], p = a->side, grid = p > 0 ? s / p : 0;
-    if (p < 1 || s % p != 0 || md_tensor_rows(a->patch) != a->image->dim[0] * grid * grid ||
-        md_tensor_cols(a->patch) != 3 * p * p || a->accumulate)
-        MD_FAIL(MD_ERR_BUG, "patchify: patches of side %d do not tile images of side %lld", a->side,
-                (long long)s);
-    return cuda_is_bf16(a->patch) ? patchify_run<md_bf16>(be, a) : patchify_run<float>(be, a);
+    md_mean_pass<T> k;
+    k.x = cuda_data<T>(x);
+    k.y = cuda_data<T>(y);
+    k.rows = full->dim[1];
+    k.cols = full->dim[2];
+    k.all = full->dim[0] * full->dim[1];
+    return k;
 }
+
+template <class T> md_status mean_run(md_backend *be, const md_mean_rows_args *a)
+{
+    const md_mean_pass<T> k = mean_pass<T>(a->x, a->y, a->x);
+    if (k.all == 0 || k.cols == 0)
+        return MD_OK;
+    enum { W = md_vec<T>::N };
+    const int width = vec_width<T>(k.cols, cuda_aligned(k.x));
+    const auto kernel = width == W ? md_mean<T, W> : md_mean<T, 1>;
+    const dim3 grid((unsigned)a->x->dim[0], cuda_blocks(k.cols, MD_WARP * width));
+    MD_LAUNCH(kernel, grid, VEC_BLOCK, VEC_BLOCK * width * sizeof(float), cuda_stream(be), k);
+    return cuda_launched(MD_OP_mean_rows);
+}
+
+template <class T> md_status mean_bwd_run(md_backend *be, const md_mean_rows_bwd_args *a)
+{
+    const md_mean_pass<T> k = mean_pass<T>(a->dy, a->dx, a->dx);
+    if (k.all == 0)
+        return MD_OK;
+    enum { W = md_vec<T>::N };
+    const auto kernel =
+        vec_width<T>(k.cols, cuda_aligned(k.x, k.y)) == W ? md_mean_bwd<T, W> : md_mean_bwd<T, 1>;
+    MD_LAUNCH(kernel, cuda_blocks(k.all, VEC_WARPS), VEC_BLOCK, 0, cuda_stream(be), k);
+    return cuda_launched(MD_OP_mean_rows_bwd);
+}
+
+} // namespace
 
 md_status cuda_tokens(md_backend *be, const md_tokens_args *a)
 {
@@ -433,4 +400,22 @@ md_status cuda_scatter_rows(md_backend *be, const md_scatter_rows_args *a)
 {
     CUDA_CHECK(scatter_rows, a);
     return cuda_is_bf16(a->dx) ? scatter_run<md_bf16>(be, a) : scatter_run<float>(be, a);
+}
+
+md_status cuda_mean_rows(md_backend *be, const md_mean_rows_args *a)
+{
+    CUDA_CHECK(mean_rows, a);
+    if (a->x->dim[1] < 1 || a->accumulate)
+        MD_FAIL(MD_ERR_BUG, "mean_rows: a mean of %lld rows, accumulate %u",
+                (long long)a->x->dim[1], a->accumulate);
+    return cuda_is_bf16(a->x) ? mean_run<md_bf16>(be, a) : mean_run<float>(be, a);
+}
+
+md_status cuda_mean_rows_bwd(md_backend *be, const md_mean_rows_bwd_args *a)
+{
+    CUDA_CHECK(mean_rows_bwd, a);
+    if (a->dx->dim[1] < 1 || a->accumulate)
+        MD_FAIL(MD_ERR_BUG, "mean_rows_bwd: a mean of %lld rows, accumulate %u",
+                (long long)a->dx->dim[1], a->accumulate);
+    return cuda_is_bf16(a->dy) ? mean_bwd_run<md_bf16>(be, a) : mean_bwd_run<float>(be, a);
 }

@@ -189,6 +189,12 @@ template <class... P> static inline bool cuda_aligned(P... p)
     return ((reinterpret_cast<uintptr_t>(p) | ...) & 15) == 0;
 }
 
+/* Numbers of one access for rows of cols: 1 where they are not whole aligned vectors. */
+template <class T> static inline int vec_width(int64_t cols, bool aligned)
+{
+    return aligned && cols % md_vec<T>::N == 0 ? md_vec<T>::N : 1;
+}
+
 static inline unsigned cuda_blocks(int64_t n, int64_t per_block)
 {
     return (unsigned)cuda_ceil(n, per_block);

@@ -106,8 +106,9 @@ void case_run(op_case *c, md_backend *be);
 double case_error(const op_case *c);
 
 /* The tables. */
-extern const op_row gemm_rows[], norm_rows[], attention_rows[], token_rows[], vector_rows[];
+extern const op_row gemm_rows[], norm_rows[], attention_rows[], token_rows[], patch_rows[],
+    vector_rows[], entropy_rows[];
 extern const int gemm_row_count, norm_row_count, attention_row_count, token_row_count,
-    vector_row_count;
+    patch_row_count, vector_row_count, entropy_row_count;
 
 #endif

@@ -1,10 +1,10 @@
-/* ops_token: cases of rel_gather, rel_scatter, patchify, tokens, tokens_bwd, gather_rows and
- * scatter_rows. */
+/* ops_token: cases of rel_gather, rel_scatter, tokens, tokens_bwd, gather_rows, scatter_rows,
+ * mean_rows and mean_rows_bwd. */
 #include "tests/ops/ops_case.h"
 
 #include <math.h>
 
-enum { ADD = 1, POS = 2, MASK = 4, CLS = 8, HWC = 16 };
+enum { ADD = 1, POS = 2, MASK = 4, CLS = 8 };
 
 /* Index [T, T] into R rows, with repeats, every row of the table possible. */
 static md_tensor *relative_index(op_case *c, int64_t tokens, int64_t rows)
@@ -66,36 +66,6 @@ static double objective_rel_scatter(const op_case *c, int o, int64_t i, double h
         if ((int64_t)index[p] == i / heads)
             sum += h * X(c, rel_scatter, drel)[i % heads * t * t + p];
     return sum;
-}
-
-/* n: images, image side, patch side. */
-static void build_patchify(op_case *c)
-{
-    int64_t b = c->row->n[0], s = c->row->n[1], p = c->row->n[2], grid = s / p;
-    md_patchify_args *a = &c->args.patchify;
-    a->image = TENSOR(c, MD_U8, FILL_BYTES, b, s, s, 3);
-    a->patch = ACT(c, b * grid * grid, 3 * p * p);
-    a->side = (int)p;
-    a->order = c->row->flags & HWC ? MD_PATCH_HWC : MD_PATCH_CHW;
-    for (int ch = 0; ch < 3; ch++) {
-        a->mean[ch] = 0.4f + 0.05f * (float)ch;
-        a->std[ch] = 0.2f + 0.02f * (float)ch;
-    }
-    c->factor = 1.0;
-}
-
-static void ref_patchify(op_case *c, bool mutant)
-{
-    const md_patchify_args *a = &c->args.patchify;
-    int64_t b = c->row->n[0], s = c->row->n[1], p = c->row->n[2], grid = s / p;
-    for (int64_t i = 0; i < b * s * s * 3; i++) {
-        int64_t ch = i % 3, x = i / 3 % s, y = i / 3 / s % s, image = i / 3 / s / s;
-        int64_t patch = (image * grid + y / p) * grid + x / p, py = y % p, px = x % p;
-        int64_t inner = a->order == MD_PATCH_HWC ? (py * p + px) * 3 + ch : (ch * p + py) * p + px;
-        double value = X(c, patchify, image)[i] / (mutant ? 255.0 * (1.0 + c->bend) : 255.0);
-        REF(c, patchify, patch)
-        [patch * 3 * p * p + inner] += (value - (double)a->mean[ch]) / (double)a->std[ch];
-    }
 }
 
 /* n: images, patches of an image, width. */
@@ -247,6 +217,49 @@ static double objective_scatter_rows(const op_case *c, int o, int64_t i, double 
     return sum;
 }
 
+/* n: images, rows of an image, width. */
+static void build_mean_rows(op_case *c)
+{
+    const int64_t *n = c->row->n;
+    c->args.mean_rows.x = ACT(c, n[0], n[1], n[2]);
+    c->args.mean_rows.y = ACT(c, n[0], n[2]);
+    c->terms = (double)n[1];
+}
+
+static void ref_mean_rows(op_case *c, bool mutant)
+{
+    const int64_t *n = c->row->n;
+    for (int64_t i = 0; i < n[0] * n[1] * n[2]; i++) {
+        double value = X(c, mean_rows, x)[i] / (double)n[1];
+        if (mutant && i / n[2] % n[1] == n[1] - 1)
+            value += c->bend;
+        REF(c, mean_rows, y)[i / n[2] / n[1] * n[2] + i % n[2]] += value;
+    }
+}
+
+static void build_mean_rows_bwd(op_case *c)
+{
+    const int64_t *n = c->row->n;
+    c->args.mean_rows_bwd.dy = ACT(c, n[0], n[2]);
+    c->args.mean_rows_bwd.dx = ACT(c, n[0], n[1], n[2]);
+}
+
+static void ref_mean_rows_bwd(op_case *c, bool mutant)
+{
+    const int64_t *n = c->row->n;
+    for (int64_t i = mutant ? 1 : 0; i < n[0] * n[1] * n[2]; i++)
+        REF(c, mean_rows_bwd, dx)
+    [i] += X(c, mean_rows_bwd, dy)[i / n[2] / n[1] * n[2] + i % n[2]] / (double)n[1];
+}
+
+/* <dy, mean of x>, of which only the moved element is summed. */
+static double objective_mean_rows_bwd(const op_case *c, int o, int64_t i, double h)
+{
+    (void)o;
+    const int64_t *n = c->row->n;
+    return h / (double)n[1] * X(c, mean_rows_bwd, dy)[i / n[2] / n[1] * n[2] + i % n[2]];
+}
+
 #define REL_GATHER(t, r, h)                                                    \
     {                                                                          \
         MD_OP_rel_gather, build_rel_gather, ref_rel_gather, {t, r, h}, 0, NULL \
@@ -254,10 +267,6 @@ static double objective_scatter_rows(const op_case *c, int o, int64_t i, double 
 #define REL_SCATTER(t, r, h, f)                                                                    \
     {                                                                                              \
         MD_OP_rel_scatter, build_rel_scatter, ref_rel_scatter, {t, r, h}, f, objective_rel_scatter \
-    }
-#define PATCHIFY(b, s, p, f)                                             \
-    {                                                                    \
-        MD_OP_patchify, build_patchify, ref_patchify, {b, s, p}, f, NULL \
     }
 #define TOKENS(b, g, w, f)                                         \
     {                                                              \
@@ -276,6 +285,15 @@ static double objective_scatter_rows(const op_case *c, int o, int64_t i, double 
         MD_OP_scatter_rows, build_scatter_rows, ref_scatter_rows, {n, r, w}, f, \
             objective_scatter_rows                                              \
     }
+#define MEAN_ROWS(b, m, w)                                                  \
+    {                                                                       \
+        MD_OP_mean_rows, build_mean_rows, ref_mean_rows, {b, m, w}, 0, NULL \
+    }
+#define MEAN_ROWS_BWD(b, m, w)                                                     \
+    {                                                                              \
+        MD_OP_mean_rows_bwd, build_mean_rows_bwd, ref_mean_rows_bwd, {b, m, w}, 0, \
+            objective_mean_rows_bwd                                                \
+    }
 
 const op_row token_rows[] = {
     REL_GATHER(1, 4, 1),
@@ -284,11 +302,6 @@ const op_row token_rows[] = {
     REL_SCATTER(1, 4, 1, 0),
     REL_SCATTER(17, 52, 3, ADD),
     REL_SCATTER(65, 228, 12, 0),
-    PATCHIFY(1, 1, 1, 0),
-    PATCHIFY(3, 10, 5, HWC),
-    PATCHIFY(2, 48, 16, 0),
-    PATCHIFY(2, 28, 14, HWC),
-    PATCHIFY(2, 28, 14, 0),
     TOKENS(1, 1, 1, 0),
     TOKENS(3, 16, 17, POS),
     TOKENS(3, 64, 192, MASK),
@@ -305,5 +318,13 @@ const op_row token_rows[] = {
     SCATTER(17, 5, 3, ADD),
     SCATTER(197, 65, 257, 0),
     SCATTER(65, 65, 17, 0),
+    MEAN_ROWS(1, 1, 1),
+    MEAN_ROWS(3, 16, 17),
+    MEAN_ROWS(2, 196, 64),
+    MEAN_ROWS(5, 65, 328),
+    MEAN_ROWS_BWD(1, 1, 1),
+    MEAN_ROWS_BWD(3, 16, 17),
+    MEAN_ROWS_BWD(2, 196, 64),
+    MEAN_ROWS_BWD(5, 65, 328),
 };
 const int token_row_count = (int)MD_COUNT(token_rows);

@@ -19,11 +19,10 @@
 static const struct {
     const op_row *rows;
     const int *count;
-} tables[] = {{gemm_rows, &gemm_row_count},
-              {norm_rows, &norm_row_count},
-              {attention_rows, &attention_row_count},
-              {token_rows, &token_row_count},
-              {vector_rows, &vector_row_count}};
+} tables[] = {{gemm_rows, &gemm_row_count},           {norm_rows, &norm_row_count},
+              {attention_rows, &attention_row_count}, {token_rows, &token_row_count},
+              {patch_rows, &patch_row_count},         {vector_rows, &vector_row_count},
+              {entropy_rows, &entropy_row_count}};
 
 static const char *describe(const op_row *r, char *buf, size_t size)
 {

@@ -291,6 +291,36 @@ static void draws_are_uniform(void **state)
         assert_in_range(bins[i], DRAWS / 10 - 475, DRAWS / 10 + 475); /* 5 * sqrt(9000) */
 }
 
+/* The first four moments are within 5 standard deviations, neighbours do not go together, and every
+ * quarter of the circle gives what Box and Muller say in double. */
+static void noise_is_normal(void **state)
+{
+    (void)state;
+    enum { DRAWS = 200000 };
+    const uint32_t key[2] = {11, 5}, other[2] = {11, 6};
+    double moment[4] = {0}, lag = 0, keys = 0, last = 0;
+    for (uint32_t i = 0; i < DRAWS; i++) {
+        double x = (double)md_rng_normal(key, i), power = 1;
+        for (int m = 0; m < 4; m++)
+            moment[m] += (power *= x) / DRAWS;
+        lag += last * x / DRAWS;
+        keys += x * (double)md_rng_normal(other, i) / DRAWS;
+        last = x;
+    }
+    const double want[4] = {0, 1, 0, 3}, sigma[4] = {1, 1.4142, 3.873, 9.798};
+    for (int m = 0; m < 4; m++)
+        assert_true(fabs(moment[m] - want[m]) < 5 * sigma[m] / sqrt(DRAWS));
+    assert_true(fabs(lag) < 5 / sqrt(DRAWS) && fabs(keys) < 5 / sqrt(DRAWS));
+    md_rng r = md_rng_at(9, MD_RNG_TEST, 0, 0);
+    for (int i = 0; i < DRAWS; i++) {
+        uint32_t a = md_rng_u32(&r) >> (i % 3 * 8), b = md_rng_u32(&r);
+        double turn = ((double)(int32_t)(b << 2) / 4294967296.0 + (double)(b >> 30)) / 4.0;
+        double u = (double)((a >> 8) + 1) / 16777216.0;
+        double x = sqrt(-2.0 * log(u)) * cos(2.0 * acos(-1.0) * turn);
+        assert_true(fabs((double)md_normal_of(a, b) - x) < 4e-7 * fabs(x) + 1e-12);
+    }
+}
+
 /* ---- tensors ---- */
 
 static void tensors_know_their_shape(void **state)
@@ -337,6 +367,7 @@ int main(void)
         cmocka_unit_test(philox_gives_the_known_answers),
         cmocka_unit_test(cursor_walks_the_blocks),
         cmocka_unit_test(draws_are_uniform),
+        cmocka_unit_test(noise_is_normal),
         cmocka_unit_test(tensors_know_their_shape),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
