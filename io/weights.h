@@ -108,4 +108,20 @@ typedef struct md_pos_resize_args {
  * sides copy everything. Local. */
 void md_pos_resize(const md_pos_resize_args *a);
 
+typedef struct md_rel_pos_resize_args {
+    const float *src;        /* [(2 g_src - 1)^2 + 3, heads], the rows of the class token last */
+    float *dst;              /* [(2 g_dst - 1)^2 + 3, heads] */
+    int g_src, g_dst, heads; /* sides of the windows, in patches */
+} md_rel_pos_resize_args;
+
+/* Resizes a relative position bias table as BEiT does when the window changes (microsoft/unilm,
+ * beit2/run_class_finetuning.py). The source's offsets 0, 1, 2, ... go to the distances 0, 1,
+ * 1 + q, 1 + q + q^2, ..., which leaves neighbours where they are and spreads the far ones to the
+ * target's edge; a bicubic spline through them (of lower degree where a side has 3 entries) gives
+ * the target's offsets. The last 3 rows are copied; equal sides copy everything. Local.
+ * MD_ERR_MEMORY. */
+md_status md_rel_pos_resize(const md_rel_pos_resize_args *a);
+/* That q, in [1.01, 1.5]: a target that is not larger has the least. Local. */
+double md_rel_pos_ratio(int g_src, int g_dst);
+
 #endif

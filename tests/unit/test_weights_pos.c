@@ -1,4 +1,4 @@
-/* Position tables are resized as torch does. */
+/* Position tables are resized as torch does, relative ones as BEiT does with scipy. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -81,11 +81,87 @@ static void positions_have_the_known_taps(void **state)
     assert_memory_equal(src, same, sizeof src);
 }
 
+static void relative_ratios_are_beits(void **state)
+{
+    (void)state;
+    static const struct {
+        int from, to;
+        double q;
+    } cases[] = {{14, 24, 1.090307}, {14, 20, 1.060968}, {14, 32, 1.134918},
+                 {14, 40, 1.168504}, {16, 32, 1.096891}, {7, 4, 1.010000}};
+    for (size_t i = 0; i < MD_COUNT(cases); i++) {
+        double q = md_rel_pos_ratio(cases[i].from, cases[i].to);
+        if (!(fabs(q - cases[i].q) < 1e-6))
+            fail_msg("%d to %d: %.7f instead of %.6f", cases[i].from, cases[i].to, q, cases[i].q);
+    }
+}
+
+static void resize_rel(const float *src, float *dst, int from, int to, int heads)
+{
+    assert_int_equal(md_rel_pos_resize(&(md_rel_pos_resize_args){
+                         .src = src, .dst = dst, .g_src = from, .g_dst = to, .heads = heads}),
+                     MD_OK);
+}
+
+static void resizes_relative_positions_as_scipy(void **state)
+{
+    (void)state;
+    static const int cases[][2] = {{14, 24}, {16, 32}, {7, 4}, {3, 5}};
+    md_safetensors *st;
+    assert_int_equal(md_safetensors_open("tests/golden/rel_positions.safetensors", &st), MD_OK);
+    for (size_t i = 0; i < MD_COUNT(cases); i++) {
+        const int from = cases[i][0], to = cases[i][1];
+        char name[32];
+        md_tensor src, ref;
+        static float got[(63 * 63 + 3) * 2];
+        snprintf(name, sizeof name, "%d", from);
+        assert_int_equal(md_safetensors_load(st, name, MD_F32, &src), MD_OK);
+        snprintf(name, sizeof name, "%d_%d", from, to);
+        assert_int_equal(md_safetensors_load(st, name, MD_F32, &ref), MD_OK);
+        resize_rel(md_f32(&src), got, from, to, 2);
+        for (int64_t k = 0; k < md_tensor_count(&ref); k++) /* values are about 1, at most 5 */
+            if (!(fabsf(got[k] - md_f32(&ref)[k]) <= 1e-6f))
+                fail_msg("%s element %lld: %.8g, scipy %.8g", name, (long long)k, (double)got[k],
+                         (double)md_f32(&ref)[k]);
+        resize_rel(md_f32(&src), got, from, from, 2);
+        assert_memory_equal(got, src.data, md_tensor_bytes(&src));
+        md_free(src.data);
+        md_free(ref.data);
+    }
+    md_safetensors_close(st);
+}
+
+/* Sides too short for a cubic: a parabola through three entries, and the one value everywhere. */
+static void short_relative_tables_are_resized(void **state)
+{
+    (void)state;
+    float src[9 + 3], dst[49 + 3];
+    const double reach = 1.0; /* where the source's edge lies */
+    for (int k = 0; k < 12; k++) {
+        const float y = (float)(k / 3 - 1), x = (float)(k % 3 - 1);
+        src[k] = k < 9 ? 1 + 2 * y - x + 3 * x * y + x * x : (float)k;
+    }
+    resize_rel(src, dst, 2, 4, 1);
+    for (int k = 0; k < 49; k++) {
+        const double y = fmin(fmax(k / 7 - 3, -reach), reach);
+        const double x = fmin(fmax(k % 7 - 3, -reach), reach);
+        assert_true(fabs((double)dst[k] - (1 + 2 * y - x + 3 * x * y + x * x)) < 1e-6);
+    }
+    assert_memory_equal(dst + 49, src + 9, 3 * sizeof *src);
+    resize_rel(src, dst, 1, 3, 1);
+    for (int k = 0; k < 25; k++)
+        assert_true(dst[k] == src[0]);
+    assert_memory_equal(dst + 25, src + 1, 3 * sizeof *src);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(resizes_positions_as_torch),
         cmocka_unit_test(positions_have_the_known_taps),
+        cmocka_unit_test(relative_ratios_are_beits),
+        cmocka_unit_test(resizes_relative_positions_as_scipy),
+        cmocka_unit_test(short_relative_tables_are_resized),
     };
     return cmocka_run_group_tests_name("weights_pos", tests, NULL, NULL);
 }
