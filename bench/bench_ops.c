@@ -224,6 +224,8 @@ static void bench_tokens(bench *b)
     int64_t i = m->images, s = m->side, g = m->tokens - 1, c = m->width, n = b->rows;
     MEASURE(b, patchify, "", 0.0, .image = T(MD_U8, i, s, s, 3),
             .patch = F(i * g, 3 * m->patch * m->patch), .side = (int)m->patch, .std = {1, 1, 1});
+    MEASURE(b, patchify, "mixed", 0.0, .image = T(MD_U8, i, s, s, 3), .mix = T(MD_I32, i, 12),
+            .patch = F(i * g, 3 * m->patch * m->patch), .side = (int)m->patch, .std = {1, 1, 1});
     MEASURE(b, tokens, "", 0.0, .patch = F(i, g, c), .cls = F(c), .mask_token = F(c),
             .pos = F(g + 1, c), .mask = T(MD_U8, i, g), .tokens = F(i, g + 1, c));
     MEASURE(b, tokens_bwd, "", 0.0, .dtokens = F(i, g + 1, c), .mask = T(MD_U8, i, g),
@@ -231,6 +233,10 @@ static void bench_tokens(bench *b)
     MEASURE(b, gather_rows, "", 0.0, .x = F(n, c), .index = every_second(n / 2), .y = F(n / 2, c));
     MEASURE(b, scatter_rows, "", 0.0, .dy = F(n / 2, c), .index = every_second(n / 2),
             .dx = F(n, c));
+    MEASURE(b, mean_rows, "", 0.0, .x = F(i, g, c), .y = F(i, c));
+    MEASURE(b, mean_rows_bwd, "", 0.0, .dy = F(i, c), .dx = F(i, g, c));
+    MEASURE(b, cross_entropy, "1000 classes", 0.0, .logits = F(i, 1000), .target = F(i, 1000),
+            .loss = T(MD_F64, 1), .dlogits = F(i, 1000), .scale = 1.0f);
     MEASURE(b, loss, "smooth l1", 0.0, .pred = F(n / 2, c), .target = F(n / 2, c),
             .loss = T(MD_F64, 1), .dpred = F(n / 2, c), .beta = 2.0f, .scale = 1.0f);
 }

@@ -118,6 +118,36 @@ static void test_values_are_checked(void **state)
     md_backend_destroy(be);
 }
 
+/* Mixed images are what torch makes of them, bit for bit: each product is rounded on its own, and
+ * lambda 1 leaves the image alone. Only a partner of the batch will do. */
+static void test_mixed_images(void **state)
+{
+    (void)state;
+    enum { S = 16, N = S * S * 3 };
+    static uint8_t bytes[2 * N];
+    static float plain[2 * N], mixed[2 * N];
+    md_mix mix[2] = {{.partner = 1, .lambda = 0.3f}, {.partner = 0, .lambda = 1.0f}};
+    md_backend *be = make("cpu");
+    md_tensor image = MD_TENSOR(bytes, MD_U8, 2, S, S, 3), to = MD_TENSOR(plain, MD_F32, 2, N);
+    md_tensor records = MD_TENSOR(mix, MD_I32, 2, MD_MIX_WORDS);
+    md_patchify_args a = {.image = &image, .patch = &to, .side = S, .order = MD_PATCH_HWC};
+    for (int i = 0; i < 3; i++)
+        a.mean[i] = 0.45f, a.std[i] = 0.22f;
+    for (int i = 0; i < 2 * N; i++)
+        bytes[i] = (uint8_t)(i * 37 + i / 256);
+    assert_int_equal(be->ops->patchify(be, &a), MD_OK);
+    to.data = mixed;
+    a.mix = &records;
+    assert_int_equal(be->ops->patchify(be, &a), MD_OK);
+    for (int i = 0; i < N; i++) {
+        volatile float own = 0.3f * plain[i], other = (1.0f - 0.3f) * plain[N + i];
+        assert_true(mixed[i] == own + other && mixed[N + i] == plain[N + i]);
+    }
+    mix[1].partner = 2;
+    expect_error(be->ops->patchify(be, &a), MD_ERR_BUG, "mixed with image 2");
+    md_backend_destroy(be);
+}
+
 /* Empty rows and an empty sum: no masked token, no image. */
 static void test_empty_operands(void **state)
 {
@@ -221,6 +251,7 @@ int main(void)
         cmocka_unit_test(test_shape_rules),
         cmocka_unit_test(test_letters_must_agree),
         cmocka_unit_test(test_values_are_checked),
+        cmocka_unit_test(test_mixed_images),
         cmocka_unit_test(test_empty_operands),
         cmocka_unit_test(test_check_sees_breaches),
         cmocka_unit_test(test_check_sees_memory),
