@@ -1,9 +1,5 @@
-/* dialects: see dialects.h.
- *
- * Sources of the names: OpenAI CLIP clip/model.py; Hugging Face transformers modeling_clip.py and
- * modeling_vit.py; timm models/vision_transformer.py (also DINO vision_transformer.py, MAE
- * models_mae.py and SLIP models.py, which use the same names). */
-#include "io/dialects.h"
+/* dialects: see dialects.h. */
+#include "io/dialects_table.h"
 
 #include <stdarg.h>
 #include <stdio.h>
@@ -19,29 +15,6 @@ static const struct {
     MD_WEIGHTS(WEIGHT_ROW)
 #undef WEIGHT_ROW
 };
-
-/* One parameter in a dialect. Names are relative to the dialect's root, or, after a '/', to the
- * wrapper around it; %d is the layer. */
-typedef struct rule {
-    md_weight_id id;
-    const char *from[MD_DIALECT_PARTS];
-    bool transposed, optional;
-    const char *zero; /* the rule holds only if this tensor is absent or all zeros */
-} rule;
-
-#define MAX_ROOTS   4
-#define MAX_IGNORED 12
-
-typedef struct dialect {
-    const char *name;
-    const char *probe, *absent; /* it is this dialect if the first is there and the second not */
-    const char *root[MAX_ROOTS];
-    const char *ignored[MAX_IGNORED]; /* beginnings of names below the root that are no business of
-                                         the encoder; what lies outside the root never is */
-    md_dialect_defaults defaults;
-    const rule *rules;
-    int count;
-} dialect;
 
 /* Prefixes that training programs put in front of whole models. */
 static const char *const wrappers[] = {
@@ -59,138 +32,6 @@ static const char *const wrappers[] = {
     "teacher.module.backbone.",
     "vision_encoder.",
     "base_model.",
-};
-
-#define BOTH(w, b, name)   \
-    {w, {name ".weight"}}, \
-    {                      \
-        b,                 \
-        {                  \
-            name ".bias"   \
-        }                  \
-    }
-#define THREE(w, b, q, k, v)                      \
-    {w, {q ".weight", k ".weight", v ".weight"}}, \
-    {                                             \
-        b,                                        \
-        {                                         \
-            q ".bias", k ".bias", v ".bias"       \
-        }                                         \
-    }
-#define W(id) MD_WEIGHT_##id##_W
-#define B(id) MD_WEIGHT_##id##_B
-
-#define TIMM_BLOCKS                                                                               \
-    BOTH(W(NORM1), B(NORM1), "blocks.%d.norm1"), BOTH(W(QKV), B(QKV), "blocks.%d.attn.qkv"),      \
-        BOTH(W(OUT), B(OUT), "blocks.%d.attn.proj"), BOTH(W(NORM2), B(NORM2), "blocks.%d.norm2"), \
-        BOTH(W(FC1), B(FC1), "blocks.%d.mlp.fc1"), BOTH(W(FC2), B(FC2), "blocks.%d.mlp.fc2"),     \
-        BOTH(W(NORM), B(NORM), "norm")
-
-static const rule timm_rules[] = {
-    {MD_WEIGHT_CLS, {"cls_token"}},
-    {MD_WEIGHT_POS, {"pos_embed"}},
-    BOTH(W(PATCH), B(PATCH), "patch_embed.proj"),
-    TIMM_BLOCKS,
-};
-
-/* timm keeps CLIP's projection as a classifier with a zero bias; any other bias is a real one. */
-static const rule timm_clip_rules[] = {
-    {MD_WEIGHT_CLS, {"cls_token"}},
-    {MD_WEIGHT_POS, {"pos_embed"}},
-    {W(PATCH), {"patch_embed.proj.weight"}},
-    BOTH(W(PRE), B(PRE), "norm_pre"),
-    TIMM_BLOCKS,
-    {W(PROJ), {"head.weight"}, .optional = true, .zero = "head.bias"},
-};
-
-#define RES "transformer.resblocks.%d."
-static const rule openai_rules[] = {
-    {MD_WEIGHT_CLS, {"class_embedding"}},
-    {MD_WEIGHT_POS, {"positional_embedding"}},
-    {W(PATCH), {"conv1.weight"}},
-    BOTH(W(PRE), B(PRE), "ln_pre"),
-    BOTH(W(NORM1), B(NORM1), RES "ln_1"),
-    {W(QKV), {RES "attn.in_proj_weight"}},
-    {B(QKV), {RES "attn.in_proj_bias"}},
-    BOTH(W(OUT), B(OUT), RES "attn.out_proj"),
-    BOTH(W(NORM2), B(NORM2), RES "ln_2"),
-    BOTH(W(FC1), B(FC1), RES "mlp.c_fc"),
-    BOTH(W(FC2), B(FC2), RES "mlp.c_proj"),
-    BOTH(W(NORM), B(NORM), "ln_post"),
-    {W(PROJ), {"proj"}, .transposed = true, .optional = true},
-};
-
-#define LAYERS "encoder.layers.%d."
-static const rule hf_clip_rules[] = {
-    {MD_WEIGHT_CLS, {"embeddings.class_embedding"}},
-    {MD_WEIGHT_POS, {"embeddings.position_embedding.weight"}},
-    {W(PATCH), {"embeddings.patch_embedding.weight"}},
-    BOTH(W(PRE), B(PRE), "pre_layrnorm"), /* spelt so there */
-    BOTH(W(NORM1), B(NORM1), LAYERS "layer_norm1"),
-    THREE(W(QKV), B(QKV), LAYERS "self_attn.q_proj", LAYERS "self_attn.k_proj",
-          LAYERS "self_attn.v_proj"),
-    BOTH(W(OUT), B(OUT), LAYERS "self_attn.out_proj"),
-    BOTH(W(NORM2), B(NORM2), LAYERS "layer_norm2"),
-    BOTH(W(FC1), B(FC1), LAYERS "mlp.fc1"),
-    BOTH(W(FC2), B(FC2), LAYERS "mlp.fc2"),
-    BOTH(W(NORM), B(NORM), "post_layernorm"),
-    {W(PROJ), {"/visual_projection.weight"}, .optional = true},
-};
-
-#define LAYER "encoder.layer.%d."
-static const rule hf_vit_rules[] = {
-    {MD_WEIGHT_CLS, {"embeddings.cls_token"}},
-    {MD_WEIGHT_POS, {"embeddings.position_embeddings"}},
-    BOTH(W(PATCH), B(PATCH), "embeddings.patch_embeddings.projection"),
-    BOTH(W(NORM1), B(NORM1), LAYER "layernorm_before"),
-    THREE(W(QKV), B(QKV), LAYER "attention.attention.query", LAYER "attention.attention.key",
-          LAYER "attention.attention.value"),
-    BOTH(W(OUT), B(OUT), LAYER "attention.output.dense"),
-    BOTH(W(NORM2), B(NORM2), LAYER "layernorm_after"),
-    BOTH(W(FC1), B(FC1), LAYER "intermediate.dense"),
-    BOTH(W(FC2), B(FC2), LAYER "output.dense"),
-    BOTH(W(NORM), B(NORM), "layernorm"),
-};
-
-#define RULES(table) .rules = table, .count = (int)MD_COUNT(table)
-/* QuickGELU and GELU leave no trace in the tensors. The published CLIP files use QuickGELU; timm
- * has both, so there a config file or the user must say it. */
-static const dialect dialects[] = {
-    {"openai-clip",
-     "conv1.weight",
-     "blocks.0.norm1.weight",
-     {"visual.", ""},
-     {"attn_mask"},
-     {MD_ACT_QUICK_GELU, 1e-5, true},
-     RULES(openai_rules)},
-    {"hf-clip",
-     "embeddings.class_embedding",
-     NULL,
-     {"vision_model.", ""},
-     {"embeddings.position_ids", "visual_projection.", "text_", "logit_scale"},
-     {MD_ACT_QUICK_GELU, 1e-5, true},
-     RULES(hf_clip_rules)},
-    {"timm-clip",
-     "norm_pre.weight",
-     NULL,
-     {"", "visual.", "visual.trunk."},
-     {"head."},
-     {MD_ACT_NONE, 1e-5, true},
-     RULES(timm_clip_rules)},
-    {"timm",
-     "blocks.0.attn.qkv.weight",
-     "norm_pre.weight",
-     {"", "visual.", "visual.trunk."},
-     {"head.", "mask_token", "decoder_", "head_dist.", "pre_logits."},
-     {MD_ACT_GELU, 1e-6, false},
-     RULES(timm_rules)},
-    {"hf-vit",
-     "embeddings.patch_embeddings.projection.weight",
-     NULL,
-     {"vit.", ""},
-     {"pooler.", "classifier.", "embeddings.mask_token", "decoder."},
-     {MD_ACT_GELU, 1e-12, false},
-     RULES(hf_vit_rules)},
 };
 
 /* wrapper + root + from, the layer filled in. */
@@ -233,6 +74,14 @@ static int64_t *letter_place(md_weight_dims *d, char letter)
         return &d->patch;
     case 'O':
         return &d->proj;
+    case 'R':
+        return &d->rel_rows;
+    case 'H':
+        return &d->heads;
+    case 'K':
+        return &d->classes;
+    case 'L':
+        return &d->lm_width;
     default:
         return NULL;
     }
@@ -258,7 +107,7 @@ int md_weight_shape(md_weight_id id, const md_weight_dims *d, int64_t dim[MD_MAX
 /* A match under way, and what was found wrong. */
 typedef struct matcher {
     const md_safetensors *st;
-    const dialect *d;
+    const md_dialect *d;
     const char *wrapper, *root;
     md_dialect_map *map;
     bool *used; /* per tensor of the set */
@@ -304,7 +153,8 @@ static void describe(const md_st_entry *e, char buf[96])
 
 /* Holds a stored shape against the letters, binding those that are still free. Leading extents of
  * one are not counted. */
-static bool shape_fits(const md_st_entry *e, const rule *r, int parts, md_weight_dims *dims)
+static bool shape_fits(const md_st_entry *e, const md_dialect_rule *r, int parts,
+                       md_weight_dims *dims)
 {
     const char *letters = weights[r->id].shape;
     int rank = (int)strlen(letters), skip = e->rank - rank;
@@ -341,11 +191,21 @@ static md_status all_zero(const md_safetensors *st, int tensor, bool *zero)
     return status;
 }
 
+static bool is_mapped(const md_dialect_map *map, md_weight_id id, int layer)
+{
+    for (int i = 0; i < map->count; i++)
+        if (map->copy[i].id == id && map->copy[i].layer == layer)
+            return true;
+    return false;
+}
+
 /* Maps one rule at one layer. */
-static md_status match_rule(matcher *m, const rule *r, int layer)
+static md_status match_rule(matcher *m, const md_dialect_rule *r, int layer)
 {
     md_dialect_copy copy = {.id = r->id, .layer = layer, .transposed = r->transposed};
     int there = 0;
+    if (is_mapped(m->map, r->id, layer))
+        return MD_OK;
     while (copy.parts < MD_DIALECT_PARTS && r->from[copy.parts]) {
         copy.tensor[copy.parts] = find(m, r->from[copy.parts], layer);
         there += copy.tensor[copy.parts++] >= 0;
@@ -392,7 +252,7 @@ static int count_layers(const matcher *m)
 
 static md_status match_rules(matcher *m)
 {
-    const dialect *d = m->d;
+    const md_dialect *d = m->d;
     int layers = m->map->dims.layers = count_layers(m);
     MD_NEW(m->map->copy, (int64_t)d->count * MD_MAX(layers, 1), FAMILY);
     for (int i = 0; i < d->count; i++)
@@ -410,9 +270,14 @@ static bool is_ignored(const matcher *m, const char *name)
     size_t wrapper = strlen(m->wrapper), root = strlen(m->root);
     if (strncmp(name, m->wrapper, wrapper) != 0 || strncmp(name + wrapper, m->root, root) != 0)
         return true;
-    for (int i = 0; i < MAX_IGNORED && m->d->ignored[i]; i++)
-        if (strncmp(name + wrapper + root, m->d->ignored[i], strlen(m->d->ignored[i])) == 0)
+    const char *base = name + wrapper + root;
+    for (int i = 0; i < MD_DIALECT_IGNORED && m->d->ignored[i]; i++) {
+        const char *word = m->d->ignored[i];
+        const bool at_end = *word == '*';
+        size_t n = strlen(word += at_end), all = strlen(base);
+        if (n <= all && strncmp(at_end ? base + all - n : base, word, n) == 0)
             return true;
+    }
     return false;
 }
 
@@ -431,6 +296,27 @@ static md_status report(const matcher *m)
     return MD_OK;
 }
 
+/* Position tables must be those of one square grid; either tells its side. */
+static void note_tables(matcher *m, md_weight_dims *d)
+{
+    int64_t side = 0, reach = 0;
+    while (side * side < d->tokens - 1)
+        side++;
+    while (reach * reach < d->rel_rows - 3)
+        reach++;
+    if (d->tokens && side * side + 1 != d->tokens)
+        note(m, MISSHAPEN, "position table of %lld rows, not a square and one",
+             (long long)d->tokens);
+    else if (d->rel_rows && (reach * reach + 3 != d->rel_rows || reach % 2 == 0))
+        note(m, MISSHAPEN, "relative position table of %lld rows, not an odd square and three",
+             (long long)d->rel_rows);
+    else if (d->tokens && d->rel_rows && 2 * side - 1 != reach)
+        note(m, MISSHAPEN, "a grid of side %lld in one position table and of side %lld in another",
+             (long long)side, (long long)(reach + 1) / 2);
+    else if (d->rel_rows)
+        d->tokens = (reach + 1) / 2 * ((reach + 1) / 2) + 1;
+}
+
 static md_status match(matcher *m)
 {
     md_weight_dims *dims = &m->map->dims;
@@ -444,12 +330,7 @@ static md_status match(matcher *m)
         else
             note(m, UNKNOWN, "%.80s", name + strlen(m->map->prefix));
     }
-    int64_t side = 0;
-    while (side * side < dims->tokens - 1)
-        side++;
-    if (dims->tokens && side * side + 1 != dims->tokens)
-        note(m, MISSHAPEN, "position table of %lld rows, not a square and one",
-             (long long)dims->tokens);
+    note_tables(m, dims);
     return report(m);
 }
 
@@ -457,8 +338,11 @@ static md_status match(matcher *m)
 static md_status probe(matcher *m, int *found)
 {
     md_dialect_map *map = m->map;
-    if (find(m, m->d->probe, 0) < 0 || (m->d->absent && find(m, m->d->absent, 0) >= 0))
+    if (find(m, m->d->probe, 0) < 0)
         return MD_OK;
+    for (size_t i = 0; i < MD_COUNT(m->d->absent); i++)
+        if (m->d->absent[i] && find(m, m->d->absent[i], 0) >= 0)
+            return MD_OK;
     char prefix[sizeof map->prefix];
     snprintf(prefix, sizeof prefix, "%s%s", m->wrapper, m->root);
     if ((*found)++)
@@ -476,12 +360,12 @@ static md_status choose(matcher *m, const char *wrapper)
 {
     matcher at = *m;
     int found = 0;
-    for (size_t d = 0; d < MD_COUNT(dialects); d++)
+    for (size_t d = 0; d < (size_t)md_dialect_count; d++)
         for (size_t w = 0; w < (wrapper ? 1 : MD_COUNT(wrappers)); w++)
-            for (int r = 0; r < MAX_ROOTS && dialects[d].root[r]; r++) {
-                at.d = &dialects[d];
+            for (int r = 0; r < MD_DIALECT_ROOTS && md_dialects[d].root[r]; r++) {
+                at.d = &md_dialects[d];
                 at.wrapper = wrapper ? wrapper : wrappers[w];
-                at.root = dialects[d].root[r];
+                at.root = md_dialects[d].root[r];
                 int before = found;
                 MD_TRY(probe(&at, &found));
                 if (found > before)
@@ -489,8 +373,8 @@ static md_status choose(matcher *m, const char *wrapper)
             }
     if (!found)
         MD_FAIL(MD_ERR_DATA,
-                "no known names of a Vision Transformer (CLIP, timm, DINO, MAE, Hugging Face ViT) "
-                "under %s%s%s; see md_hpc weights inspect",
+                "no known names of a Vision Transformer (CLIP, timm, DINO, MAE, BEiT, Hugging Face "
+                "ViT) under %s%s%s; see md_hpc weights inspect",
                 wrapper ? "'" : "the known prefixes", wrapper ? wrapper : "", wrapper ? "'" : "");
     return MD_OK;
 }
@@ -510,4 +394,29 @@ void md_dialect_map_free(md_dialect_map *map)
 {
     md_free(map->copy);
     map->copy = NULL;
+}
+
+static const md_dialect *dialect_find(const char *name)
+{
+    for (int i = 0; i < md_dialect_count; i++)
+        if (strcmp(md_dialects[i].name, name) == 0)
+            return &md_dialects[i];
+    MD_ASSERT(false, "no dialect %s", name);
+    return NULL;
+}
+
+int md_dialect_names(const char *dialect, md_weight_id id, int layer, bool inside,
+                     char name[MD_DIALECT_PARTS][MD_DIALECT_NAME])
+{
+    const md_dialect *d = dialect_find(dialect);
+    const md_dialect_rule *rule = NULL;
+    for (int i = 0; i < d->count; i++)
+        if (d->rules[i].id == id && (!rule || inside))
+            rule = &d->rules[i];
+    if (!rule)
+        return 0;
+    int parts = 0;
+    for (; parts < MD_DIALECT_PARTS && rule->from[parts]; parts++)
+        full_name("", d->root[0], rule->from[parts], layer, name[parts], MD_DIALECT_NAME);
+    return parts;
 }

@@ -14,7 +14,7 @@
 
 #define FAMILY  "weights"
 #define FORMAT  "md_hpc.weights"
-#define VERSION 1
+#define VERSION 2 /* the newest it reads and writes */
 
 struct md_weights {
     md_comm *comm;
@@ -33,51 +33,46 @@ static const struct {
     {                                                    \
 #name, offsetof(md_weights_info, name), min, max \
     }
-    INFO_INT(width, 1, 65536), INFO_INT(layers, 1, 1024),      INFO_INT(heads, 1, 1024),
-    INFO_INT(patch, 1, 256),   INFO_INT(mlp, 1, 1 << 20),      INFO_INT(grid, 1, 1024),
-    INFO_INT(pre_norm, 0, 1),  INFO_INT(proj_width, 0, 65536), INFO_INT(patch_bias, 0, 1),
+    INFO_INT(width, 1, 65536),
+    INFO_INT(layers, 1, 1024),
+    INFO_INT(heads, 1, 1024),
+    INFO_INT(patch, 1, 256),
+    INFO_INT(mlp, 1, 1 << 20),
+    INFO_INT(grid, 1, 1024),
+    INFO_INT(pre_norm, 0, 1),
+    INFO_INT(proj_width, 0, 65536),
+    INFO_INT(patch_bias, 0, 1),
+    /* since version 2 */
+    INFO_INT(rel_pos, 0, 2),
+    INFO_INT(abs_pos, 0, 1),
+    INFO_INT(layer_scale, 0, 1),
+    INFO_INT(qv_bias, 0, 1),
+    INFO_INT(mask_token, 0, 1),
+    INFO_INT(final_norm, 0, 1),
+    INFO_INT(fc_norm, 0, 1),
+    INFO_INT(classes, 0, 1 << 24),
+    INFO_INT(lm_width, 0, 1 << 24),
 #undef INFO_INT
 };
 
-static const char *const act_names[] = {
-    [MD_ACT_NONE] = "none", [MD_ACT_GELU] = "gelu", [MD_ACT_QUICK_GELU] = "quick_gelu"};
+/* How many of them the versions have; what the first one has not is said by `plain`. */
+static const size_t info_count[] = {[1] = 9, [2] = MD_COUNT(info_ints)};
+static const md_weights_info plain = {.abs_pos = 1, .final_norm = 1};
 
-const char *md_act_name(md_act act)
+static int info_int(const md_weights_info *info, size_t i)
 {
-    return act_names[act];
+    int value;
+    memcpy(&value, (const char *)info + info_ints[i].place, sizeof value);
+    return value;
 }
 
-md_act md_act_parse(const char *name)
+/* The first version that can hold the model. */
+static int version_of(const md_weights_info *info)
 {
-    for (int a = MD_ACT_GELU; a < (int)MD_COUNT(act_names); a++)
-        if (strcmp(name, act_names[a]) == 0)
-            return (md_act)a;
-    return MD_ACT_NONE;
-}
-
-bool md_weights_has(const md_weights_info *info, md_weight_id id)
-{
-    switch (id) {
-    case MD_WEIGHT_PATCH_B:
-        return info->patch_bias;
-    case MD_WEIGHT_PRE_W:
-    case MD_WEIGHT_PRE_B:
-        return info->pre_norm;
-    case MD_WEIGHT_PROJ_W:
-        return info->proj_width > 0;
-    default:
-        return true;
-    }
-}
-
-void md_weights_dims(const md_weights_info *info, md_weight_dims *dims)
-{
-    *dims = (md_weight_dims){.width = info->width,
-                             .mlp = info->mlp,
-                             .tokens = (int64_t)info->grid * info->grid + 1,
-                             .patch = info->patch,
-                             .proj = info->proj_width,
-                             .layers = info->layers};
+    for (size_t i = info_count[1]; i < info_count[VERSION]; i++)
+        if (info_int(info, i) != info_int(&plain, i))
+            return VERSION;
+    return 1;
 }
 
 /* How often a parameter occurs in the model. */
@@ -135,13 +130,10 @@ static md_status triple_read(hid_t file, const char *name, double v[3])
 static md_status info_write(hid_t file, const md_weights_info *info)
 {
     MD_TRY(md_h5_attr_write_str(file, "format", FORMAT));
-    MD_TRY(md_h5_attr_write_i64(file, "version", VERSION));
+    MD_TRY(md_h5_attr_write_i64(file, "version", version_of(info)));
     MD_TRY(md_h5_attr_write_str(file, "kind", "vit"));
-    for (size_t i = 0; i < MD_COUNT(info_ints); i++) {
-        int value;
-        memcpy(&value, (const char *)info + info_ints[i].place, sizeof value);
-        MD_TRY(md_h5_attr_write_i64(file, info_ints[i].name, value));
-    }
+    for (size_t i = 0; i < info_count[version_of(info)]; i++)
+        MD_TRY(md_h5_attr_write_i64(file, info_ints[i].name, info_int(info, i)));
     MD_TRY(md_h5_attr_write_str(file, "act", md_act_name(info->act)));
     MD_TRY(md_h5_attr_write_f64(file, "ln_eps", info->ln_eps));
     MD_TRY(triple_write(file, "mean", info->mean));
@@ -152,18 +144,17 @@ static md_status info_write(hid_t file, const md_weights_info *info)
     return md_h5_attr_write_str(file, "hash", info->hash);
 }
 
-static md_status format_check(hid_t file)
+static md_status format_check(hid_t file, int64_t *version)
 {
     char text[64];
-    int64_t version;
     if (md_h5_attr_read_str(file, "format", text, sizeof text) != MD_OK ||
         strcmp(text, FORMAT) != 0)
         return md_h5_fail(MD_ERR_DATA, file,
                           "not a weights file of ours (make one with md_hpc weights import)");
-    MD_TRY(md_h5_attr_read_i64(file, "version", &version));
-    if (version != VERSION)
-        return md_h5_fail(MD_ERR_DATA, file, "weights of version %lld, this program reads %d",
-                          (long long)version, VERSION);
+    MD_TRY(md_h5_attr_read_i64(file, "version", version));
+    if (*version < 1 || *version > VERSION)
+        return md_h5_fail(MD_ERR_DATA, file, "weights of version %lld, this program reads 1 to %d",
+                          (long long)*version, VERSION);
     MD_TRY(md_h5_attr_read_str(file, "kind", text, sizeof text));
     if (strcmp(text, "vit") != 0)
         return md_h5_fail(MD_ERR_DATA, file, "weights of the unknown kind '%s'", text);
@@ -173,10 +164,10 @@ static md_status format_check(hid_t file)
 static md_status info_get(hid_t file, md_weights_info *info)
 {
     char act[32];
-    *info = (md_weights_info){0};
-    MD_TRY(format_check(file));
-    for (size_t i = 0; i < MD_COUNT(info_ints); i++) {
-        int64_t v;
+    int64_t version, v;
+    *info = plain;
+    MD_TRY(format_check(file, &version));
+    for (size_t i = 0; i < info_count[version]; i++) {
         MD_TRY(md_h5_attr_read_i64(file, info_ints[i].name, &v));
         if (v < info_ints[i].min || v > info_ints[i].max)
             return md_h5_fail(MD_ERR_DATA, file, "attribute %s = %lld is out of range",
@@ -215,8 +206,8 @@ static void hash_begin(XXH3_state_t *state, const md_weights_info *info)
     const double real[] = {info->ln_eps, info->mean[0], info->mean[1], info->mean[2],
                            info->std[0], info->std[1],  info->std[2]};
     XXH3_64bits_reset(state);
-    for (size_t i = 0; i < MD_COUNT(info_ints); i++)
-        XXH3_64bits_update(state, (const char *)info + info_ints[i].place, sizeof(int));
+    for (size_t i = 0; i < info_count[version_of(info)]; i++)
+        XXH3_64bits_update(state, &(int){info_int(info, i)}, sizeof(int));
     for (size_t i = 0; i < MD_COUNT(real); i++)
         XXH3_64bits_update(state, &real[i], sizeof real[i]);
     int n = snprintf(line, sizeof line, "%s\n", md_act_name(info->act));

@@ -1,23 +1,38 @@
-/* weights: pretrained weights of a frozen Vision Transformer as one HDF5 file, "md_hpc.weights"
- * version 1, and how they are made from safetensors.
+/* weights: pretrained weights of a Vision Transformer as one HDF5 file, "md_hpc.weights", and how
+ * they are made from safetensors.
  *
  * The file: one contiguous fp32 data set per parameter under its name (dialects.h), each with the
  * attribute xxh3 (16 hex digits of its bytes); root attributes format, version, kind = "vit",
  * width, layers, heads, patch, grid, mlp, proj_width, pre_norm, patch_bias, act, ln_eps, mean[3],
  * std[3], dialect, source, params, hash (XXH3 over attributes, names and hashes). Any h5py reads
- * it. */
+ * it. Version 1 holds a model with absolute positions, one bias for q, k and v, and a final norm.
+ * Any other (BEiT) is version 2, with the attributes rel_pos (0 none, 1 shared, 2 in every block),
+ * abs_pos, layer_scale, qv_bias, mask_token, final_norm, fc_norm, classes and lm_width. */
 #ifndef MD_WEIGHTS_H
 #define MD_WEIGHTS_H
 
 #include "io/dialects.h"
 #include "mpi/comm.h"
 
+/* Relative position tables. */
+typedef enum md_weights_rel {
+    MD_WEIGHTS_REL_NONE,
+    MD_WEIGHTS_REL_SHARED,
+    MD_WEIGHTS_REL_PER_LAYER
+} md_weights_rel;
+
 typedef struct md_weights_info {
     int width, layers, heads, patch, mlp;
-    int grid;       /* side of the position table */
+    int grid;       /* side of the position tables */
     int proj_width; /* 0 = no projection after the final norm */
     int pre_norm;   /* 1: LayerNorm before the first block (CLIP) */
     int patch_bias; /* 1: the patch embedding has a bias */
+    int rel_pos;    /* md_weights_rel */
+    /* 0 or 1: absolute positions; layer scale; biases of q and v alone, else one of q, k and v; a
+     * mask token; norm behind the last block; fc_norm behind the mean of the tokens. */
+    int abs_pos, layer_scale, qv_bias, mask_token, final_norm, fc_norm;
+    int classes;  /* of the classifier; 0 = none */
+    int lm_width; /* of the pretraining head; 0 = none */
     md_act act;
     double ln_eps;
     double mean[3], std[3]; /* of the input's channels, pixels in [0, 1] */

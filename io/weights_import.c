@@ -137,7 +137,7 @@ static void findings_free(findings *f)
 /* ---- the values that are not in the tensors ---- */
 
 static md_status take_heads(const md_weights_import_args *a, const findings *f,
-                            md_weights_import_report *r)
+                            const md_dialect_map *map, md_weights_import_report *r)
 {
     md_weights_info *info = &r->info;
     json_int_t heads = a->heads, width = json_integer_value(f->value[HEAD_WIDTH]);
@@ -152,6 +152,13 @@ static md_status take_heads(const md_weights_import_args *a, const findings *f,
         heads = md_weights_default_heads(info->width);
         r->heads_from = "by the width";
     }
+    if (map->dims.heads && !a->heads && !f->value[HEADS]) {
+        heads = map->dims.heads;
+        r->heads_from = "relative position table";
+    }
+    if (map->dims.heads && heads != map->dims.heads)
+        MD_FAIL(MD_ERR_DATA, "%s: %lld heads (%s), but the relative position table is for %lld",
+                a->input, (long long)heads, r->heads_from, (long long)map->dims.heads);
     if (heads < 1 || heads > 1024 || info->width % heads)
         MD_FAIL(MD_ERR_DATA, "%s: %lld heads (%s) do not divide width %d; say --heads", a->input,
                 (long long)heads, r->heads_from, info->width);
@@ -249,7 +256,7 @@ static md_status take_values(const md_weights_import_args *a, const md_dialect_m
     findings f = {0};
     md_status st = findings_read(a->input, &f);
     if (st == MD_OK)
-        st = take_heads(a, &f, r);
+        st = take_heads(a, &f, map, r);
     if (st == MD_OK)
         st = take_act(a, &f, map, r);
     if (st == MD_OK)
@@ -298,12 +305,35 @@ static md_status fill(void *arg, md_weight_id id, int layer, float *out)
     MD_FAIL(MD_ERR_BUG, "parameter %d of layer %d has no source", (int)id, layer);
 }
 
-static bool has_copy(const md_dialect_map *map, md_weight_id id)
+/* How many layers have it. */
+static int copies(const md_dialect_map *map, md_weight_id id)
 {
+    int n = 0;
     for (int i = 0; i < map->count; i++)
-        if (map->copy[i].id == id)
-            return true;
-    return false;
+        n += map->copy[i].id == id;
+    return n;
+}
+
+#define has(map, id) (copies(map, MD_WEIGHT_##id) > 0)
+
+/* Optional parameters come all together or not at all. */
+static md_status check_whole(const md_weights_import_args *a, const md_dialect_map *map,
+                             const md_weights_info *info)
+{
+    char name[MD_WEIGHT_NAME];
+    for (int id = 0; id < MD_WEIGHT_COUNT; id++) {
+        const int there = copies(map, (md_weight_id)id);
+        const int layers = md_weight_per_layer((md_weight_id)id) ? info->layers : 1;
+        const bool wanted = md_weights_has(info, (md_weight_id)id);
+        if (there == (wanted ? layers : 0))
+            continue;
+        MD_FAIL(MD_ERR_DATA,
+                "%s: %s (as this program calls it) is %s, which does not go with the "
+                "rest of the model",
+                a->input, md_weight_name((md_weight_id)id, wanted ? layers - 1 : 0, name),
+                wanted ? "missing" : "there");
+    }
+    return MD_OK;
 }
 
 /* What the tensors themselves show. */
@@ -319,10 +349,23 @@ static md_status take_shape(const md_weights_import_args *a, const source *s,
                               .patch = (int)d->patch,
                               .mlp = (int)d->mlp,
                               .proj_width = (int)d->proj,
-                              .pre_norm = has_copy(map, MD_WEIGHT_PRE_W),
-                              .patch_bias = has_copy(map, MD_WEIGHT_PATCH_B)};
+                              .pre_norm = has(map, PRE_W),
+                              .patch_bias = has(map, PATCH_B),
+                              .abs_pos = has(map, POS),
+                              .layer_scale = has(map, GAMMA_1),
+                              .qv_bias = has(map, Q_B),
+                              .mask_token = has(map, MASK),
+                              .final_norm = has(map, NORM_W),
+                              .fc_norm = has(map, FC_NORM_W),
+                              .classes = (int)d->classes,
+                              .lm_width = (int)d->lm_width};
+    info->rel_pos = has(map, REL_SHARED) ? MD_WEIGHTS_REL_SHARED
+                    : has(map, REL)      ? MD_WEIGHTS_REL_PER_LAYER
+                                         : MD_WEIGHTS_REL_NONE;
     while ((int64_t)(info->grid + 1) * (info->grid + 1) < d->tokens)
         info->grid++;
+    if (info->grid < 1)
+        MD_FAIL(MD_ERR_DATA, "%s: a model without position tables", a->input);
     if (info->layers < 1 || info->layers > 1024)
         MD_FAIL(MD_ERR_DATA, "%s: a model of %d layers", a->input, info->layers);
     snprintf(info->dialect, sizeof info->dialect, "%s", map->dialect);
@@ -335,7 +378,7 @@ static md_status take_shape(const md_weights_import_args *a, const source *s,
             bool other = *r->stored && strcmp(r->stored, name) != 0;
             snprintf(r->stored, sizeof r->stored, "%s", other ? "mixed" : name);
         }
-    return MD_OK;
+    return check_whole(a, map, info);
 }
 
 static md_status import_set(const md_weights_import_args *a, const md_safetensors *st,

@@ -94,18 +94,35 @@ static md_status inspect_safetensors(const char *path)
     return status;
 }
 
+/* What BEiT's architecture adds. */
+static void print_beit(const md_weights_info *i)
+{
+    static const char *const rel[] = {"no relative positions", "shared relative positions",
+                                      "relative positions in every block"};
+    printf("%s%s%s%s%s%s", rel[i->rel_pos], i->abs_pos ? ", absolute positions" : "",
+           i->layer_scale ? ", layer scale" : "", i->qv_bias ? ", biases of q and v" : "",
+           i->mask_token ? ", mask token" : "", i->final_norm ? ", final norm" : "");
+    printf("%s", i->fc_norm ? ", norm behind the mean of the tokens" : "");
+    if (i->classes)
+        printf(", classifier of %d classes", i->classes);
+    if (i->lm_width)
+        printf(", pretraining head of width %d", i->lm_width);
+    printf("\n");
+}
+
 static void print_info(const md_weights_info *i)
 {
     char name[32];
     printf("model: %s, %d layers, width %d, %d heads, mlp %d, patch %d, position grid %d, "
            "projection %d\n"
-           "act %s, ln_eps %g, mean %g %g %g, std %g %g %g%s%s\n"
-           "made from %s (%s names), %lld parameters, hash %s\n",
+           "act %s, ln_eps %g, mean %g %g %g, std %g %g %g%s%s\n",
            model_name(i->width, i->layers, i->patch, name), i->layers, i->width, i->heads, i->mlp,
            i->patch, i->grid, i->proj_width, md_act_name(i->act), i->ln_eps, i->mean[0], i->mean[1],
            i->mean[2], i->std[0], i->std[1], i->std[2],
-           i->pre_norm ? ", norm before the first block" : "", i->patch_bias ? ", patch bias" : "",
-           i->source, i->dialect, (long long)i->params, i->hash);
+           i->pre_norm ? ", norm before the first block" : "", i->patch_bias ? ", patch bias" : "");
+    print_beit(i);
+    printf("made from %s (%s names), %lld parameters, hash %s\n", i->source, i->dialect,
+           (long long)i->params, i->hash);
 }
 
 /* Loads one parameter, which checks its hash, and prints its row. */
@@ -257,7 +274,8 @@ const md_verb md_verb_weights = {
     "       md_hpc weights inspect FILE\n"
     "\n"
     "import   makes the file that method.teacher.weights wants from a model in safetensors form\n"
-    "         with the names of CLIP (OpenAI, OpenCLIP, Hugging Face), timm or Hugging Face ViT\n"
+    "         with the names of CLIP (OpenAI, OpenCLIP, Hugging Face), timm, Hugging Face ViT or\n"
+    "         BEiT (unilm, timm, Hugging Face)\n"
     "  --act gelu|quick_gelu  activation of the MLP, where no config.json beside it says so\n"
     "  --heads N              attention heads, likewise\n"
     "  --mean R,G,B --std R,G,B  channel statistics of its input, likewise\n"
