@@ -361,6 +361,13 @@ static md_status share_steps(md_comm *c, int64_t **steps, int n)
     return MD_OK;
 }
 
+void md_checkpoint_warn_skipped(void *arg, const char *path, const char *reason)
+{
+    (void)arg;
+    bool named = strstr(reason, path) != NULL;
+    md_log_warn("checkpoint skipped: %s%s%s", named ? "" : path, named ? "" : ": ", reason);
+}
+
 md_status md_checkpoint_find(md_comm *c, const char *path, md_checkpoint_skip skip, void *arg,
                              md_checkpoint **out)
 {

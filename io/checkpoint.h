@@ -86,6 +86,8 @@ md_status md_checkpoint_read(md_checkpoint *ck, const md_state_item *item, int i
 
 /* Called on every rank for each damaged file that was skipped, newest first. */
 typedef void (*md_checkpoint_skip)(void *arg, const char *path, const char *reason);
+/* One that warns in the log. */
+void md_checkpoint_warn_skipped(void *arg, const char *path, const char *reason);
 /* Collective(c). Opens the newest checkpoint of a folder that verifies, or the file `path` itself.
  * Only damaged or unfinished files are skipped (MD_ERR_DATA): one that cannot be read, say for lack
  * of permission or memory, may be whole, and resuming an older one would give up its steps.

@@ -224,13 +224,6 @@ md_status md_snapshot_write(const md_snapshot *s, char *path, size_t size)
     return st;
 }
 
-static void warn_skipped(void *arg, const char *path, const char *reason)
-{
-    (void)arg;
-    bool named = strstr(reason, path) != NULL;
-    md_log_warn("checkpoint skipped: %s%s%s", named ? "" : path, named ? "" : ": ", reason);
-}
-
 static md_status read_state(const md_snapshot *s, md_checkpoint *ck, bool own)
 {
     item_list items = {0};
@@ -274,12 +267,12 @@ md_status md_snapshot_resume(const md_snapshot *s, char *path, size_t size)
     MD_TRY(md_agree(s->comm, checkpoint_dir(s, dir, sizeof dir, false)));
     if (strcmp(where, "none") == 0)
         return expect_none(s, dir);
-    md_status st = md_checkpoint_find(s->comm, dir, warn_skipped, NULL, &ck);
+    md_status st = md_checkpoint_find(s->comm, dir, md_checkpoint_warn_skipped, NULL, &ck);
     const bool own = st != MD_ERR_NOINPUT;
     if (!own && automatic)
         return MD_OK;
     if (!own)
-        st = md_checkpoint_find(s->comm, where, warn_skipped, NULL, &ck);
+        st = md_checkpoint_find(s->comm, where, md_checkpoint_warn_skipped, NULL, &ck);
     MD_TRY(st);
     if (own && !automatic)
         md_log_info("checkpoint.resume = %s is not used: %s has checkpoints of its own", where,
