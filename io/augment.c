@@ -1,15 +1,11 @@
 /* augment: see augment.h. A pixel is one 32-bit lane (red in the low byte), so that the loops below
- * are plain integer and float loops over lanes. Pillow blends in single precision without fused
- * multiply-add; the roundings here are the same ones. */
+ * are plain integer and float loops over lanes. */
 #include "io/augment.h"
+#include "io/blend.h"
 #include "src/rng.h"
 
 #include <math.h>
 #include <string.h>
-
-#ifdef __clang__
-#pragma STDC FP_CONTRACT OFF /* gcc keeps products unfused under -std=c11 */
-#endif
 
 /* ---- draws ---- */
 
@@ -98,21 +94,13 @@ static inline int blue(uint32_t p)
 
 static inline int luma(uint32_t p)
 {
-    return (red(p) * 19595 + green(p) * 38470 + blue(p) * 7471 + 32768) >> 16;
-}
-
-/* d + factor * (v - d), truncated and clipped. */
-static inline uint32_t blend(int d, int v, float factor)
-{
-    int t = (int)((float)d + factor * (float)(v - d));
-    t = t < 0 ? 0 : t;
-    return (uint32_t)(t > 255 ? 255 : t);
+    return md_luma(red(p), green(p), blue(p));
 }
 
 static inline uint32_t blend_pixel(int d, uint32_t p, float factor)
 {
-    return blend(d, red(p), factor) | blend(d, green(p), factor) << 8 |
-           blend(d, blue(p), factor) << 16;
+    return md_blend(d, red(p), factor) | md_blend(d, green(p), factor) << 8 |
+           md_blend(d, blue(p), factor) << 16;
 }
 
 /* Brightness (grey = 0) and contrast (grey = mean luma). */

@@ -24,6 +24,7 @@ typedef enum md_rng_stream {
     MD_RNG_MASK,        /* step = epoch, index = global sample */
     MD_RNG_DROP_PATH,   /* step = optimizer step, index = position in batch * 2 * layers + branch */
     MD_RNG_STORE_ORDER, /* order of images at conversion */
+    MD_RNG_RANDAUGMENT, /* step = epoch, index = global sample */
     MD_RNG_TEST
 } md_rng_stream;
 
