@@ -37,6 +37,7 @@ typedef struct bench {
     md_decoder *decoder;
     md_resizer *resizer;
     uint8_t *bytes;
+    void *scratch;
     pthread_t thread;
     bool running;
 } bench;
@@ -140,7 +141,7 @@ static md_status make_image(bench *w, slot *s, int64_t q, int64_t j, bool *bad)
     size_t crop2 = (size_t)a->rule.size2 * (size_t)a->rule.size2 * 3;
     uint8_t *out = (uint8_t *)s->batch.image.data + (size_t)j * crop, *out2 = s->batch.image2.data;
     return md_augment_image(&a->rule, &draw, w->resizer, &sh.picture, out,
-                            out2 ? out2 + (size_t)j * crop2 : NULL);
+                            out2 ? out2 + (size_t)j * crop2 : NULL, w->scratch);
 }
 
 /* ---- the ring; all with the lock held unless said otherwise ---- */
@@ -242,7 +243,7 @@ size_t md_loader_bytes(const md_loader_args *a)
     plan p = make_plan(a);
     int size = MD_MAX(a->rule.size, a->rule.size2);
     size_t thread = sizeof(bench) + a->source.max_bytes + md_decoder_bytes(p.max_pixels) +
-                    md_resizer_bytes(p.max_side, size);
+                    md_resizer_bytes(p.max_side, size) + md_augment_scratch(&a->rule);
     return sizeof(md_loader) + (size_t)p.slots * (sizeof(slot) + p.slot_pixels + p.ids) +
            (size_t)p.benches * thread + NOTES * sizeof(md_bad_image);
 }
@@ -295,6 +296,9 @@ static md_status fill_benches(md_loader *l, const plan *p)
         MD_TRY(
             md_resizer_create(&w->resizer, p->max_side, MD_MAX(l->a.rule.size, l->a.rule.size2)));
         MD_NEW(w->bytes, l->a.source.max_bytes, "loader");
+        w->scratch = md_alloc(md_augment_scratch(&l->a.rule), "loader");
+        if (!w->scratch)
+            return MD_ERR_MEMORY;
     }
     return MD_OK;
 }
@@ -362,6 +366,7 @@ void md_loader_destroy(md_loader *l)
         md_decoder_free(w->decoder);
         md_resizer_free(w->resizer);
         md_free(w->bytes);
+        md_free(w->scratch);
     }
     pthread_mutex_destroy(&l->lock);
     pthread_cond_destroy(&l->work);
