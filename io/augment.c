@@ -67,13 +67,16 @@ static md_box choose_box(const md_augment_rule *rule, uint32_t epoch, uint64_t s
 md_augment_draw md_augment_choose(const md_augment_rule *rule, uint32_t epoch, uint64_t sample,
                                   int w, int h)
 {
-    md_augment_draw d = {0};
+    md_augment_draw d = {.box = {0, 0, w, h, false}};
+    if (rule->eval_resize > 0)
+        return d;
     choose_jitter(rule, epoch, sample, &d);
     md_rng r = md_rng_at(rule->seed, MD_RNG_FLIP, epoch, sample);
     d.box = choose_box(rule, epoch, sample, w, h);
     d.box.mirror = md_rng_double(&r) < rule->flip;
     if (d.box.mirror) /* the box was drawn in the mirrored picture */
         d.box.x = w - d.box.x - d.box.w;
+    d.randaugment = md_randaugment_choose(&rule->randaugment, epoch, sample);
     return d;
 }
 
@@ -157,13 +160,44 @@ void md_augment_jitter(md_image *im, const md_augment_draw *d)
             apply_op(row_of(im, d->box.x, y), d->box.w, d, d->order[i], mean);
 }
 
-md_status md_augment_image(const md_augment_rule *rule, const md_augment_draw *draw, md_resizer *r,
-                           md_image *im, uint8_t *crop, uint8_t *crop2)
+/* ---- the crop ---- */
+
+/* The middle of the picture with its short side resized: torchvision's sizes and offsets. */
+static md_status evaluate(const md_augment_rule *rule, md_resizer *r, const md_image *im,
+                          uint8_t *crop)
 {
+    const int short_side = rule->eval_resize, size = rule->size;
+    MD_ASSERT(short_side >= size && rule->size2 == 0, "resize to %d, crops of %d and %d",
+              short_side, size, rule->size2);
+    int64_t in_short = MD_MIN(im->w, im->h), in_long = MD_MAX(im->w, im->h);
+    int long_side = (int)((double)(short_side * in_long) / (double)in_short);
+    int w = im->w <= im->h ? short_side : long_side, h = im->w <= im->h ? long_side : short_side;
+    int x = (int)rint((w - size) / 2.0), y = (int)rint((h - size) / 2.0);
+    md_resize_part middle = {w, h, {x, y, size, size, false}};
+    return md_resize_box_part(r, im, (md_box){0, 0, im->w, im->h, false}, &middle, crop);
+}
+
+md_status md_augment_image(const md_augment_rule *rule, const md_augment_draw *draw,
+                           md_augment_tools tools, md_image *im, uint8_t *crop, uint8_t *crop2)
+{
+    md_resizer *r = tools.resizer;
+    if (rule->eval_resize > 0)
+        return evaluate(rule, r, im, crop);
     if (draw->jitter)
         md_augment_jitter(im, draw);
+    const uint8_t *fill = rule->randaugment.fill;
     MD_TRY(md_resize_box(r, im, draw->box, rule->size, rule->size, crop));
-    if (rule->size2 > 0)
+    md_randaugment_apply(&draw->randaugment, fill, crop, rule->size, tools.scratch);
+    if (rule->size2 > 0) {
         MD_TRY(md_resize_box(r, im, draw->box, rule->size2, rule->size2, crop2));
+        md_randaugment_apply(&draw->randaugment, fill, crop2, rule->size2, tools.scratch);
+    }
     return MD_OK;
+}
+
+size_t md_augment_scratch(const md_augment_rule *rule)
+{
+    if (rule->randaugment.ops == 0 || rule->eval_resize > 0)
+        return 0;
+    return md_randaugment_scratch(MD_MAX(rule->size, rule->size2));
 }

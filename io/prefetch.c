@@ -35,7 +35,7 @@ typedef struct slot {
 typedef struct bench {
     md_loader *loader;
     md_decoder *decoder;
-    md_resizer *resizer;
+    md_augment_tools tools;
     uint8_t *bytes;
     pthread_t thread;
     bool running;
@@ -139,7 +139,7 @@ static md_status make_image(bench *w, slot *s, int64_t q, int64_t j, bool *bad)
     size_t crop = (size_t)a->rule.size * (size_t)a->rule.size * 3;
     size_t crop2 = (size_t)a->rule.size2 * (size_t)a->rule.size2 * 3;
     uint8_t *out = (uint8_t *)s->batch.image.data + (size_t)j * crop, *out2 = s->batch.image2.data;
-    return md_augment_image(&a->rule, &draw, w->resizer, &sh.picture, out,
+    return md_augment_image(&a->rule, &draw, w->tools, &sh.picture, out,
                             out2 ? out2 + (size_t)j * crop2 : NULL);
 }
 
@@ -242,7 +242,7 @@ size_t md_loader_bytes(const md_loader_args *a)
     plan p = make_plan(a);
     int size = MD_MAX(a->rule.size, a->rule.size2);
     size_t thread = sizeof(bench) + a->source.max_bytes + md_decoder_bytes(p.max_pixels) +
-                    md_resizer_bytes(p.max_side, size);
+                    md_resizer_bytes(p.max_side, size) + md_augment_scratch(&a->rule);
     return sizeof(md_loader) + (size_t)p.slots * (sizeof(slot) + p.slot_pixels + p.ids) +
            (size_t)p.benches * thread + NOTES * sizeof(md_bad_image);
 }
@@ -292,9 +292,12 @@ static md_status fill_benches(md_loader *l, const plan *p)
         bench *w = &l->bench[i];
         w->loader = l;
         MD_TRY(md_decoder_create(&w->decoder, p->max_pixels));
-        MD_TRY(
-            md_resizer_create(&w->resizer, p->max_side, MD_MAX(l->a.rule.size, l->a.rule.size2)));
+        MD_TRY(md_resizer_create(&w->tools.resizer, p->max_side,
+                                 MD_MAX(l->a.rule.size, l->a.rule.size2)));
         MD_NEW(w->bytes, l->a.source.max_bytes, "loader");
+        w->tools.scratch = md_alloc(md_augment_scratch(&l->a.rule), "loader");
+        if (!w->tools.scratch)
+            return MD_ERR_MEMORY;
     }
     return MD_OK;
 }
@@ -360,8 +363,9 @@ void md_loader_destroy(md_loader *l)
         if (w->running)
             pthread_join(w->thread, NULL);
         md_decoder_free(w->decoder);
-        md_resizer_free(w->resizer);
+        md_resizer_free(w->tools.resizer);
         md_free(w->bytes);
+        md_free(w->tools.scratch);
     }
     pthread_mutex_destroy(&l->lock);
     pthread_cond_destroy(&l->work);

@@ -11,6 +11,7 @@
 
 #include "io/augment.h"
 #include "tests/golden/image_golden.h"
+#include "tests/golden/transforms_golden.h"
 #include "tests/unit/picture.h"
 
 static void resize_equals_pillow(void **state)
@@ -92,7 +93,7 @@ static void chain_equals_pillow(void **state)
         size_t n2 = (size_t)g->size2 * (size_t)g->size2 * 3;
         uint8_t *out = malloc(n), *out2 = malloc(n2 + 1);
         md_augment_draw d = md_augment_choose(&rule, g->epoch, g->sample, g->w, g->h);
-        assert_int_equal(md_augment_image(&rule, &d, r, &im, out, out2), MD_OK);
+        assert_int_equal(md_augment_image(&rule, &d, (md_augment_tools){r}, &im, out, out2), MD_OK);
         if (hash_bytes(out, n) != g->hash || (n2 && hash_bytes(out2, n2) != g->hash2))
             fail_msg("chain %zu differs from Pillow", i);
         free(out);
@@ -100,6 +101,99 @@ static void chain_equals_pillow(void **state)
         free(im.pixels);
     }
     md_resizer_free(r);
+}
+
+/* As fine-tuning draws it. */
+static md_augment_rule fine_rule(const struct golden_randaugment *g)
+{
+    return (md_augment_rule){.seed = g->seed,
+                             .size = g->size,
+                             .size2 = g->size2,
+                             .crop_min = 0.08,
+                             .crop_max = 1,
+                             .ratio_min = 0.75,
+                             .ratio_max = 4.0 / 3.0,
+                             .flip = 0.5,
+                             .randaugment = {.seed = g->seed,
+                                             .ops = g->ops,
+                                             .probability = 0.5,
+                                             .magnitude = 9,
+                                             .deviation = 0.5,
+                                             .fill = {124, 116, 104}}};
+}
+
+static void randaugment_equals_timm(void **state)
+{
+    (void)state;
+    md_resizer *r;
+    assert_int_equal(md_resizer_create(&r, 500, 224), MD_OK);
+    for (size_t i = 0; i < MD_COUNT(golden_randaugment); i++) {
+        const struct golden_randaugment *g = &golden_randaugment[i];
+        md_augment_rule rule = fine_rule(g);
+        md_image im = picture(g->w, g->h);
+        size_t n = (size_t)g->size * (size_t)g->size * 3;
+        size_t n2 = (size_t)g->size2 * (size_t)g->size2 * 3;
+        uint8_t *out = malloc(n), *out2 = malloc(n2 + 1);
+        md_augment_tools tools = {r, malloc(md_augment_scratch(&rule))};
+        md_augment_draw d = md_augment_choose(&rule, g->epoch, g->sample, g->w, g->h);
+        assert_int_equal(md_augment_image(&rule, &d, tools, &im, out, out2), MD_OK);
+        if (hash_bytes(out, n) != g->hash || (n2 && hash_bytes(out2, n2) != g->hash2))
+            fail_msg("crop %zu differs from timm's", i);
+        free(tools.scratch);
+        free(out);
+        free(out2);
+        free(im.pixels);
+    }
+    md_resizer_free(r);
+}
+
+static void evaluation_equals_torchvision(void **state)
+{
+    (void)state;
+    md_resizer *r;
+    assert_int_equal(md_resizer_create(&r, 8, 8), MD_OK); /* small: has to grow */
+    for (size_t i = 0; i < MD_COUNT(golden_evaluation); i++) {
+        const struct golden_evaluation *g = &golden_evaluation[i];
+        md_augment_rule rule = {.seed = i, .size = g->size, .eval_resize = g->resize};
+        rule.flip = rule.jitter = 1; /* must have no influence */
+        rule.randaugment.ops = 2;
+        assert_int_equal(md_augment_scratch(&rule), 0);
+        md_image im = picture(g->w, g->h);
+        size_t n = (size_t)g->size * (size_t)g->size * 3;
+        uint8_t *out = malloc(n);
+        md_augment_draw d = md_augment_choose(&rule, 3, i, g->w, g->h);
+        assert_int_equal(md_augment_image(&rule, &d, (md_augment_tools){r}, &im, out, NULL), MD_OK);
+        if (hash_bytes(out, n) != g->hash)
+            fail_msg("evaluation %zu differs from torchvision", i);
+        if (g->w == g->size && g->h == g->size && g->resize == g->size)
+            for (size_t p = 0; p < n / 3; p++)
+                assert_memory_equal(out + 3 * p, im.pixels + 4 * p, 3);
+        free(out);
+        free(im.pixels);
+    }
+    md_resizer_free(r);
+}
+
+/* A part of a result is that part of the whole result, mirrored or not. */
+static void parts_of_resizes(void **state)
+{
+    (void)state;
+    enum { W = 61, H = 47, N = 40 };
+    static uint8_t whole[N * N * 3], part[N * N * 3];
+    md_resizer *r;
+    md_image im = picture(W, H);
+    assert_int_equal(md_resizer_create(&r, W, N), MD_OK);
+    for (int i = 0; i < 200; i++) {
+        md_box box = {i % 20, i % 13, W - i % 20 - i % 7, H - i % 13 - i % 5, i % 2};
+        md_box p = {i % 11, i % 17, N - i % 11 - i % 23, N - i % 17 - i % 19, false};
+        assert_int_equal(md_resize_box(r, &im, box, N, N, whole), MD_OK);
+        assert_int_equal(md_resize_box_part(r, &im, box, &(md_resize_part){N, N, p}, part), MD_OK);
+        for (int y = 0; y < p.h; y++)
+            assert_memory_equal(part + y * p.w * 3, whole + ((p.y + y) * N + p.x) * 3,
+                                (size_t)p.w * 3);
+    }
+    md_resizer_free(r);
+    free(im.pixels);
 }
 
 /* Boxes lie inside, areas and ratios in their ranges, mirrors come half of the time, all six orders
@@ -136,40 +230,68 @@ static void draws(void **state)
         assert_true(fabs(orders[order[i]] / (double)n - 1.0 / 6) < 0.02);
 }
 
-/* From a real file to two crops, where the photos are. */
+static md_status read_photo(const char *file, md_decoder *d, md_image *im)
+{
+    static uint8_t bytes[1 << 20];
+    const char *data = getenv("MD_TEST_DATA");
+    char path[512];
+    snprintf(path, sizeof path, "%s/imagenet-samples/%s", data ? data : "../shared/data", file);
+    FILE *f = fopen(path, "rb");
+    if (!f)
+        return MD_ERR_NOINPUT;
+    size_t n = fread(bytes, 1, sizeof bytes, f);
+    fclose(f);
+    return md_decode_image(d, &(md_coded){.bytes = bytes, .n = n}, im);
+}
+
+static uint8_t photo_out[2][224 * 224 * 3];
+
+/* The crops of a photo into photo_out; 0 where there is no such photo. */
+static int crop_photo(const char *file, md_decoder *d, md_augment_rule rule, uint64_t sample)
+{
+    md_image im;
+    md_resizer *r;
+    md_status st = read_photo(file, d, &im);
+    if (st == MD_ERR_NOINPUT)
+        return 0;
+    assert_int_equal(st, MD_OK);
+    assert_int_equal(md_resizer_create(&r, 500, 224), MD_OK);
+    md_augment_tools tools = {r, malloc(md_augment_scratch(&rule) + 1)};
+    md_augment_draw draw = md_augment_choose(&rule, 2, sample, im.w, im.h);
+    assert_int_equal(md_augment_image(&rule, &draw, tools, &im, photo_out[0], photo_out[1]), MD_OK);
+    free(tools.scratch);
+    md_resizer_free(r);
+    return 1;
+}
+
+/* From a real file to its crops, where the photos are. */
 static void photos(void **state)
 {
     (void)state;
-    const char *data = getenv("MD_TEST_DATA");
-    static uint8_t bytes[1 << 20], out[224 * 224 * 3], out2[196 * 196 * 3];
     struct golden_chain g = {.seed = 1, .size = 224, .size2 = 196, .jitter = 0.4};
     g.crop_min = 0.2, g.crop_max = 1;
-    md_augment_rule rule = rule_of(&g);
+    struct golden_randaugment fine = {.seed = 1, .size = 224, .ops = 4};
+    md_augment_rule evaluation = {.size = 224, .eval_resize = 256};
     md_decoder *d;
-    md_resizer *r;
-    size_t found = 0;
+    int found = 0;
     assert_int_equal(md_decoder_create(&d, 0), MD_OK);
-    assert_int_equal(md_resizer_create(&r, 500, 224), MD_OK);
     for (size_t i = 0; i < MD_COUNT(golden_photo); i++) {
-        char path[512];
-        md_image im;
-        snprintf(path, sizeof path, "%s/imagenet-samples/%s", data ? data : "../shared/data",
-                 golden_photo[i].file);
-        FILE *f = fopen(path, "rb");
-        if (!f)
+        const char *file = golden_photo[i].file;
+        const struct golden_transformed *t = &golden_transformed[i];
+        if (!crop_photo(file, d, rule_of(&g), i))
             continue;
-        size_t n = fread(bytes, 1, sizeof bytes, f);
-        fclose(f);
         found++;
-        assert_int_equal(md_decode_image(d, &(md_coded){.bytes = bytes, .n = n}, &im), MD_OK);
-        md_augment_draw draw = md_augment_choose(&rule, 2, i, im.w, im.h);
-        assert_int_equal(md_augment_image(&rule, &draw, r, &im, out, out2), MD_OK);
-        if (hash_bytes(out, sizeof out) != golden_photo[i].crop ||
-            hash_bytes(out2, sizeof out2) != golden_photo[i].crop2)
-            fail_msg("%s differs from Pillow", path);
+        if (hash_bytes(photo_out[0], 224 * 224 * 3) != golden_photo[i].crop ||
+            hash_bytes(photo_out[1], 196 * 196 * 3) != golden_photo[i].crop2)
+            fail_msg("%s differs from Pillow", file);
+        crop_photo(t->file, d, fine_rule(&fine), i);
+        if (hash_bytes(photo_out[0], 224 * 224 * 3) != t->crop)
+            fail_msg("%s differs from timm", file);
+        crop_photo(t->file, d, evaluation, i);
+        if (hash_bytes(photo_out[0], 224 * 224 * 3) != t->evaluation)
+            fail_msg("%s differs from torchvision", file);
     }
     md_decoder_free(d);
-    md_resizer_free(r);
     if (found == 0)
         skip();
 }
@@ -180,6 +302,9 @@ int main(void)
         cmocka_unit_test(resize_equals_pillow),
         cmocka_unit_test(jitter_equals_pillow),
         cmocka_unit_test(chain_equals_pillow),
+        cmocka_unit_test(randaugment_equals_timm),
+        cmocka_unit_test(evaluation_equals_torchvision),
+        cmocka_unit_test(parts_of_resizes),
         cmocka_unit_test(draws),
         cmocka_unit_test(photos),
     };

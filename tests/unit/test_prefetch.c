@@ -103,6 +103,7 @@ static void expect_step(const md_loader_args *a, int64_t step, step_data *s)
     md_resizer *r;
     assert_int_equal(md_decoder_create(&d, W * H), MD_OK);
     assert_int_equal(md_resizer_create(&r, W, SIDE), MD_OK);
+    md_augment_tools tools = {r, malloc(md_augment_scratch(&a->rule) + 1)};
     s->bad = 0;
     for (int b = 0; b < BATCH; b++) {
         md_position at = md_position_at(&order, step, b);
@@ -120,9 +121,11 @@ static void expect_step(const md_loader_args *a, int64_t step, step_data *s)
         fake_describe(NULL, sample, &kind, &w, &h, &s->label[b]);
         assert_int_equal(md_decode_image(d, &(md_coded){kind, bytes, n, w, h}, &im), MD_OK);
         md_augment_draw draw = md_augment_choose(&a->rule, at.epoch, (uint64_t)sample, w, h);
-        assert_int_equal(md_augment_image(&a->rule, &draw, r, &im, s->crop[b], s->crop2[b]), MD_OK);
+        assert_int_equal(md_augment_image(&a->rule, &draw, tools, &im, s->crop[b], s->crop2[b]),
+                         MD_OK);
         s->sample[b] = sample;
     }
+    free(tools.scratch);
     md_decoder_free(d);
     md_resizer_free(r);
 }
