@@ -172,25 +172,25 @@ static md_status evaluate(const md_augment_rule *rule, md_resizer *r, const md_i
     int64_t in_short = MD_MIN(im->w, im->h), in_long = MD_MAX(im->w, im->h);
     int long_side = (int)((double)(short_side * in_long) / (double)in_short);
     int w = im->w <= im->h ? short_side : long_side, h = im->w <= im->h ? long_side : short_side;
-    md_box all = {0, 0, im->w, im->h, false}, middle = {0, 0, size, size, false};
-    middle.x = (int)rint((w - size) / 2.0);
-    middle.y = (int)rint((h - size) / 2.0);
-    return md_resize_part(r, im, all, w, h, middle, crop);
+    int x = (int)rint((w - size) / 2.0), y = (int)rint((h - size) / 2.0);
+    md_resize_part middle = {w, h, {x, y, size, size, false}};
+    return md_resize_box_part(r, im, (md_box){0, 0, im->w, im->h, false}, &middle, crop);
 }
 
-md_status md_augment_image(const md_augment_rule *rule, const md_augment_draw *draw, md_resizer *r,
-                           md_image *im, uint8_t *crop, uint8_t *crop2, void *scratch)
+md_status md_augment_image(const md_augment_rule *rule, const md_augment_draw *draw,
+                           md_augment_tools tools, md_image *im, uint8_t *crop, uint8_t *crop2)
 {
+    md_resizer *r = tools.resizer;
     if (rule->eval_resize > 0)
         return evaluate(rule, r, im, crop);
     if (draw->jitter)
         md_augment_jitter(im, draw);
     const uint8_t *fill = rule->randaugment.fill;
     MD_TRY(md_resize_box(r, im, draw->box, rule->size, rule->size, crop));
-    md_randaugment_apply(&draw->randaugment, fill, crop, rule->size, scratch);
+    md_randaugment_apply(&draw->randaugment, fill, crop, rule->size, tools.scratch);
     if (rule->size2 > 0) {
         MD_TRY(md_resize_box(r, im, draw->box, rule->size2, rule->size2, crop2));
-        md_randaugment_apply(&draw->randaugment, fill, crop2, rule->size2, scratch);
+        md_randaugment_apply(&draw->randaugment, fill, crop2, rule->size2, tools.scratch);
     }
     return MD_OK;
 }

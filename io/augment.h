@@ -53,11 +53,16 @@ md_augment_draw md_augment_choose(const md_augment_rule *rule, uint32_t epoch, u
  * Local. */
 void md_augment_jitter(md_image *im, const md_augment_draw *draw);
 
+/* What one thread needs; scratch: md_augment_scratch bytes, aligned to 16. */
+typedef struct md_augment_tools {
+    md_resizer *resizer;
+    void *scratch;
+} md_augment_tools;
+
 /* All steps: jitters `im` in place, writes crop[size][size][3] and, when rule->size2 > 0,
- * crop2[size2][size2][3]. scratch: md_augment_scratch bytes, aligned to 16. MD_ERR_MEMORY when the
- * resizer's scratch cannot grow. Local. */
-md_status md_augment_image(const md_augment_rule *rule, const md_augment_draw *draw, md_resizer *r,
-                           md_image *im, uint8_t *crop, uint8_t *crop2, void *scratch);
+ * crop2[size2][size2][3]. MD_ERR_MEMORY when the resizer's scratch cannot grow. Local. */
+md_status md_augment_image(const md_augment_rule *rule, const md_augment_draw *draw,
+                           md_augment_tools tools, md_image *im, uint8_t *crop, uint8_t *crop2);
 /* 0 where the rule needs none. */
 size_t md_augment_scratch(const md_augment_rule *rule);
 

@@ -35,9 +35,8 @@ typedef struct slot {
 typedef struct bench {
     md_loader *loader;
     md_decoder *decoder;
-    md_resizer *resizer;
+    md_augment_tools tools;
     uint8_t *bytes;
-    void *scratch;
     pthread_t thread;
     bool running;
 } bench;
@@ -96,11 +95,17 @@ static md_status load_picture(bench *w, shot *sh)
     return md_decode_image(w->decoder, &in, &sh->picture);
 }
 
-/* The image at a position, or what replaces it. */
+/* The image at a position or, in training, what replaces it. */
 static md_status find_picture(bench *w, slot *s, md_position at, shot *sh)
 {
     const md_order *o = &w->loader->order;
     *sh = (shot){.sample = at.sample};
+    if (w->loader->a.sequential) {
+        md_status st = load_picture(w, sh);
+        if (st == MD_OK || st == MD_ERR_MEMORY)
+            return st;
+        return md_error_prefix(MD_ERR_DATA, "image %lld", (long long)at.sample);
+    }
     for (int64_t k = 0; k < MD_LOADER_TRIES; k++) {
         if (k > 0)
             sh->sample = md_permute(o->seed, at.epoch, o->n, (at.place + o->n / 2 + k - 1) % o->n);
@@ -120,28 +125,54 @@ static int64_t own_images(const md_loader_args *a)
     return a->micro_batch / MD_MAX(a->tp_size, 1);
 }
 
+/* Where image b of a step is; a sample past the end is a blank. */
+static md_position locate(const md_loader *l, int64_t step, int64_t b)
+{
+    if (l->a.sequential)
+        return (md_position){.sample = step * l->a.batch + b};
+    return md_position_at(&l->order, step, b);
+}
+
+/* Crop number j of a tensor of them; NULL where there is none. */
+static uint8_t *crop_of(const md_tensor *t, int64_t j)
+{
+    size_t bytes = (size_t)(t->dim[1] * t->dim[2] * t->dim[3]);
+    return t->data ? (uint8_t *)t->data + (size_t)j * bytes : NULL;
+}
+
+static void make_blank(const md_batch *b, int64_t j)
+{
+    b->sample[j] = -1;
+    b->label[j] = -1;
+    memset(crop_of(&b->image, j), 0, (size_t)(b->image.dim[1] * b->image.dim[2] * 3));
+    if (b->image2.data)
+        memset(crop_of(&b->image2, j), 0, (size_t)(b->image2.dim[1] * b->image2.dim[2] * 3));
+}
+
 static md_status make_image(bench *w, slot *s, int64_t q, int64_t j, bool *bad)
 {
     const md_loader *l = w->loader;
     const md_loader_args *a = &l->a;
+    const md_batch *out = &s->batch;
     int64_t step = a->start_step + q / l->micros, micro = q % l->micros;
     int64_t b = a->dp_rank * (a->batch / a->dp_size) + micro * a->micro_batch +
                 a->tp_rank * own_images(a) + j;
-    md_position at = md_position_at(&l->order, step, b);
+    md_position at = locate(l, step, b);
+    if (at.sample >= a->source.count) {
+        make_blank(out, j);
+        return MD_OK;
+    }
     shot sh;
     md_status st = find_picture(w, s, at, &sh);
     *bad = sh.bad;
     if (st != MD_OK)
         return st;
-    s->batch.sample[j] = sh.sample;
-    s->batch.label[j] = sh.label;
+    out->sample[j] = sh.sample;
+    out->label[j] = sh.label;
     md_augment_draw draw =
         md_augment_choose(&a->rule, at.epoch, (uint64_t)sh.sample, sh.picture.w, sh.picture.h);
-    size_t crop = (size_t)a->rule.size * (size_t)a->rule.size * 3;
-    size_t crop2 = (size_t)a->rule.size2 * (size_t)a->rule.size2 * 3;
-    uint8_t *out = (uint8_t *)s->batch.image.data + (size_t)j * crop, *out2 = s->batch.image2.data;
-    return md_augment_image(&a->rule, &draw, w->resizer, &sh.picture, out,
-                            out2 ? out2 + (size_t)j * crop2 : NULL, w->scratch);
+    return md_augment_image(&a->rule, &draw, w->tools, &sh.picture, crop_of(&out->image, j),
+                            crop_of(&out->image2, j));
 }
 
 /* ---- the ring; all with the lock held unless said otherwise ---- */
@@ -155,7 +186,7 @@ static void begin_batch(md_loader *l, int64_t q)
     s->noted = 0;
     s->status = MD_OK;
     s->batch.bad = 0;
-    s->batch.epoch = md_position_at(&l->order, step, 0).epoch;
+    s->batch.epoch = locate(l, step, 0).epoch;
 }
 
 static bool work_waits(const md_loader *l)
@@ -251,7 +282,7 @@ size_t md_loader_bytes(const md_loader_args *a)
 static md_status check_args(const md_loader_args *a)
 {
     int64_t n = a->source.count;
-    if (n < a->batch)
+    if (n < a->batch && !a->sequential)
         MD_FAIL(MD_ERR_CONFIG, "the data set has %lld images, fewer than one batch of %lld",
                 (long long)n, (long long)a->batch);
     const int tp = MD_MAX(a->tp_size, 1);
@@ -293,11 +324,11 @@ static md_status fill_benches(md_loader *l, const plan *p)
         bench *w = &l->bench[i];
         w->loader = l;
         MD_TRY(md_decoder_create(&w->decoder, p->max_pixels));
-        MD_TRY(
-            md_resizer_create(&w->resizer, p->max_side, MD_MAX(l->a.rule.size, l->a.rule.size2)));
+        MD_TRY(md_resizer_create(&w->tools.resizer, p->max_side,
+                                 MD_MAX(l->a.rule.size, l->a.rule.size2)));
         MD_NEW(w->bytes, l->a.source.max_bytes, "loader");
-        w->scratch = md_alloc(md_augment_scratch(&l->a.rule), "loader");
-        if (!w->scratch)
+        w->tools.scratch = md_alloc(md_augment_scratch(&l->a.rule), "loader");
+        if (!w->tools.scratch)
             return MD_ERR_MEMORY;
     }
     return MD_OK;
@@ -364,9 +395,9 @@ void md_loader_destroy(md_loader *l)
         if (w->running)
             pthread_join(w->thread, NULL);
         md_decoder_free(w->decoder);
-        md_resizer_free(w->resizer);
+        md_resizer_free(w->tools.resizer);
         md_free(w->bytes);
-        md_free(w->scratch);
+        md_free(w->tools.scratch);
     }
     pthread_mutex_destroy(&l->lock);
     pthread_cond_destroy(&l->work);
@@ -436,52 +467,4 @@ bool md_loader_next_bad(md_loader *l, md_bad_image *out)
         return false;
     *out = l->note[l->note_first++ % NOTES];
     return true;
-}
-
-/* ---- adapters ---- */
-
-static md_status dataset_read(void *ctx, int64_t i, void *buf, size_t cap, size_t *len)
-{
-    return md_dataset_read(ctx, i, buf, cap, len);
-}
-
-static md_status dataset_read_hdf5(void *ctx, int64_t i, void *buf, size_t cap, size_t *len)
-{
-    return md_dataset_read_hdf5(ctx, i, buf, cap, len);
-}
-
-static void dataset_describe(void *ctx, int64_t i, md_image_kind *kind, int *w, int *h,
-                             int32_t *label)
-{
-    *kind = md_dataset_kind(ctx, i);
-    md_dataset_size(ctx, i, w, h);
-    *label = md_dataset_label(ctx, i);
-}
-
-md_source md_dataset_source(md_dataset *d, bool hdf5)
-{
-    return (md_source){.ctx = d,
-                       .count = md_dataset_count(d),
-                       .max_bytes = md_dataset_max_bytes(d),
-                       .max_pixels = md_dataset_max_pixels(d),
-                       .main_thread = hdf5,
-                       .read = hdf5 ? dataset_read_hdf5 : dataset_read,
-                       .describe = dataset_describe};
-}
-
-void md_loader_configure(md_loader_args *a, const md_config *c, int size2)
-{
-    a->rule = (md_augment_rule){.seed = (uint64_t)c->run_seed,
-                                .size = (int)c->image_size,
-                                .size2 = size2,
-                                .crop_min = c->augment_crop_min,
-                                .crop_max = c->augment_crop_max,
-                                .ratio_min = c->augment_ratio_min,
-                                .ratio_max = c->augment_ratio_max,
-                                .flip = c->augment_flip,
-                                .jitter = c->augment_jitter};
-    a->batch = c->train_batch;
-    a->workers = (int)c->data_workers;
-    a->depth = (int)c->data_prefetch;
-    a->sync = c->data_sync;
 }

@@ -9,6 +9,9 @@
  * order (then the one after that, up to MD_LOADER_TRIES), which gives the same picture on every
  * layout; it is counted and noted: how many are too many is the trainer's to say.
  *
+ * For evaluation (sequential) there is no order and no replacement: image b of step s is number
+ * s * batch + b of the store, and past its end come blanks: sample and label -1, all pixels 0.
+ *
  * Workers call neither MPI nor HDF5 and run at a lower priority than the compute threads: when
  * compute has to wait for data, its cores are free. Everything is allocated by md_loader_create,
  * but for pictures larger than MD_LOADER_PIXELS, which borrow memory while they are decoded. */
@@ -47,12 +50,13 @@ typedef struct md_loader_args {
     int tp_rank, tp_size; /* 0, 0: one rank */
     int64_t micro_batch;  /* images of a pass, over the tp ranks; divides batch / dp_size */
     int64_t start_step;
-    int workers; /* threads; 0 = one for every compute thread, at most 8 */
-    int depth;   /* micro-batches loaded ahead, >= 1 */
-    bool sync;   /* load a batch only when it is asked for */
+    int workers;     /* threads; 0 = one for every compute thread, at most 8 */
+    int depth;       /* micro-batches loaded ahead, >= 1 */
+    bool sync;       /* load a batch only when it is asked for */
+    bool sequential; /* stored order, each image once: for evaluation */
 } md_loader_args;
 
-/* Fills rule, batch, workers, depth and sync from the config; size2 = side of the
+/* Fills rule, batch, workers, depth and sync from the config, for training; size2 = side of the
  * teacher's crop, 0 = none. The rest is the caller's. */
 void md_loader_configure(md_loader_args *a, const md_config *c, int size2);
 
@@ -60,7 +64,7 @@ void md_loader_configure(md_loader_args *a, const md_config *c, int size2);
 typedef struct md_batch {
     md_tensor image;  /* u8 [m, S, S, 3] */
     md_tensor image2; /* u8 [m, S2, S2, 3]; data NULL when there is no second crop */
-    int64_t *sample;  /* [m] index in the store of the image that is shown */
+    int64_t *sample;  /* [m] index in the store of the image that is shown, -1 = blank */
     int32_t *label;   /* [m], -1 = none */
     uint32_t epoch;
     int64_t bad; /* images that had to be replaced */
@@ -76,8 +80,8 @@ typedef struct md_bad_image {
 
 typedef struct md_loader md_loader;
 
-/* Starts loading from start_step on. MD_ERR_CONFIG: fewer images than a batch, or sizes that do not
- * divide, each naming the numbers; MD_ERR_MEMORY. Local. */
+/* Starts loading from start_step on. MD_ERR_CONFIG: fewer images than a batch (not when
+ * sequential), or sizes that do not divide, each naming the numbers; MD_ERR_MEMORY. Local. */
 md_status md_loader_create(md_loader **out, const md_loader_args *a);
 /* Ends the workers, whatever they are at, and frees everything. NULL is fine. */
 void md_loader_destroy(md_loader *l);
@@ -87,7 +91,8 @@ size_t md_loader_bytes(const md_loader_args *a);
 /* Waits for micro-batch `micro` of step `step`; they come in this order from start_step on,
  * anything else is a bug. Adds the seconds waited to *wait (NULL is fine). At most `depth` batches
  * may be held at a time; give each back with md_loader_release. MD_ERR_DATA: no replacement
- * for a bad image was found; MD_ERR_MEMORY. Local; the calling thread is always the same. */
+ * for a bad image was found or, when sequential, an image is bad; MD_ERR_MEMORY. Local; the calling
+ * thread is always the same. */
 md_status md_loader_take(md_loader *l, int64_t step, int64_t micro, const md_batch **out,
                          double *wait);
 void md_loader_release(md_loader *l, const md_batch *b);

@@ -55,15 +55,20 @@ static int taps_of(int in, int out)
     return (int)ceil(2.0 * MD_MAX(scale, 1.0)) * 2 + 1;
 }
 
-/* Weights that map `in` samples to `out`, for `n` of these from `from` on. The order of the
- * floating-point operations is Pillow's. */
-static void axis_fill(axis *a, double *raw, int in, int out, int from, int n, bool mirror)
+/* `n` of `out` samples, from `from` on. */
+typedef struct span {
+    int out, from, n;
+} span;
+
+/* Weights that map `in` samples to a span. The order of the floating-point operations is Pillow's.
+ */
+static void axis_fill(axis *a, double *raw, int in, span to, bool mirror)
 {
-    double scale = (double)in / out, filter_scale = MD_MAX(scale, 1.0);
+    double scale = (double)in / to.out, filter_scale = MD_MAX(scale, 1.0);
     double support = 2.0 * filter_scale, inverse = 1.0 / filter_scale;
-    a->taps = taps_of(in, out);
-    for (int i = 0; i < n; i++) {
-        double center = (from + i + 0.5) * scale, sum = 0.0;
+    a->taps = taps_of(in, to.out);
+    for (int i = 0; i < to.n; i++) {
+        double center = (to.from + i + 0.5) * scale, sum = 0.0;
         int first = MD_MAX((int)(center - support + 0.5), 0);
         int count = MD_MIN((int)(center + support + 0.5), in) - first;
         for (int t = 0; t < count; t++) {
@@ -273,17 +278,18 @@ static int rows_across(md_resizer *r, const md_image *im, md_box box, int y, int
     return rows;
 }
 
-md_status md_resize_part(md_resizer *r, const md_image *im, md_box box, int w, int h, md_box part,
-                         uint8_t *out)
+md_status md_resize_box_part(md_resizer *r, const md_image *im, md_box box,
+                             const md_resize_part *to, uint8_t *out)
 {
+    const md_box part = to->part;
     MD_ASSERT(box.x >= 0 && box.y >= 0 && box.w > 0 && box.h > 0 && box.x + box.w <= im->w &&
                   box.y + box.h <= im->h,
               "box %d,%d %dx%d of %dx%d", box.x, box.y, box.w, box.h, im->w, im->h);
-    MD_ASSERT(part.x >= 0 && part.y >= 0 && part.x + part.w <= w && part.y + part.h <= h,
-              "part %d,%d %dx%d of %dx%d", part.x, part.y, part.w, part.h, w, h);
+    MD_ASSERT(part.x >= 0 && part.y >= 0 && part.x + part.w <= to->w && part.y + part.h <= to->h,
+              "part %d,%d %dx%d of %dx%d", part.x, part.y, part.w, part.h, to->w, to->h);
     MD_TRY(reserve(r, MD_MAX(box.w, box.h), MD_MAX(part.w, part.h)));
-    axis_fill(&r->x, r->raw, box.w, w, part.x, part.w, box.mirror);
-    axis_fill(&r->y, r->raw, box.h, h, part.y, part.h, false);
+    axis_fill(&r->x, r->raw, box.w, (span){to->w, part.x, part.w}, box.mirror);
+    axis_fill(&r->y, r->raw, box.h, (span){to->h, part.y, part.h}, false);
     size_t stride = row_bytes(part.w);
     int ready = r->y.first[0]; /* rows of the box before it went through the horizontal pass */
     for (int y = 0; y < part.h; y++) {
@@ -301,5 +307,5 @@ md_status md_resize_part(md_resizer *r, const md_image *im, md_box box, int w, i
 
 md_status md_resize_box(md_resizer *r, const md_image *im, md_box box, int w, int h, uint8_t *out)
 {
-    return md_resize_part(r, im, box, w, h, (md_box){0, 0, w, h, false}, out);
+    return md_resize_box_part(r, im, box, &(md_resize_part){w, h, {0, 0, w, h, false}}, out);
 }

@@ -27,9 +27,13 @@ size_t md_resizer_bytes(int max_in, int max_out);
  * grow. Local. */
 md_status md_resize_box(md_resizer *r, const md_image *im, md_box box, int w, int h, uint8_t *out);
 
-/* The same, but only the pixels of `part` of the w x h result, to out[part.h][part.w][3]; nothing
- * is computed or kept for the others. part.mirror has no meaning. Local. */
-md_status md_resize_part(md_resizer *r, const md_image *im, md_box box, int w, int h, md_box part,
-                         uint8_t *out);
+/* The same, but only the pixels of `part` of the result, to out[part.h][part.w][3]; nothing is
+ * computed or kept for the others. Local. */
+typedef struct md_resize_part {
+    int w, h;    /* of the whole result */
+    md_box part; /* not mirrored */
+} md_resize_part;
+md_status md_resize_box_part(md_resizer *r, const md_image *im, md_box box,
+                             const md_resize_part *to, uint8_t *out);
 
 #endif

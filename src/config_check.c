@@ -45,6 +45,10 @@ static void check_shapes(const md_config *c, md_config_errors *e)
     RULE(c->augment_crop_min <= c->augment_crop_max, "augment.crop_min", "augment.crop_max",
          "augment.crop_min = %g must not exceed augment.crop_max = %g", c->augment_crop_min,
          c->augment_crop_max);
+    RULE(c->augment_randaugment == 0 || c->augment_jitter == 0, "augment.jitter",
+         "augment.randaugment",
+         "augment.randaugment = %lld takes the place of colour jitter: set augment.jitter = 0",
+         LL(c->augment_randaugment));
 }
 
 md_dtype md_config_compute(const md_config *c)

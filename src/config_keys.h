@@ -38,6 +38,10 @@ X(augment_ratio_min, "augment.ratio_min", REAL, "0.75", 0.01, 1, "", "Least aspe
 X(augment_ratio_max, "augment.ratio_max", REAL, "1.3333333333333333", 1, 100, "", "Largest aspect ratio of a crop.")
 X(augment_flip, "augment.flip", REAL, "0.5", 0, 1, "probability", "Horizontal flip.")
 X(augment_jitter, "augment.jitter", REAL, "0.4", 0, 1, "", "Strength of brightness, contrast and saturation jitter; 0 = off.")
+X(augment_randaugment, "augment.randaugment", INT, "0", 0, 8, "ops", "RandAugment (timm's rand-...-inc1): ops drawn for an image; 0 = off.")
+X(augment_randaugment_magnitude, "augment.randaugment_magnitude", REAL, "9", 0, 10, "", "Mean magnitude of a RandAugment op.")
+X(augment_randaugment_deviation, "augment.randaugment_deviation", REAL, "0.5", 0, 10, "", "Standard deviation of that magnitude, which stays in [0, 10].")
+X(augment_randaugment_probability, "augment.randaugment_probability", REAL, "0.5", 0, 1, "probability", "That a drawn RandAugment op is applied.")
 
 /* student */
 X(model_width, "model.width", INT, "768", 8, 65536, "channels", "Width C of the student.")

@@ -93,7 +93,7 @@ static void chain_equals_pillow(void **state)
         size_t n2 = (size_t)g->size2 * (size_t)g->size2 * 3;
         uint8_t *out = malloc(n), *out2 = malloc(n2 + 1);
         md_augment_draw d = md_augment_choose(&rule, g->epoch, g->sample, g->w, g->h);
-        assert_int_equal(md_augment_image(&rule, &d, r, &im, out, out2, NULL), MD_OK);
+        assert_int_equal(md_augment_image(&rule, &d, (md_augment_tools){r}, &im, out, out2), MD_OK);
         if (hash_bytes(out, n) != g->hash || (n2 && hash_bytes(out2, n2) != g->hash2))
             fail_msg("chain %zu differs from Pillow", i);
         free(out);
@@ -134,12 +134,12 @@ static void randaugment_equals_timm(void **state)
         size_t n = (size_t)g->size * (size_t)g->size * 3;
         size_t n2 = (size_t)g->size2 * (size_t)g->size2 * 3;
         uint8_t *out = malloc(n), *out2 = malloc(n2 + 1);
-        void *scratch = malloc(md_augment_scratch(&rule));
+        md_augment_tools tools = {r, malloc(md_augment_scratch(&rule))};
         md_augment_draw d = md_augment_choose(&rule, g->epoch, g->sample, g->w, g->h);
-        assert_int_equal(md_augment_image(&rule, &d, r, &im, out, out2, scratch), MD_OK);
+        assert_int_equal(md_augment_image(&rule, &d, tools, &im, out, out2), MD_OK);
         if (hash_bytes(out, n) != g->hash || (n2 && hash_bytes(out2, n2) != g->hash2))
             fail_msg("crop %zu differs from timm's", i);
-        free(scratch);
+        free(tools.scratch);
         free(out);
         free(out2);
         free(im.pixels);
@@ -162,7 +162,7 @@ static void evaluation_equals_torchvision(void **state)
         size_t n = (size_t)g->size * (size_t)g->size * 3;
         uint8_t *out = malloc(n);
         md_augment_draw d = md_augment_choose(&rule, 3, i, g->w, g->h);
-        assert_int_equal(md_augment_image(&rule, &d, r, &im, out, NULL, NULL), MD_OK);
+        assert_int_equal(md_augment_image(&rule, &d, (md_augment_tools){r}, &im, out, NULL), MD_OK);
         if (hash_bytes(out, n) != g->hash)
             fail_msg("evaluation %zu differs from torchvision", i);
         if (g->w == g->size && g->h == g->size && g->resize == g->size)
@@ -187,7 +187,7 @@ static void parts_of_resizes(void **state)
         md_box box = {i % 20, i % 13, W - i % 20 - i % 7, H - i % 13 - i % 5, i % 2};
         md_box p = {i % 11, i % 17, N - i % 11 - i % 23, N - i % 17 - i % 19, false};
         assert_int_equal(md_resize_box(r, &im, box, N, N, whole), MD_OK);
-        assert_int_equal(md_resize_part(r, &im, box, N, N, p, part), MD_OK);
+        assert_int_equal(md_resize_box_part(r, &im, box, &(md_resize_part){N, N, p}, part), MD_OK);
         for (int y = 0; y < p.h; y++)
             assert_memory_equal(part + y * p.w * 3, whole + ((p.y + y) * N + p.x) * 3,
                                 (size_t)p.w * 3);
@@ -256,11 +256,10 @@ static int crop_photo(const char *file, md_decoder *d, md_augment_rule rule, uin
         return 0;
     assert_int_equal(st, MD_OK);
     assert_int_equal(md_resizer_create(&r, 500, 224), MD_OK);
-    void *scratch = malloc(md_augment_scratch(&rule) + 1);
+    md_augment_tools tools = {r, malloc(md_augment_scratch(&rule) + 1)};
     md_augment_draw draw = md_augment_choose(&rule, 2, sample, im.w, im.h);
-    assert_int_equal(md_augment_image(&rule, &draw, r, &im, photo_out[0], photo_out[1], scratch),
-                     MD_OK);
-    free(scratch);
+    assert_int_equal(md_augment_image(&rule, &draw, tools, &im, photo_out[0], photo_out[1]), MD_OK);
+    free(tools.scratch);
     md_resizer_free(r);
     return 1;
 }

@@ -160,6 +160,8 @@ static void keys_that_do_not_fit_are_refused(void **state)
         {"model = { patch = 15; };", "model.patch = 15 must divide image.size = 224"},
         {"augment = { crop_min = 0.9; crop_max = 0.5; };",
          "augment.crop_min = 0.9 must not exceed"},
+        {"augment = { randaugment = 2; };", "set augment.jitter = 0"},
+        {"augment = { randaugment = 2; jitter = 0.0; };", NULL},
         {"optim = { warmup_epochs = 300; };", "optim.warmup_epochs = 300 must be less than"},
         {"optim = { warmup_epochs = 0; }; train = { epochs = 1; };", NULL},
         {"optim = { lr = 1e-6; };", "optim.min_lr = 1e-05 must not exceed optim.lr = 1e-06"},

@@ -10,83 +10,12 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "io/convert.h"
-#include "io/prefetch.h"
 #include "src/log.h"
 #include "tests/golden/image_golden.h"
-
-#define N     103
-#define BATCH 12
-#define W     13
-#define H     11
-#define SIDE  8
-#define SIDE2 6
-
-/* Images i with i % bad_every == 3 are bad; 0 = none, 1 = all. */
-typedef struct fake {
-    int bad_every;
-    bool slow;
-    atomic_int reads;
-} fake;
-
-static bool is_bad(const fake *f, int64_t i)
-{
-    return f->bad_every == 1 || (f->bad_every && i % f->bad_every == 3);
-}
-
-static md_status fake_read(void *ctx, int64_t i, void *buf, size_t cap, size_t *len)
-{
-    fake *f = ctx;
-    atomic_fetch_add(&f->reads, 1);
-    if (f->slow)
-        nanosleep(&(struct timespec){.tv_nsec = 2000000}, NULL);
-    if (is_bad(f, i))
-        MD_FAIL(MD_ERR_DATA, "hash of image %d", (int)i);
-    assert_true(cap >= W * H * 3);
-    uint8_t *p = buf;
-    for (int k = 0; k < W * H * 3; k++)
-        p[k] = (uint8_t)(k * (int)(i + 3) + (int)i * i % 251);
-    *len = W * H * 3;
-    return MD_OK;
-}
-
-static void fake_describe(void *ctx, int64_t i, md_image_kind *kind, int *w, int *h, int32_t *label)
-{
-    (void)ctx;
-    *kind = MD_IMAGE_RGB8;
-    *w = W;
-    *h = H;
-    *label = (int32_t)(i * 7 % 5);
-}
-
-static md_loader_args args_of(fake *f)
-{
-    return (md_loader_args){
-        .source = {.ctx = f,
-                   .count = N,
-                   .max_bytes = W * H * 3,
-                   .max_pixels = W * H,
-                   .read = fake_read,
-                   .describe = fake_describe},
-        .rule = {.seed = 5,
-                 .size = SIDE,
-                 .size2 = SIDE2,
-                 .crop_min = 0.2,
-                 .crop_max = 1,
-                 .ratio_min = 0.75,
-                 .ratio_max = 4.0 / 3,
-                 .flip = 0.5,
-                 .jitter = 0.4},
-        .batch = BATCH,
-        .dp_size = 1,
-        .micro_batch = BATCH,
-        .workers = 3,
-        .depth = 2,
-    };
-}
+#include "tests/unit/fake_source.h"
 
 /* What a step holds, by the definition. */
 typedef struct step_data {
@@ -103,7 +32,7 @@ static void expect_step(const md_loader_args *a, int64_t step, step_data *s)
     md_resizer *r;
     assert_int_equal(md_decoder_create(&d, W * H), MD_OK);
     assert_int_equal(md_resizer_create(&r, W, SIDE), MD_OK);
-    void *scratch = malloc(md_augment_scratch(&a->rule) + 1);
+    md_augment_tools tools = {r, malloc(md_augment_scratch(&a->rule) + 1)};
     s->bad = 0;
     for (int b = 0; b < BATCH; b++) {
         md_position at = md_position_at(&order, step, b);
@@ -121,11 +50,11 @@ static void expect_step(const md_loader_args *a, int64_t step, step_data *s)
         fake_describe(NULL, sample, &kind, &w, &h, &s->label[b]);
         assert_int_equal(md_decode_image(d, &(md_coded){kind, bytes, n, w, h}, &im), MD_OK);
         md_augment_draw draw = md_augment_choose(&a->rule, at.epoch, (uint64_t)sample, w, h);
-        assert_int_equal(
-            md_augment_image(&a->rule, &draw, r, &im, s->crop[b], s->crop2[b], scratch), MD_OK);
+        assert_int_equal(md_augment_image(&a->rule, &draw, tools, &im, s->crop[b], s->crop2[b]),
+                         MD_OK);
         s->sample[b] = sample;
     }
-    free(scratch);
+    free(tools.scratch);
     md_decoder_free(d);
     md_resizer_free(r);
 }
@@ -181,6 +110,9 @@ static void layouts_agree(void **state)
     check_layout(a, 1, 6, 0, 10);
     a.sync = true;
     check_layout(a, 2, 2, 0, 10);
+    a.rule.randaugment = (md_randaugment_rule){
+        .seed = 5, .ops = 3, .probability = 0.7, .magnitude = 9, .deviation = 0.5};
+    check_layout(a, 4, 3, 0, 10);
     a.source.main_thread = true;
     check_layout(a, 3, 2, 0, 10);
 }
@@ -293,6 +225,7 @@ static void shutdown_and_memory(void **state)
         md_loader *l;
         const md_batch *b;
         a.depth = 1 + k % 3;
+        a.rule.randaugment.ops = k % 2;
         assert_int_equal(md_loader_create(&l, &a), MD_OK);
         double held = (double)(md_alloc_now() - before), planned = (double)md_loader_bytes(&a);
         assert_true(held >= planned && held < planned * 1.05 + 65536);
