@@ -13,6 +13,7 @@
 #define MD_VERBS(X) \
     X(train)        \
     X(plan)         \
+    X(evaluate)     \
     X(convert)      \
     X(weights)      \
     X(checkpoint)   \

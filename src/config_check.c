@@ -72,6 +72,8 @@ static void check_backend(const md_config *c, md_config_errors *e)
 
 static void check_mask(const md_config *c, md_config_errors *e)
 {
+    if (strcmp(c->task, "pretrain") != 0)
+        return;
     bool none = strcmp(c->mask_kind, "none") == 0;
     RULE(!none || strcmp(c->loss_on, "masked") != 0, "method.loss.on", "method.mask.kind",
          "method.loss.on = \"masked\" needs a mask: set method.mask.kind, or method.loss.on = "
@@ -92,6 +94,28 @@ static void check_mask(const md_config *c, md_config_errors *e)
          "method.mask.min_block", key,
          "method.mask.min_block = %lld must not exceed the %lld masked patches: no block would fit",
          LL(c->mask_min_block), LL(count));
+}
+
+/* What only one task knows. */
+static void check_task(const md_config *c, md_config_errors *e)
+{
+    const bool labels = strcmp(c->task, "finetune") == 0;
+    const struct {
+        const char *key;
+        bool set;
+    } keys[] = {{"augment.mixup", c->augment_mixup > 0},
+                {"augment.cutmix", c->augment_cutmix > 0},
+                {"augment.erasing", c->augment_erasing > 0},
+                {"finetune.from", *c->finetune_from != 0},
+                {"evaluate.every", c->evaluate_every > 0}};
+    for (size_t i = 0; i < MD_COUNT(keys); i++)
+        RULE(labels || !keys[i].set, keys[i].key, "task", "%s needs task = \"finetune\"",
+             keys[i].key);
+    if (!labels || (c->augment_mixup <= 0 && c->augment_cutmix <= 0))
+        return;
+    RULE(c->train_batch % c->augment_mix_group == 0, "augment.mix_group", "train.batch",
+         "augment.mix_group = %lld must divide train.batch = %lld", LL(c->augment_mix_group),
+         LL(c->train_batch));
 }
 
 static void check_schedule(const md_config *c, md_config_errors *e)
@@ -117,6 +141,7 @@ md_status md_config_check(const md_config *c)
 {
     md_config_errors e = {0};
     check_shapes(c, &e);
+    check_task(c, &e);
     check_mask(c, &e);
     check_backend(c, &e);
     check_schedule(c, &e);

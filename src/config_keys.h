@@ -11,7 +11,7 @@
 // clang-format off
 
 /* run */
-X(task, "task", CHOICE, "pretrain", 0, 0, "pretrain", "What to train.")
+X(task, "task", CHOICE, "pretrain", 0, 0, "pretrain,finetune", "What to train: a student by masked image modeling, or a classifier by the images' labels (from finetune.from, or from scratch).")
 X(backend, "backend", CHOICE, "cpu", 0, 0, "cpu,check,cuda", "Where the ops run; check = cpu with every op's access rules enforced (slow).")
 X(precision, "precision", CHOICE, "auto", 0, 0, "auto,fp32,bf16", "Type of activations and matrix weights; sums, statistics, gradients, master weights and moments are always fp32. auto = bf16 on cuda, else fp32; bf16 needs cuda.")
 X(cuda_tune, "cuda.tune", BOOL, "false", 0, 0, "", "Time cuBLASLt's algorithms for every matrix product before training and take the fastest; the choices are kept in the run directory (products.txt) and used again.")
@@ -37,6 +37,12 @@ X(augment_crop_max, "augment.crop_max", REAL, "1.0", 0.0001, 1, "fraction", "Lar
 X(augment_ratio_min, "augment.ratio_min", REAL, "0.75", 0.01, 1, "", "Least aspect ratio of a crop.")
 X(augment_ratio_max, "augment.ratio_max", REAL, "1.3333333333333333", 1, 100, "", "Largest aspect ratio of a crop.")
 X(augment_flip, "augment.flip", REAL, "0.5", 0, 1, "probability", "Horizontal flip.")
+X(augment_mixup, "augment.mixup", REAL, "0", 0, 100, "", "Alpha of mixup's Beta distribution (task finetune); 0 = off.")
+X(augment_cutmix, "augment.cutmix", REAL, "0", 0, 100, "", "Alpha of CutMix's Beta distribution (task finetune); 0 = off.")
+X(augment_mix_probability, "augment.mix_probability", REAL, "1.0", 0, 1, "probability", "That a group of images is mixed at all.")
+X(augment_mix_switch, "augment.mix_switch", REAL, "0.5", 0, 1, "probability", "Of CutMix where both are on.")
+X(augment_mix_group, "augment.mix_group", INT, "2", 2, 65536, "images", "Consecutive images of a batch that are mixed alike, each with its mirror image in the group's order.")
+X(augment_erasing, "augment.erasing", REAL, "0", 0, 1, "probability", "Random erasing: a box of the picture becomes noise (task finetune).")
 X(augment_jitter, "augment.jitter", REAL, "0.4", 0, 1, "", "Strength of brightness, contrast and saturation jitter; 0 = off.")
 X(augment_randaugment, "augment.randaugment", INT, "0", 0, 8, "ops", "RandAugment (timm's rand-...-inc1): ops drawn for an image; 0 = off.")
 X(augment_randaugment_magnitude, "augment.randaugment_magnitude", REAL, "9", 0, 10, "", "Mean magnitude of a RandAugment op.")
@@ -53,9 +59,16 @@ X(model_rel_pos, "model.rel_pos", CHOICE, "shared", 0, 0, "shared,per_layer,none
 X(model_abs_pos, "model.abs_pos", BOOL, "false", 0, 0, "", "Learned absolute position embedding.")
 X(model_layer_scale, "model.layer_scale", REAL, "0.1", 0, 10, "", "Initial value of layer scale; 0 = no layer scale.")
 X(model_drop_path, "model.drop_path", REAL, "0.1", 0, 0.99, "probability", "Drop path of the last block; rises linearly from 0 at the first.")
+X(model_classes, "model.classes", INT, "1000", 2, 1000000, "classes", "Classes of a classifier (task finetune); those of the image store.")
+X(model_pool, "model.pool", CHOICE, "mean", 0, 0, "mean,cls", "What a classifier looks at (task finetune): the normalised mean of the patch tokens, or the normalised cls token.")
 X(model_last_block, "model.last_block", CHOICE, "chosen", 0, 0, "chosen,all", "Tokens that what follows the last block's attention runs at, in student and teacher: those the loss is taken on, or all. The loss and the gradients are the same.")
 X(model_ln_eps, "model.ln_eps", REAL, "1e-6", 1e-12, 1e-2, "", "Epsilon of the student's LayerNorms.")
 X(model_init_std, "model.init_std", REAL, "0.02", 1e-6, 1, "", "Standard deviation of the truncated normal initialisation (cut at one sigma).")
+
+/* fine-tuning */
+X(finetune_from, "finetune.from", STR, "", 0, 0, "path", "Starting weights of a classifier: a checkpoint, a run directory or a weights file; empty = from scratch.")
+X(finetune_head_scale, "finetune.head_scale", REAL, "0.001", 0, 1, "", "Factor on the initial values of the classification head.")
+X(finetune_smoothing, "finetune.smoothing", REAL, "0.1", 0, 0.99, "", "Label smoothing.")
 
 /* method axes */
 X(teacher_kind, "method.teacher.kind", CHOICE, "vit", 0, 0, "vit,pixel", "Where targets come from: a frozen ViT, or the picture's own patches.")
@@ -86,6 +99,8 @@ X(optim_beta1, "optim.beta1", REAL, "0.9", 0, 0.999999, "", "AdamW decay of the 
 X(optim_beta2, "optim.beta2", REAL, "0.999", 0, 0.9999999, "", "AdamW decay of the second moment.")
 X(optim_eps, "optim.eps", REAL, "1e-8", 1e-16, 1, "", "AdamW epsilon.")
 X(optim_weight_decay, "optim.weight_decay", REAL, "0.05", 0, 10, "", "Decoupled weight decay of matrices; vectors and biases are not decayed.")
+X(optim_layer_decay, "optim.layer_decay", REAL, "1.0", 0.01, 1, "", "Factor on the learning rate from one block to the one before it; 1 = one rate for all.")
+X(optim_ema, "optim.ema", REAL, "0", 0, 0.9999999, "", "Decay of a moving average of the parameters, kept beside them (evaluate.ema, weights export --ema); 0 = none.")
 X(optim_clip, "optim.clip", REAL, "3.0", 0, 1e9, "", "Global gradient norm to clip to; 0 = off.")
 X(optim_max_skipped, "optim.max_skipped", INT, "10", 1, 1000000, "steps", "Stop after this many steps in a row with a non-finite loss or gradient.")
 
@@ -94,6 +109,22 @@ X(train_epochs, "train.epochs", REAL, "300", 1e-6, 1000000, "epochs", "Length of
 X(train_max_steps, "train.max_steps", INT, "0", 0, 1000000000000, "steps", "Stop (finished) after this step; 0 = at the end of the epochs. The schedule is not changed.")
 X(train_batch, "train.batch", INT, "2048", 1, 16777216, "images", "Global batch of one optimizer step.")
 X(train_micro_batch, "train.micro_batch", INT, "0", 0, 65536, "images", "Images of one forward and backward pass of the ranks that share a model; 0 = all of theirs at once.")
+
+/* evaluation */
+X(evaluate_kind, "evaluate.kind", CHOICE, "accuracy", 0, 0, "accuracy,knn,features", "What `md_hpc evaluate` does: measure a classifier's accuracy, or that of nearest neighbours among the features of data.train; or write what the model sees in every image.")
+X(evaluate_from, "evaluate.from", STR, "", 0, 0, "path", "What it evaluates: a checkpoint, a run directory or a weights file; empty = the run directory; none = the model as it is before its first step.")
+X(evaluate_ema, "evaluate.ema", BOOL, "false", 0, 0, "", "Evaluate the moving average of the parameters (optim.ema).")
+X(evaluate_output, "evaluate.output", STR, "", 0, 0, "path", "Where it writes PATH.json and PATH.csv (hits of every class); empty = evaluation-KIND-SPLIT in the run directory.")
+X(evaluate_data, "evaluate.data", STR, "", 0, 0, "path", "Image store to evaluate on; empty = data.train.")
+X(evaluate_split, "evaluate.split", STR, "test", 0, 0, "", "Split of that store.")
+X(evaluate_every, "evaluate.every", INT, "0", 0, 1000000, "epochs", "Epochs between evaluations of a classifier while it trains, the last one included; 0 = none.")
+X(evaluate_batch, "evaluate.batch", INT, "0", 0, 1048576, "images", "Images of one forward pass of the ranks that share a model; 0 = as many as training has.")
+X(evaluate_classes, "evaluate.classes", CHOICE, "all", 0, 0, "all,imagenet_a,imagenet_r", "Classes of ImageNet-1k that the store's 200 classes are, in the order of their names; all = the model's own.")
+X(evaluate_feature, "evaluate.feature", CHOICE, "mean", 0, 0, "mean,cls,logits", "What is looked at (kinds knn, features): the mean of the normalised patch tokens, the normalised cls token, or a classifier's logits.")
+X(evaluate_knn_k, "evaluate.knn_k", INT, "20", 1, 1000, "images", "Nearest neighbours that vote (kind knn).")
+X(evaluate_knn_images, "evaluate.knn_images", INT, "0", 0, 1000000000000, "images", "Only so many of data.train's images vote, the first in stored order, which is shuffled; 0 = all (kind knn).")
+X(evaluate_knn_temperature, "evaluate.knn_temperature", REAL, "0.07", 1e-4, 1000, "", "A neighbour's vote is exp(cosine / this) (kind knn).")
+X(evaluate_resize, "evaluate.resize", INT, "0", 0, 4096, "pixels", "Short side of a picture before its centre is cut out; 0 = image.size / 0.875, or image.size from 384 pixels on.")
 
 /* parallel */
 X(parallel_tensor, "parallel.tensor", INT, "1", 1, 1024, "ranks", "Ranks that share one model (tensor parallel); divides model.heads, model.width and the MLP's width, and the images of a pass. The rest of the ranks is data parallel.")

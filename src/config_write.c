@@ -207,6 +207,9 @@ static key_change change_of(const char *key)
         const char *front;
         key_change change;
     } rules[] = {
+        {"task", CHANGE_EXPERIMENT},
+        {"finetune.from", CHANGE_FREE}, /* read once, before the first step */
+        {"finetune.", CHANGE_EXPERIMENT},
         {"model.last_block", CHANGE_FREE},       /* the same numbers by another way */
         {"method.teacher.arch", CHANGE_FREE},    /* planning only */
         {"method.teacher.weights", CHANGE_FREE}, /* a path: contents are compared by hash */

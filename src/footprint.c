@@ -75,6 +75,8 @@ static void add_operands(const md_footprint_args *a, md_memory_map *m)
     add(m, "parameters", (1.0 + rounded) * block);
     add(m, "gradients", block + (a->model->shard.zero ? shard : 0.0));
     add(m, "Adam moments", 2 * shard);
+    if (a->model->method.config->optim_ema > 0)
+        add(m, "moving average", shard);
     add(m, "teacher", (1.0 + rounded) * teacher);
     add(m, "activations", (double)a->step->activations);
 }
@@ -83,7 +85,7 @@ static void add_operands(const md_footprint_args *a, md_memory_map *m)
 static double host_copies(const md_footprint_args *a)
 {
     return (double)md_params_block_bytes(&a->model->method.params) +
-           8.0 * (double)a->model->shard.moments;
+           (a->model->method.config->optim_ema > 0 ? 12.0 : 8.0) * (double)a->model->shard.moments;
 }
 
 void md_footprint_make(const md_footprint_args *a, md_footprint *out)

@@ -164,8 +164,9 @@ void md_node_set_place(md_graph *g, const md_node *n, int k, md_place place);
 
 /* ---- nodes_core.c ---- */
 
-/* Patch vectors of u8 images [B, S, S, 3] -> [B*G, 3*P*P], normalised. */
-md_slot md_n_patchify(md_graph *g, md_slot image, const md_attr *attr);
+/* Patch vectors of u8 images [B, S, S, 3] -> [B*G, 3*P*P], normalised; erased and mixed as mix (i32
+ * [B, MD_MIX_WORDS], optional) says. */
+md_slot md_n_patchify(md_graph *g, md_slot image, md_slot mix, const md_attr *attr);
 /* y = act(x w^T + b): x [.., I], w [O, I], -> [.., O]. bias: a parameter, MD_NO_PARAM for none. */
 md_slot md_n_linear(md_graph *g, md_slot x, int w, int bias, md_act act);
 /* The same with the bias in a slot [O]. */
@@ -194,6 +195,8 @@ void md_n_residual_ln(md_graph *g, const md_residual_in *in, md_slot *r, md_slot
 md_slot md_n_layernorm(md_graph *g, md_slot x, const int params[2], const md_attr *attr);
 /* Rows of x (matrix view [N, C]) chosen by index i32 [B, M] -> [B, M, C]. */
 md_slot md_n_gather_rows(md_graph *g, md_slot x, md_slot index);
+/* Mean over the rows of each image: x [B, M, C] -> [B, C]. */
+md_slot md_n_mean_rows(md_graph *g, md_slot x);
 /* sum (optional) + scale * x. No gradient. */
 md_slot md_n_add_scaled(md_graph *g, md_slot sum, md_slot x, float scale);
 
@@ -213,5 +216,8 @@ md_slot md_n_all_rows(md_graph *g, md_slot x);
 
 /* scale * sum of loss(pred - target) -> f64 [1]. The end of a training graph. */
 md_slot md_n_loss(md_graph *g, md_slot pred, md_slot target, const md_attr *attr);
+/* scale * sum over rows of the cross entropy of logits [B, K] with the distributions target (f32
+ * [B, K]) -> f64 [1]. */
+md_slot md_n_cross_entropy(md_graph *g, md_slot logits, md_slot target, const md_attr *attr);
 
 #endif

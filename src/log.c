@@ -38,7 +38,7 @@ typedef struct json_lines {
 
 struct md_runlog {
     char dir[PATH_SIZE - 64];
-    json_lines metrics, events;
+    json_lines metrics, evaluations, events;
     bool warned; /* about status.json or run.json */
 };
 
@@ -248,9 +248,11 @@ md_status md_runlog_open(const char *dir, int64_t resumed_step, md_runlog **out)
     *out = NULL;
     md_runlog *log;
     MD_NEW(log, 1, "log");
-    log->metrics.fd = log->events.fd = -1;
+    log->metrics.fd = log->evaluations.fd = log->events.fd = -1;
     snprintf(log->dir, sizeof log->dir, "%s", dir);
     md_status st = lines_open(&log->metrics, log->dir, "metrics.jsonl", resumed_step);
+    if (st == MD_OK)
+        st = lines_open(&log->evaluations, log->dir, "evaluations.jsonl", resumed_step);
     if (st == MD_OK)
         st = lines_open(&log->events, log->dir, "events.jsonl", INT64_MAX);
     if (st != MD_OK) {
@@ -267,6 +269,8 @@ void md_runlog_close(md_runlog *log)
         return;
     if (log->metrics.fd >= 0)
         close(log->metrics.fd);
+    if (log->evaluations.fd >= 0)
+        close(log->evaluations.fd);
     if (log->events.fd >= 0)
         close(log->events.fd);
     md_free(log);
@@ -291,6 +295,17 @@ void md_runlog_metrics(md_runlog *log, const md_metrics *m)
     MD_METRICS(MD_METRICS_PUT)
 #undef MD_METRICS_PUT
     lines_append(&log->metrics, j);
+}
+
+void md_runlog_evaluation(md_runlog *log, const md_evaluation *e)
+{
+    if (!log)
+        return;
+    json_t *j = json_object();
+#define MD_EVALUATION_PUT(type, key) json_object_set_new(j, #key, type##_json(e->key));
+    MD_EVALUATION(MD_EVALUATION_PUT)
+#undef MD_EVALUATION_PUT
+    lines_append(&log->evaluations, j);
 }
 
 void md_runlog_event(md_runlog *log, int64_t step, const char *event, const char *fmt, ...)

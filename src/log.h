@@ -6,6 +6,7 @@
  *
  * Run directory (rank 0 opens it; the others hold NULL, which every function accepts):
  *   metrics.jsonl  one object a step with the keys of MD_METRICS, never two for one step
+ *   evaluations.jsonl  one object an evaluation with the keys of MD_EVALUATION
  *   events.jsonl   rare things: {"time", "step", "event", "text"}; only ever appended to
  *   status.json    {"state", "step", "exit_code", "message", "time"}, replaced atomically
  *   run.json       build, libraries, hosts, environment by whitelist, replaced atomically
@@ -51,6 +52,25 @@ typedef struct md_metrics {
 #undef MD_METRICS_FIELD
 } md_metrics;
 
+/* X(type, key): a line of evaluations.jsonl. Top-1 and top-5 as images and in per cent; seconds it
+ * took. */
+#define MD_EVALUATION(X)  \
+    X(int64_t, step)      \
+    X(double, epoch)      \
+    X(int64_t, images)    \
+    X(int64_t, top1_hits) \
+    X(int64_t, top5_hits) \
+    X(double, top1)       \
+    X(double, top5)       \
+    X(double, loss)       \
+    X(double, seconds)
+
+typedef struct md_evaluation {
+#define MD_EVALUATION_FIELD(type, key) type key;
+    MD_EVALUATION(MD_EVALUATION_FIELD)
+#undef MD_EVALUATION_FIELD
+} md_evaluation;
+
 /* One "name: value" of run.json, for instance {"hdf5", "1.10.8 (compiled 1.10.8)"}. */
 typedef struct md_fact {
     const char *name, *value;
@@ -62,13 +82,15 @@ const md_fact *md_build_facts(int *n);
 
 typedef struct md_runlog md_runlog;
 
-/* Opens the logs of an existing directory for appending. Lines of metrics.jsonl with a step beyond
- * resumed_step (-1 for a new run) and torn or unreadable lines are removed first. Local.
- * MD_ERR_CREATE or MD_ERR_IO when the directory cannot be used; *out is then NULL. */
+/* Opens the logs of an existing directory for appending. Lines of metrics.jsonl and
+ * evaluations.jsonl with a step beyond resumed_step (-1 for a new run) and torn or unreadable lines
+ * are removed first. Local. MD_ERR_CREATE or MD_ERR_IO when the directory cannot be used; *out is
+ * then NULL. */
 md_status md_runlog_open(const char *dir, int64_t resumed_step, md_runlog **out);
 void md_runlog_close(md_runlog *log);
 
 void md_runlog_metrics(md_runlog *log, const md_metrics *m);
+void md_runlog_evaluation(md_runlog *log, const md_evaluation *e);
 void md_runlog_event(md_runlog *log, int64_t step, const char *event, const char *fmt, ...)
     __attribute__((format(printf, 4, 5)));
 /* state: "running", "requeue" (checkpointed, to be run again), "finished" or "failed". */

@@ -4,9 +4,10 @@
 #include <string.h>
 
 static const md_loss_row rows[] = {
-    {"smooth_l1", MD_LOSS_SMOOTH_L1},
-    {"l1", MD_LOSS_L1},
-    {"l2", MD_LOSS_L2},
+    {"smooth_l1", MD_LOSS_SMOOTH_L1, MD_FEATURE, true, md_n_loss},
+    {"l1", MD_LOSS_L1, MD_FEATURE, true, md_n_loss},
+    {"l2", MD_LOSS_L2, MD_FEATURE, true, md_n_loss},
+    {"cross_entropy", MD_LOSS_L2, MD_CLASS, false, md_n_cross_entropy},
 };
 
 const md_loss_row *md_loss_find(const char *name)

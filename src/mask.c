@@ -139,6 +139,12 @@ md_status md_mask_args_make(const md_config *c, md_mask_args *a)
     return MD_OK;
 }
 
+md_mask_args md_mask_args_none(const md_config *c)
+{
+    const int side = (int)(c->image_size / c->model_patch);
+    return (md_mask_args){.kind = md_mask_kind_find("none"), .grid_h = side, .grid_w = side};
+}
+
 void md_mask_sample(const md_mask_args *a, uint32_t epoch, int64_t sample, uint8_t *mask,
                     int32_t *index, md_mask_stats *stats)
 {

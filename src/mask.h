@@ -38,6 +38,9 @@ int64_t md_mask_count(const md_config *c);
  * excepted) or more than the grid has. Local. */
 md_status md_mask_args_make(const md_config *c, md_mask_args *a);
 
+/* No mask, on the config's grid. Local. */
+md_mask_args md_mask_args_none(const md_config *c);
+
 /* Draws the mask of one image: mask u8 [grid_h * grid_w] row-major, 1 = masked; index i32 [count]
  * the masked positions in rising order; stats optional, zero for kinds without blocks. Allocates
  * nothing. Thread-safe. Local. Source of kind block: BEiT v2 (microsoft/unilm,

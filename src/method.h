@@ -18,9 +18,15 @@
 #include "src/mask.h"
 #include "src/vit.h"
 
-/* What flows between axes. */
-typedef enum md_value_kind { MD_FEATURE, MD_PIXEL } md_value_kind;
-typedef enum md_token_set { MD_TOKENS_WITH_CLS, MD_TOKENS_PATCHES, MD_TOKENS_CHOSEN } md_token_set;
+/* What flows between axes. MD_CLASS: distributions over the classes, made from the images' labels
+ * on the host; MD_TOKENS_IMAGE: one vector an image. */
+typedef enum md_value_kind { MD_FEATURE, MD_PIXEL, MD_CLASS } md_value_kind;
+typedef enum md_token_set {
+    MD_TOKENS_WITH_CLS,
+    MD_TOKENS_PATCHES,
+    MD_TOKENS_CHOSEN,
+    MD_TOKENS_IMAGE
+} md_token_set;
 typedef struct md_tag {
     md_value_kind value;
     md_token_set tokens;
@@ -45,12 +51,19 @@ typedef struct md_method_split {
 
 typedef struct md_method md_method;
 
+/* What is trained: the axes that a task fixes; NULL where the config chooses. "features", which the
+ * key `task` does not offer, declares a pretrained encoder alone. */
+typedef struct md_task_row {
+    const char *name, *teacher, *target, *mask, *student, *head, *loss;
+} md_task_row;
+
 typedef struct md_teacher_row {
     const char *name;
     bool trained_weights; /* needs method.teacher.weights */
     /* Checks the config, declares m->teacher_params and tells what build gives per token. */
     md_status (*declare)(md_method *m, md_tag *out);
-    /* Values [B*M, width] at the chosen tokens, from images u8 [B, S, S, 3]; B the own images. */
+    /* Values [B*M, width] at the chosen tokens, from images u8 [B, S, S, 3]; B the own images.
+     * NULL: there is no graph, the targets come with the batch. */
     md_slot (*build)(md_method *m, md_graph *g, md_slot image, md_slot rows);
 } md_teacher_row;
 
@@ -62,7 +75,8 @@ typedef struct md_target_row {
 typedef struct md_student_row {
     const char *name;
     md_status (*declare)(md_method *m, md_tag *out);
-    md_slot (*build)(md_method *m, md_graph *g); /* encoder output [B*M, C] at the chosen tokens */
+    /* Encoder output [B*M, C] at the chosen tokens, or [B, C] (MD_TOKENS_IMAGE). */
+    md_slot (*build)(md_method *m, md_graph *g);
 } md_student_row;
 
 typedef struct md_head_row {
@@ -74,10 +88,14 @@ typedef struct md_head_row {
 typedef struct md_loss_row {
     const char *name;
     md_loss_kind kind;
+    md_value_kind value; /* of the targets: MD_CLASS, or (MD_FEATURE) anything else */
+    bool per_value;      /* the mean is over rows and channels; else over rows */
+    md_slot (*build)(md_graph *g, md_slot pred, md_slot target, const md_attr *attr);
 } md_loss_row;
 
 struct md_method {
     const md_config *config;
+    const md_task_row *task;
     md_method_split split;
     const md_teacher_row *teacher;
     const md_target_row *target;
@@ -90,9 +108,13 @@ struct md_method {
     md_params params;         /* the student's and the head's, trainable */
     md_params teacher_params; /* frozen */
     int proj_w;               /* teacher projection, MD_NO_PARAM when not used */
+    int fc_norm_w, fc_norm_b; /* MD_NO_PARAM where tokens are not pooled */
     int head_w, head_b;
     int chosen;        /* M */
+    bool chosen_cls;   /* the one chosen token is cls, not a patch */
+    int outputs;       /* predictions of an image: M, or 1 where the tokens are pooled */
     int target_width;  /* K */
+    bool labels;       /* targets come with the batch (MD_CLASS) */
     int teacher_image; /* side of the teacher's own crop; 0: it sees the student's */
     bool teacher_cls;  /* the teacher's token rows begin with cls */
 
@@ -101,8 +123,10 @@ struct md_method {
     int64_t own_images; /* of them, this rank's share */
     int64_t row_images; /* those on which the student's stream between the cut layers runs */
     md_graph teacher_graph, student_graph;
-    md_slot t_image, t_rows, t_target;         /* own images; t_target of row_images */
+    md_slot t_image, t_rows, t_target; /* own images; t_target of row_images; without a teacher's
+                                          graph MD_NO_SLOT */
     md_slot s_image, s_mask, s_rows, s_target; /* row_images */
+    md_slot s_mix;                             /* i32 [row_images, MD_MIX_WORDS] with labels */
     md_slot s_all_rows, s_rel_index, s_loss;   /* s_all_rows of all images */
     md_slot *s_keep;                           /* [2L] or NULL */
 };
@@ -126,7 +150,13 @@ md_slot md_method_input(const md_method *m, md_graph *g, const char *name, md_dt
 /* For axes: whether last blocks run at the chosen tokens only (model.last_block). */
 bool md_method_chosen_last(const md_method *m);
 
+/* For axes and viewers: the student's encoder and its final norm, where it has one, at the wanted
+ * rows [B, M, C]; colours and chosen_last are filled in. And one vector an image out of that. */
+md_slot md_student_encode(const md_method *m, md_graph *g, const md_vit_in *in);
+md_slot md_student_pool(const md_method *m, md_graph *g, md_slot x);
+
 /* Axis tables: find a row by name, NULL when absent. */
+const md_task_row *md_task_find(const char *name);
 const md_teacher_row *md_teacher_find(const char *name);
 const md_target_row *md_target_find(const char *name);
 const md_student_row *md_student_find(const char *name);

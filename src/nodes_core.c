@@ -23,7 +23,7 @@ md_status md_want_count(const md_tensor *t, int64_t count, const char *what)
     return MD_OK;
 }
 
-/* ---- patchify ---- */
+/* ---- patchify: in image, mix ---- */
 
 static md_status patchify_infer(md_graph *g, md_node *n)
 {
@@ -32,25 +32,28 @@ static md_status patchify_infer(md_graph *g, md_node *n)
     if (image->rank != 4 || image->dim[2] != s || image->dim[3] != 3 || s % p != 0)
         MD_FAIL(MD_ERR_BUG, "an image side of %lld does not divide into patches of %lld",
                 (long long)s, (long long)p);
+    MD_TRY(md_want_count(md_in(g, n, 1), b * MD_MIX_WORDS, "mix"));
     return md_node_output(g, n, 0, MD_COMPUTE(g), 2, (int64_t[]){b * (s / p) * (s / p), 3 * p * p});
 }
 
 static md_status patchify_fwd(md_graph *g, const md_node *n)
 {
     const md_attr *a = &n->attr;
-    return MD_RUN(patchify, .image = md_in(g, n, 0), .patch = md_out(g, n, 0), .side = a->side,
-                  .order = a->order, .mean = {a->mean[0], a->mean[1], a->mean[2]},
+    return MD_RUN(patchify, .image = md_in(g, n, 0), .mix = md_in(g, n, 1),
+                  .patch = md_out(g, n, 0), .side = a->side, .order = a->order,
+                  .mean = {a->mean[0], a->mean[1], a->mean[2]},
                   .std = {a->std[0], a->std[1], a->std[2]});
 }
 
 static const md_node_kind kind_patchify = {
     .name = "patchify", .infer = patchify_infer, .fwd = patchify_fwd, .by_row = true};
 
-md_slot md_n_patchify(md_graph *g, md_slot image, const md_attr *attr)
+md_slot md_n_patchify(md_graph *g, md_slot image, md_slot mix, const md_attr *attr)
 {
     md_node n = MD_NO_NODE;
     n.kind = &kind_patchify;
     n.in[0] = image;
+    n.in[1] = mix;
     n.attr = *attr;
     return md_node_append(g, &n);
 }

@@ -1,4 +1,4 @@
-/* nodes_loss: the end of a training graph. */
+/* nodes_loss: the ends of a training graph. */
 #include "src/nodes.h"
 
 /* ---- loss: in pred, target; out f64 [1] ---- */
@@ -38,14 +38,50 @@ static const md_node_kind kind_loss = {.name = "loss",
                                        .keep_in = 3u,
                                        .by_row = true};
 
-md_slot md_n_loss(md_graph *g, md_slot pred, md_slot target, const md_attr *attr)
+static md_slot append_loss(md_graph *g, const md_node_kind *kind, const md_slot in[2],
+                           const md_attr *attr)
 {
     md_node n = MD_NO_NODE;
-    n.kind = &kind_loss;
-    n.in[0] = pred;
-    n.in[1] = target;
+    n.kind = kind;
+    n.in[0] = in[0];
+    n.in[1] = in[1];
     n.attr = *attr;
     md_slot s = md_node_append(g, &n);
     md_graph_set_external(g, s);
     return s;
+}
+
+md_slot md_n_loss(md_graph *g, md_slot pred, md_slot target, const md_attr *attr)
+{
+    return append_loss(g, &kind_loss, (md_slot[]){pred, target}, attr);
+}
+
+/* ---- cross_entropy: in logits, target; out f64 [1] ---- */
+
+static md_status cross_entropy_run(md_graph *g, const md_node *n, md_tensor *dlogits)
+{
+    return MD_RUN(cross_entropy, .logits = md_in(g, n, 0), .target = md_in(g, n, 1),
+                  .loss = md_out(g, n, 0), .dlogits = dlogits, .scale = n->attr.scale);
+}
+
+static md_status cross_entropy_fwd(md_graph *g, const md_node *n)
+{
+    return cross_entropy_run(g, n, NULL);
+}
+
+static md_status cross_entropy_bwd(md_graph *g, const md_node *n)
+{
+    return cross_entropy_run(g, n, md_in_grad(g, n, 0));
+}
+
+static const md_node_kind kind_cross_entropy = {.name = "cross_entropy",
+                                                .infer = loss_infer,
+                                                .fwd = cross_entropy_fwd,
+                                                .bwd = cross_entropy_bwd,
+                                                .keep_in = 3u,
+                                                .by_row = true};
+
+md_slot md_n_cross_entropy(md_graph *g, md_slot logits, md_slot target, const md_attr *attr)
+{
+    return append_loss(g, &kind_cross_entropy, (md_slot[]){logits, target}, attr);
 }

@@ -133,6 +133,40 @@ md_slot md_n_layernorm(md_graph *g, md_slot x, const int params[2], const md_att
     return md_node_append(g, &n);
 }
 
+/* ---- mean_rows: in x [B, M, C]; out [B, C] ---- */
+
+static md_status mean_rows_infer(md_graph *g, md_node *n)
+{
+    const md_tensor *x = md_in(g, n, 0);
+    if (x->rank != 3)
+        MD_FAIL(MD_ERR_BUG, "rows of images expected, not rank %d", x->rank);
+    return md_node_output(g, n, 0, MD_COMPUTE(g), 2, (int64_t[]){x->dim[0], x->dim[2]});
+}
+
+static md_status mean_rows_fwd(md_graph *g, const md_node *n)
+{
+    return MD_RUN(mean_rows, .x = md_in(g, n, 0), .y = md_out(g, n, 0));
+}
+
+static md_status mean_rows_bwd(md_graph *g, const md_node *n)
+{
+    return MD_RUN(mean_rows_bwd, .dy = md_out_grad(g, n, 0), .dx = md_in_grad(g, n, 0));
+}
+
+static const md_node_kind kind_mean_rows = {.name = "mean_rows",
+                                            .infer = mean_rows_infer,
+                                            .fwd = mean_rows_fwd,
+                                            .bwd = mean_rows_bwd,
+                                            .by_row = true};
+
+md_slot md_n_mean_rows(md_graph *g, md_slot x)
+{
+    md_node n = MD_NO_NODE;
+    n.kind = &kind_mean_rows;
+    n.in[0] = x;
+    return md_node_append(g, &n);
+}
+
 /* ---- add_scaled: in x, sum; out sum + scale * x; no gradient ---- */
 
 static md_status add_scaled_fwd(md_graph *g, const md_node *n)

@@ -1,6 +1,8 @@
 /* optim: see optim.h. */
 #include "src/optim.h"
 
+#include <math.h>
+
 static md_tensor range(float *block, int64_t first, int64_t count)
 {
     return MD_TENSOR(block ? block + first : NULL, MD_F32, count);
@@ -32,22 +34,82 @@ double md_optim_clip(double norm, double limit)
     return MD_MIN(1.0, limit / (norm + 1e-6));
 }
 
+/* The layer of element `at` of a piece, and where in the piece the next layer begins. */
+static int layer_at(const md_params *p, const md_piece *piece, int64_t at, int64_t *end)
+{
+    const int64_t here = piece->offset + at;
+    int row = -1;
+    for (int i = 0; i < p->count; i++)
+        if (p->row[i].offset <= here && (row < 0 || p->row[i].offset > p->row[row].offset))
+            row = i;
+    const int layer = row < 0 ? 0 : p->row[row].layer_id;
+    *end = piece->count;
+    for (int i = 0; i < p->count; i++)
+        if (p->row[i].offset > here && p->row[i].layer_id != layer)
+            *end = MD_MIN(*end, p->row[i].offset - piece->offset);
+    return layer;
+}
+
+static int last_layer(const md_params *p)
+{
+    int last = 0;
+    for (int i = 0; i < p->count; i++)
+        last = MD_MAX(last, p->row[i].layer_id);
+    return last;
+}
+
+/* One stretch of a piece, `skip` elements into it, at one rate. */
+static md_status update_range(md_backend *be, md_params *p, const md_piece *piece, int64_t skip,
+                              int64_t count, const md_optim_args *a)
+{
+    const md_config *c = a->config;
+    md_piece part = *piece;
+    part.offset += skip;
+    part.moment += skip;
+    part.count = count;
+    md_tensor grad = gradient(p, &part);
+    md_tensor value = range(p->value, part.offset, count);
+    md_tensor m = range(p->m, part.moment, count);
+    md_tensor v = range(p->v, part.moment, count);
+    md_tensor copy = MD_TENSOR(p->rounded ? p->rounded + part.offset : NULL, MD_BF16, count);
+    return MD_OP(be, adamw, .grad = &grad, .param = &value, .m = &m, .v = &v,
+                 .copy = p->rounded ? &copy : NULL, .accumulate = 7u, .lr = a->lr,
+                 .beta1 = c->optim_beta1, .beta2 = c->optim_beta2, .eps = c->optim_eps,
+                 .weight_decay = piece->decay ? c->optim_weight_decay : 0.0, .grad_scale = a->clip,
+                 .step = a->update);
+}
+
+static md_status average(md_backend *be, md_params *p, const md_piece *piece, double decay)
+{
+    md_tensor value = range(p->value, piece->offset, piece->count);
+    md_tensor ema = range(p->ema, piece->moment, piece->count);
+    if (decay > 0)
+        MD_TRY(MD_OP(be, axpy, .x = &ema, .y = &ema, .alpha = (float)decay));
+    return MD_OP(be, axpy, .x = &value, .y = &ema, .alpha = (float)(1.0 - decay),
+                 .accumulate = decay > 0);
+}
+
+md_status md_optim_ema_start(md_backend *be, md_params *p, const md_piece *piece, int n)
+{
+    for (int i = 0; i < n && p->ema; i++)
+        MD_TRY(average(be, p, &piece[i], 0.0));
+    return md_backend_sync(be);
+}
+
 md_status md_optim_update(md_backend *be, md_params *p, const md_piece *piece, int n,
                           const md_optim_args *a)
 {
-    const md_config *c = a->config;
+    const double decay = a->config->optim_layer_decay;
+    const int last = last_layer(p);
     for (int i = 0; i < n; i++) {
-        md_tensor grad = gradient(p, &piece[i]);
-        md_tensor value = range(p->value, piece[i].offset, piece[i].count);
-        md_tensor m = range(p->m, piece[i].moment, piece[i].count);
-        md_tensor v = range(p->v, piece[i].moment, piece[i].count);
-        md_tensor copy =
-            MD_TENSOR(p->rounded ? p->rounded + piece[i].offset : NULL, MD_BF16, piece[i].count);
-        MD_TRY(MD_OP(be, adamw, .grad = &grad, .param = &value, .m = &m, .v = &v,
-                     .copy = p->rounded ? &copy : NULL, .accumulate = 7u, .lr = a->lr,
-                     .beta1 = c->optim_beta1, .beta2 = c->optim_beta2, .eps = c->optim_eps,
-                     .weight_decay = piece[i].decay ? c->optim_weight_decay : 0.0,
-                     .grad_scale = a->clip, .step = a->update));
+        for (int64_t at = 0, end = piece[i].count; at < piece[i].count; at = end) {
+            md_optim_args here = *a;
+            if (decay < 1.0)
+                here.lr *= pow(decay, last - layer_at(p, &piece[i], at, &end));
+            MD_TRY(update_range(be, p, &piece[i], at, end - at, &here));
+        }
+        if (p->ema)
+            MD_TRY(average(be, p, &piece[i], a->config->optim_ema));
     }
     return MD_OK;
 }

@@ -28,8 +28,11 @@ typedef struct md_optim_args {
 } md_optim_args;
 /* One AdamW update of n pieces: weight decay on the decayed ones only (matrices, mask token and
  * relative position tables; not vectors, biases, cls_token, pos_embed: microsoft/unilm,
- * beit2/optim_factory.py). Local. */
+ * beit2/optim_factory.py). The rate of a row of layer i of L + 2 is lr * layer_decay^(L + 1 - i).
+ * Where there is a moving average, it becomes d * average + (1 - d) * value. Local. */
 md_status md_optim_update(md_backend *be, md_params *p, const md_piece *piece, int n,
                           const md_optim_args *a);
+/* The moving average begins with the values as they are. Local. */
+md_status md_optim_ema_start(md_backend *be, md_params *p, const md_piece *piece, int n);
 
 #endif

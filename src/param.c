@@ -28,17 +28,18 @@ static void free_block(const md_params *p, void *block)
 
 void md_params_drop_host(md_params *p)
 {
-    float *const copy[] = {p->host_value, p->host_m, p->host_v};
+    float *const copy[] = {p->host_value, p->host_m, p->host_v, p->host_ema};
     for (size_t i = 0; on_device(p) && i < MD_COUNT(copy); i++)
         md_backend_pinned_free(p->be, copy[i]);
-    p->host_value = p->host_m = p->host_v = NULL;
+    p->host_value = p->host_m = p->host_v = p->host_ema = NULL;
 }
 
 void md_params_free(md_params *p)
 {
     md_free(p->row);
     md_params_drop_host(p);
-    float *const block[] = {p->value, p->grad, p->m, p->v, p->reduced, (float *)(void *)p->rounded};
+    float *const block[] = {
+        p->value, p->grad, p->m, p->v, p->ema, p->reduced, (float *)(void *)p->rounded};
     for (size_t i = 0; i < MD_COUNT(block); i++)
         free_block(p, block[i]);
     *p = (md_params){0};
@@ -216,17 +217,23 @@ md_status md_params_allocate_moments(md_params *p, int64_t n, bool reduced)
     return MD_OK;
 }
 
+md_status md_params_allocate_ema(md_params *p)
+{
+    return new_block(p, p->moments, "moving average", &p->ema, &p->host_ema);
+}
+
 typedef struct mirror {
     float *block, *host;
     int64_t count;
 } mirror;
 
-enum { MIRRORS = 3 };
+enum { MIRRORS = 4 };
 static void mirrors_of(const md_params *p, mirror m[MIRRORS])
 {
     m[0] = (mirror){p->value, p->host_value, p->elements};
     m[1] = (mirror){p->m, p->host_m, p->moments};
     m[2] = (mirror){p->v, p->host_v, p->moments};
+    m[3] = (mirror){p->ema, p->host_ema, p->moments};
 }
 
 md_status md_params_fetch(md_params *p)

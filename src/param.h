@@ -63,9 +63,10 @@ typedef struct md_params {
     float *value, *grad;     /* flat blocks; NULL until md_params_allocate */
     uint16_t *rounded;       /* bf16 copy of value where that is the compute type, or NULL */
     float *m, *v;            /* moments [moments]; NULL until md_params_allocate_moments */
+    float *ema;              /* [moments] moving average of the values, or NULL */
     float *reduced;          /* [moments] gradients of this rank's parts under ZeRO, or NULL */
     int64_t moments;
-    float *host_value, *host_m, *host_v;
+    float *host_value, *host_m, *host_v, *host_ema;
 } md_params;
 
 /* A stretch of the flat blocks that is updated, counted or written as one. */
@@ -111,10 +112,12 @@ size_t md_params_block_bytes(const md_params *p);
 md_status md_params_allocate(md_params *p, md_backend *be, bool grads);
 /* Allocates both moments with n elements and, if asked, the block of reduced gradients. Local. */
 md_status md_params_allocate_moments(md_params *p, int64_t n, bool reduced);
+/* Then, where it is wanted, the moving average. Local. MD_ERR_MEMORY. */
+md_status md_params_allocate_ema(md_params *p);
 
 /* Brings the host_ blocks up to date with the operands, and the operands, with the rounded copy,
- * up to date with the host_ blocks (values and, where there are any, moments). They wait until it
- * is done. Local. MD_ERR_DEVICE. */
+ * up to date with the host_ blocks (values and, where there are any, moments and averages). They
+ * wait until it is done. Local. MD_ERR_DEVICE. */
 md_status md_params_fetch(md_params *p);
 md_status md_params_store(md_params *p);
 /* Rounds the values anew, after they changed other than by the optimizer. In the order of ops. */

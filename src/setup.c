@@ -2,10 +2,37 @@
 #include "src/setup.h"
 #include "io/weights.h"
 #include "mpi/agree.h"
+#include "src/mix.h"
 
 #include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
+
+#define XXH_INLINE_ALL /* no library to link, compiled for this machine */
+#include <xxhash.h>
+
+void md_setup_run_dir(const md_config *c, char dir[MD_CONFIG_STR])
+{
+    if (*c->run_dir) {
+        snprintf(dir, MD_CONFIG_STR, "%s", c->run_dir);
+        return;
+    }
+    const char *name = strrchr(c->source, '/');
+    name = name ? name + 1 : c->source;
+    snprintf(dir, MD_CONFIG_STR, "runs/%.*s", (int)(strlen(name) - 4), name);
+}
+
+md_status md_setup_same_config(md_comm *world, const md_config *c)
+{
+    char *text = NULL;
+    md_status st = md_agree(world, md_config_text(c, &text));
+    int64_t h = st == MD_OK ? (int64_t)(XXH3_64bits(text, strlen(text)) >> 1) : 0;
+    free(text);
+    MD_TRY(st);
+    return md_agree_same(world, "the configuration (a hash of its values)", h);
+}
 
 /* A pass is shared by the tensor-parallel ranks, image by image. */
 static md_status check_micro(const md_config *c, const md_batch_layout *l)
@@ -24,6 +51,13 @@ static md_status check_micro(const md_config *c, const md_batch_layout *l)
             "multiple of %d",
             set ? "train.micro_batch" : "train.batch / data-parallel ranks", (long long)l->micro,
             l->tp, l->tp);
+    const md_mix_rule mix = md_mix_rule_make(c);
+    const int64_t rows = c->parallel_sequence ? l->micro / l->tp : l->micro;
+    if ((mix.mixup > 0 || mix.cutmix > 0) && rows % mix.group != 0)
+        MD_FAIL(MD_ERR_CONFIG,
+                "augment.mix_group = %d does not divide the %lld images that a rank holds in a "
+                "pass: images are mixed within a group",
+                mix.group, (long long)rows);
     return MD_OK;
 }
 
@@ -73,6 +107,8 @@ md_status md_model_allocate(const md_config *c, md_backend *be, md_model *m)
     md_params *p = &m->method.params;
     MD_TRY(md_params_allocate(p, be, true));
     MD_TRY(md_params_allocate_moments(p, m->shard.moments, m->shard.zero));
+    if (c->optim_ema > 0)
+        MD_TRY(md_params_allocate_ema(p));
     MD_TRY(md_params_allocate(&m->method.teacher_params, be, false));
     md_params_initialise(p, (uint64_t)c->run_seed);
     return md_params_store(p);

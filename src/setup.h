@@ -1,10 +1,16 @@
-/* setup: what `train` and `plan` work out alike from a config. */
+/* setup: what `train`, `evaluate` and `plan` work out alike from a config. */
 #ifndef MD_SETUP_H
 #define MD_SETUP_H
 
 #include "mpi/comm.h"
 #include "src/method.h"
 #include "src/shard.h"
+
+/* run.dir, or runs/<name of the config file without .cfg>. Local. */
+void md_setup_run_dir(const md_config *c, char dir[MD_CONFIG_STR]);
+/* Collective(world). MD_ERR_CONFIG where ranks have other values: they would exchange other numbers
+ * of bytes. */
+md_status md_setup_same_config(md_comm *world, const md_config *c);
 
 /* How a global batch is spread: batch = dp * accumulation * micro, ranks = dp * tp. */
 typedef struct md_batch_layout {

@@ -12,9 +12,9 @@
 /* X(field of md_train_state): the counters kept. */
 #define COUNTERS(X) X(updates) X(skipped) X(skipped_in_row) X(bad_images) X(bad_in_epoch)
 
-/* The three arrays of every parameter. */
-enum { PARTS = 3 };
-static const char *const part_names[PARTS] = {"param", "adam_m", "adam_v"};
+/* The arrays of every parameter; the last where a moving average is kept. */
+enum { PARAM, ADAM_M, ADAM_V, EMA, PARTS };
+static const char *const part_names[PARTS] = {"param", "adam_m", "adam_v", "ema"};
 
 typedef struct item_list {
     md_state_item *item;
@@ -35,7 +35,7 @@ static void choose(const md_snapshot *s, const md_param *row, int part, bool wri
 {
     const md_params *p = s->params;
     const md_shard *h = s->shard;
-    float *const block[PARTS] = {p->host_value, p->host_m, p->host_v};
+    float *const block[PARTS] = {p->host_value, p->host_m, p->host_v, p->host_ema};
     int64_t moment = 0;
     item->lo = 0;
     item->count = row->count;
@@ -46,8 +46,8 @@ static void choose(const md_snapshot *s, const md_param *row, int part, bool wri
     item->data = block[part] + (part == 0 ? row->offset + item->lo : moment);
 }
 
-/* Every array of the state as items. */
-static md_status items_make(const md_snapshot *s, bool writing, item_list *l)
+/* The first `parts` arrays of every parameter as items. */
+static md_status items_make(const md_snapshot *s, bool writing, int parts, item_list *l)
 {
     const md_params *p = s->params;
     *l = (item_list){0};
@@ -55,7 +55,7 @@ static md_status items_make(const md_snapshot *s, bool writing, item_list *l)
     l->name = md_alloc((size_t)(PARTS * p->count) * sizeof *l->name, "checkpoint items");
     if (!l->name)
         return MD_ERR_MEMORY;
-    for (int k = 0; k < PARTS; k++)
+    for (int k = 0; k < parts; k++)
         for (int i = 0; i < p->count; i++) {
             const md_param *row = &p->row[i];
             char *name = l->name[l->count];
@@ -199,7 +199,7 @@ md_status md_snapshot_write(const md_snapshot *s, char *path, size_t size)
     if (st == MD_OK)
         st = md_params_fetch(s->params);
     if (st == MD_OK)
-        st = items_make(s, true, &items);
+        st = items_make(s, true, s->params->ema ? PARTS : EMA, &items);
     if (st == MD_OK)
         st = md_config_text(s->config, &text);
     st = md_agree(s->comm, st);
@@ -228,9 +228,12 @@ static md_status read_state(const md_snapshot *s, md_checkpoint *ck, bool own)
 {
     item_list items = {0};
     comparison d = {.ck = ck, .own = own};
+    char name[MD_STATE_NAME];
+    snprintf(name, sizeof name, "%s/%s", part_names[EMA], s->params->row[0].name);
+    const bool averaged = s->params->ema && md_checkpoint_entry(ck, name);
     md_status st = compare(s, &d);
     if (st == MD_OK)
-        st = items_make(s, false, &items);
+        st = items_make(s, false, averaged ? PARTS : EMA, &items);
     st = md_agree(s->comm, st);
     if (st == MD_OK)
         st = md_checkpoint_read(ck, items.item, items.count);
@@ -238,6 +241,7 @@ static md_status read_state(const md_snapshot *s, md_checkpoint *ck, bool own)
         st = md_agree(s->comm, md_params_store(s->params));
     items_free(&items);
     MD_TRY(st);
+    *s->averaged = averaged;
     return read_counters(s->state, ck);
 }
 

@@ -16,6 +16,7 @@ typedef struct md_snapshot {
     md_params *params;
     const md_shard *shard;
     md_train_state *state;
+    bool *averaged; /* set by resume: the checkpoint had a moving average */
     uint64_t data_hash;
     const char *teacher_hash; /* "" without */
 } md_snapshot;

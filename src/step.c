@@ -193,6 +193,20 @@ double md_step_settle(md_stepper *t)
     return waited;
 }
 
+static md_status round_parameters(md_stepper *t)
+{
+    if (t->unrounded)
+        MD_TRY(md_params_round(&t->args.method->params));
+    t->unrounded = false;
+    return MD_OK;
+}
+
+md_status md_step_parameters(md_stepper *t)
+{
+    md_step_settle(t);
+    return round_parameters(t);
+}
+
 /* Before the first gradient of a step: the reducer is done with the step before. */
 static void collect_gradients(md_stepper *t)
 {
@@ -255,9 +269,7 @@ static md_status run_graphs(md_stepper *t, int micro, md_step_result *out)
     md_fault("step.forward");
     MD_TRY(run(t, TEACHER, NULL));
     collect_gradients(t);
-    if (t->unrounded)
-        MD_TRY(md_params_round(&t->args.method->params));
-    t->unrounded = false;
+    MD_TRY(round_parameters(t));
     MD_TRY(run(t, FORWARD, NULL));
     md_fault("step.backward");
     out->backward_begin = md_now();

@@ -73,6 +73,10 @@ md_status md_step_run(md_stepper *t, md_train_state *s, bool stop_wanted, md_ste
 /* Collective(world). Waits until every rank has all parameters; returns the seconds waited. */
 double md_step_settle(md_stepper *t);
 
+/* Collective(world). The same, and the parameters are as the forward pass reads them: for a look
+ * between steps. MD_ERR_DEVICE. */
+md_status md_step_parameters(md_stepper *t);
+
 /* The reducer, for traces. */
 const md_grad_reduce *md_step_reducer(const md_stepper *t);
 

@@ -6,7 +6,7 @@
 
 /* Where each array begins in a block, in bytes. */
 typedef struct layout {
-    size_t keep, teacher_rows, student_rows, all_rows, mask, image, image2, bytes;
+    size_t keep, teacher_rows, student_rows, all_rows, mask, mix, target, image, image2, bytes;
 } layout;
 
 static size_t take(size_t *at, size_t bytes)
@@ -14,6 +14,11 @@ static size_t take(size_t *at, size_t bytes)
     size_t here = *at;
     *at += (bytes + 63) / 64 * 64;
     return here;
+}
+
+static size_t target_bytes(const md_method *m)
+{
+    return md_tensor_bytes(md_graph_tensor(&m->student_graph, m->s_target));
 }
 
 static size_t picture_bytes(int64_t images, int64_t side)
@@ -30,22 +35,25 @@ static layout layout_of(const md_method *m, bool device)
     layout l = {0};
     size_t at = 0;
     l.keep = take(&at, 4 * 2 * (size_t)s->layers * rows);
-    l.teacher_rows = take(&at, 4 * (size_t)m->own_images * chosen);
+    l.teacher_rows = take(&at, m->labels ? 0 : 4 * (size_t)m->own_images * chosen);
     l.student_rows = take(&at, 4 * rows * chosen);
     l.all_rows = take(&at, m->row_images < m->images ? 4 * (size_t)m->images * chosen : 0);
     l.mask = take(&at, rows * (size_t)md_vit_patches(s));
+    l.mix = take(&at, m->labels ? rows * sizeof(md_mix) : 0);
+    l.target = take(&at, m->labels ? target_bytes(m) : 0);
     l.image = take(&at, device || gathers ? picture_bytes(m->row_images, s->image) : 0);
     l.image2 =
-        take(&at, device && (m->teacher_image || gathers)
+        take(&at, device && !m->labels && (m->teacher_image || gathers)
                       ? picture_bytes(m->own_images, m->teacher_image ? m->teacher_image : s->image)
                       : 0);
     l.bytes = at;
     return l;
 }
 
-static size_t target_bytes(const md_method *m)
+/* Of the operand that the teacher writes; those made of labels are part of a block. */
+static size_t teacher_target_bytes(const md_method *m)
 {
-    return md_tensor_bytes(md_graph_tensor(&m->student_graph, m->s_target));
+    return m->labels ? 0 : target_bytes(m);
 }
 
 static size_t rel_index_bytes(const md_method *m)
@@ -60,9 +68,9 @@ void md_step_batch_bytes(const md_method *m, bool device, size_t *operands, size
     const size_t block = layout_of(m, device).bytes;
     const size_t patches = (size_t)md_vit_patches(&m->student_vit.spec);
     const size_t slots = device ? MD_FEED_SLOTS : 1;
-    *operands = slots * block + target_bytes(m) + rel_index_bytes(m) + sizeof(double);
+    *operands = slots * block + teacher_target_bytes(m) + rel_index_bytes(m) + sizeof(double);
     *host = (device ? slots * block + rel_index_bytes(m) : 0) + 4 * patches + patches +
-            sizeof(int64_t) * (size_t)m->images;
+            (sizeof(int64_t) + (m->labels ? sizeof(int32_t) : 0)) * (size_t)m->images;
 }
 
 static md_status operand(md_step_batch *b, size_t bytes, const char *what, void **out)
@@ -87,13 +95,15 @@ static md_status allocate(md_step_batch *b)
             b->host[i] = p;
         }
     }
-    MD_TRY(operand(b, target_bytes(m), "targets", &b->target));
+    MD_TRY(operand(b, teacher_target_bytes(m), "targets", &b->target));
     MD_TRY(operand(b, rel_index_bytes(m), "relative position index", &b->rel_index));
     MD_TRY(operand(b, sizeof *b->loss, "loss", &p));
     b->loss = p;
     MD_NEW(b->chosen, patches, "chosen patches");
     MD_NEW(b->other_mask, patches, "masks");
     MD_NEW(b->sample, m->images, "samples");
+    if (m->labels)
+        MD_NEW(b->label, m->images, "labels");
     return MD_OK;
 }
 
@@ -120,9 +130,14 @@ static void bind(md_step_batch *b, const layout *l)
     md_method *m = b->method;
     md_graph *teacher = &m->teacher_graph, *student = &m->student_graph;
     char *block = b->operands[b->slot];
-    md_graph_bind(teacher, m->t_rows, block + l->teacher_rows);
-    md_graph_bind(teacher, m->t_target, b->target);
-    md_graph_bind(student, m->s_target, b->target);
+    if (m->labels) {
+        md_graph_bind(student, m->s_target, block + l->target);
+        md_graph_bind(student, m->s_mix, block + l->mix);
+    } else {
+        md_graph_bind(teacher, m->t_rows, block + l->teacher_rows);
+        md_graph_bind(teacher, m->t_target, b->target);
+        md_graph_bind(student, m->s_target, b->target);
+    }
     md_graph_bind(student, m->s_rows, block + l->student_rows);
     if (m->row_images < m->images)
         md_graph_bind(student, m->s_all_rows, block + l->all_rows);
@@ -143,6 +158,7 @@ md_status md_step_batch_create(md_method *m, const md_topo *topo, md_backend *be
     b->topo = topo;
     b->be = be;
     b->seed = seed;
+    b->mix = md_mix_rule_make(m->config);
     MD_TRY(allocate(b));
     return fill_rel_index(b);
 }
@@ -162,6 +178,7 @@ void md_step_batch_free(md_step_batch *b)
     md_free(b->chosen);
     md_free(b->other_mask);
     md_free(b->sample);
+    md_free(b->label);
     *b = (md_step_batch){0};
 }
 
@@ -174,7 +191,7 @@ static int64_t first_row_image(const md_step_batch *b)
     return m->row_images < m->images ? b->topo->tp_rank * m->own_images : 0;
 }
 
-/* Row of patch `patch` of image j in a token matrix. */
+/* Row of patch `patch` (-1: cls) of image j in a token matrix. */
 static int32_t row_of(int64_t j, int patch, int patches, bool cls)
 {
     return (int32_t)(cls ? j * (patches + 1) + 1 + patch : j * patches + patch);
@@ -186,6 +203,8 @@ typedef struct filling {
     float *keep;
     int32_t *teacher_rows, *student_rows, *all_rows;
     uint8_t *mask;
+    md_mix *mix;
+    float *target;
 } filling;
 
 /* The mask of image j of the pass, and its chosen patches as rows of each token matrix that it
@@ -201,12 +220,12 @@ static void draw_mask(const filling *f, uint32_t epoch, int64_t j)
     uint8_t *mask = is_row ? f->mask + row * patches : b->other_mask;
     md_mask_sample(&m->mask, epoch, b->sample[j], mask, b->chosen, NULL);
     for (int i = 0; i < chosen; i++) {
-        int patch = all ? i : b->chosen[i];
+        int patch = m->chosen_cls ? -1 : all ? i : b->chosen[i];
         if (is_row)
             f->student_rows[row * chosen + i] = row_of(row, patch, patches, true);
         if (m->row_images < m->images)
             f->all_rows[j * chosen + i] = row_of(j, patch, patches, true);
-        if (is_own)
+        if (is_own && !m->labels)
             f->teacher_rows[own * chosen + i] = row_of(own, patch, patches, m->teacher_cls);
     }
 }
@@ -225,6 +244,27 @@ static void draw_keep(const filling *f, int64_t step, int64_t first)
             md_rng r = md_rng_at(b->seed, MD_RNG_DROP_PATH, (uint32_t)step, index);
             f->keep[k * m->row_images + j] = md_rng_float(&r) >= rate ? 1.0f / (1.0f - rate) : 0.0f;
         }
+    }
+}
+
+/* How each image is erased and mixed, and its target: its own class and its partner's. `first` is
+ * the position of the pass in the batch, a multiple of the group. */
+static void draw_mix(const filling *f, uint32_t epoch, int64_t step, int64_t first)
+{
+    const md_step_batch *b = f->b;
+    const md_method *m = b->method;
+    const int64_t begin = first_row_image(b);
+    memset(f->target, 0, target_bytes(m));
+    for (int64_t row = 0; row < m->row_images; row++) {
+        const int64_t j = begin + row;
+        md_mix r = md_mix_record(&b->mix, step, first + j, epoch, b->sample[j]);
+        const double own = md_mix_weight(&b->mix, step, first + j);
+        float *target = f->target + row * m->target_width;
+        md_mix_target(&b->mix, own, b->label[j], m->target_width, target);
+        if (own < 1.0)
+            md_mix_target(&b->mix, 1.0 - own, b->label[j + r.partner], m->target_width, target);
+        r.partner += (int32_t)row;
+        f->mix[row] = r;
     }
 }
 
@@ -249,7 +289,8 @@ static void place_pictures(md_step_batch *b, const md_batch *batch, const layout
         memcpy(host + l->image2, seen->data, md_tensor_bytes(seen));
         teacher = block + l->image2;
     }
-    md_graph_bind(&m->teacher_graph, m->t_image, teacher);
+    if (!m->labels)
+        md_graph_bind(&m->teacher_graph, m->t_image, teacher);
     md_graph_bind(&m->student_graph, m->s_image, student);
 }
 
@@ -265,12 +306,19 @@ md_status md_step_batch_set(md_step_batch *b, const md_batch *batch, int64_t ste
                        .teacher_rows = (int32_t *)(host + l.teacher_rows),
                        .student_rows = (int32_t *)(host + l.student_rows),
                        .all_rows = (int32_t *)(host + l.all_rows),
-                       .mask = (uint8_t *)(host + l.mask)};
+                       .mask = (uint8_t *)(host + l.mask),
+                       .mix = (md_mix *)(void *)(host + l.mix),
+                       .target = (float *)(host + l.target)};
     md_comm_allgather(b->topo->tp, batch->sample, b->sample,
                       m->own_images * (int64_t)sizeof *b->sample);
     for (int64_t j = 0; j < m->images; j++)
         draw_mask(&f, batch->epoch, j);
     draw_keep(&f, step, first);
+    if (m->labels) {
+        md_comm_allgather(b->topo->tp, batch->label, b->label,
+                          m->own_images * (int64_t)sizeof *b->label);
+        draw_mix(&f, batch->epoch, step, first);
+    }
     bind(b, &l);
     place_pictures(b, batch, &l);
     return md_backend_feed(b->be, b->slot, b->operands[b->slot], host, l.bytes);

@@ -1,6 +1,6 @@
-/* step_batch: what one micro-batch brings into the graphs: pictures, masks, rows, drop-path draws.
- * All of it is a function of the global samples and positions, so it does not depend on the process
- * grid. Private to step.
+/* step_batch: what one micro-batch brings into the graphs: pictures, masks, rows, drop-path draws,
+ * and with labels how pictures are mixed and the targets. All of it is a function of the global
+ * samples and positions, so it does not depend on the process grid. Private to step.
  *
  * What changes from pass to pass stands in one block, filled on the host and fed to the backend as
  * one. A device has MD_FEED_SLOTS of them, used in turn, so that one is filled and copied while the
@@ -11,12 +11,14 @@
 #include "io/prefetch.h"
 #include "mpi/topo.h"
 #include "src/method.h"
+#include "src/mix.h"
 
 typedef struct md_step_batch {
     md_method *method;
     const md_topo *topo;
     md_backend *be;
     uint64_t seed;
+    md_mix_rule mix;
     int slot, slots;
     char *host[MD_FEED_SLOTS]; /* blocks; on host memory the operands themselves */
     char *operands[MD_FEED_SLOTS];
@@ -25,6 +27,7 @@ typedef struct md_step_batch {
     int32_t *chosen;
     uint8_t *other_mask; /* masks of other ranks' images */
     int64_t *sample;
+    int32_t *label; /* of the pass's images, where targets come from them */
 } md_step_batch;
 
 /* Bytes that create takes of operand memory and of the host's (the same memory counts once, as

@@ -1,4 +1,4 @@
-/* teachers: the axis method.teacher. A frozen ViT, or the picture's own patches. */
+/* teachers: the axis method.teacher. A frozen ViT, the picture's own patches, or its label. */
 #include "src/method.h"
 
 #include <string.h>
@@ -68,6 +68,7 @@ static md_slot vit_build(md_method *m, md_graph *g, md_slot image, md_slot rows)
     md_vit_in in = {.images = m->own_images,
                     .image = image,
                     .mask = MD_NO_SLOT,
+                    .mix = MD_NO_SLOT,
                     .index = MD_NO_SLOT,
                     .mean = m->info.mean,
                     .std = m->info.std,
@@ -109,12 +110,21 @@ static md_slot pixel_build(md_method *m, md_graph *g, md_slot image, md_slot row
         a.mean[i] = (float)m->config->image_mean[i];
         a.std[i] = (float)m->config->image_std[i];
     }
-    return md_n_gather_rows(g, md_n_patchify(g, image, &a), rows);
+    return md_n_gather_rows(g, md_n_patchify(g, image, MD_NO_SLOT, &a), rows);
+}
+
+/* ---- labels: classes of the images, no teacher at all ---- */
+
+static md_status labels_declare(md_method *m, md_tag *out)
+{
+    *out = (md_tag){MD_CLASS, MD_TOKENS_IMAGE, (int)m->config->model_classes};
+    return MD_OK;
 }
 
 static const md_teacher_row teachers[] = {
     {"vit", true, vit_declare, vit_build},
     {"pixel", false, pixel_declare, pixel_build},
+    {"labels", false, labels_declare, NULL},
 };
 
 const md_teacher_row *md_teacher_find(const char *name)

@@ -72,6 +72,39 @@ static md_status save_before(md_run *r, md_status st)
     return md_error_set(st, "%s", reason);
 }
 
+static bool evaluation_due(const md_run *r)
+{
+    return r->evaluator && (r->state.step == r->total_steps ||
+                            r->state.step % (r->config.evaluate_every * r->steps_per_epoch) == 0);
+}
+
+/* Collective(world). */
+static md_status evaluate(md_run *r)
+{
+    const double start = md_now();
+    const md_part part = md_phase_part(MD_PART_CHECKPOINT);
+    md_accuracy a;
+    MD_TRY(md_step_parameters(r->stepper));
+    MD_TRY(md_evaluate_accuracy(r->evaluator, NULL, &a));
+    md_phase_part(part);
+    const md_evaluation line = {.step = r->state.step,
+                                .epoch = (double)r->state.step / (double)r->steps_per_epoch,
+                                .images = a.all.images,
+                                .top1_hits = a.all.top1,
+                                .top5_hits = a.all.top5,
+                                .top1 = md_percent(a.all.top1, a.all.images),
+                                .top5 = md_percent(a.all.top5, a.all.images),
+                                .loss = a.loss,
+                                .seconds = md_now() - start};
+    md_accuracy_free(&a);
+    md_runlog_evaluation(r->log, &line);
+    md_log_info("evaluation after epoch %.4g: top-1 %.2f %% (%lld of %lld), top-5 %.2f %%, loss "
+                "%.4f, %.1f s",
+                line.epoch, line.top1, (long long)line.top1_hits, (long long)line.images, line.top5,
+                line.loss, line.seconds);
+    return MD_OK;
+}
+
 static md_status one_step(md_run *r, bool *stop)
 {
     const md_config *c = &r->config;
@@ -101,6 +134,8 @@ static md_status one_step(md_run *r, bool *stop)
     }
     if (checkpoint_due(r))
         save(r);
+    if (evaluation_due(r) && !result.stop)
+        MD_TRY(evaluate(r));
     *stop = result.stop;
     return MD_OK;
 }

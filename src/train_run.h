@@ -7,6 +7,7 @@
 #include "io/run_dir.h"
 #include "src/bad_images.h"
 #include "src/drift.h"
+#include "src/evaluate.h"
 #include "src/progress.h"
 #include "src/setup.h"
 #include "src/snapshot.h"
@@ -23,12 +24,14 @@ typedef struct md_run {
     md_dataset *data;
     md_loader *loader;
     md_stepper *stepper;
+    md_evaluator *evaluator; /* NULL: the run evaluates nothing */
     md_drift drift;
     md_bad_images *bad;
     md_run_lock *lock;
     md_runlog *log;
     md_train_state state;
     md_progress progress;
+    bool averaged; /* the moving average came from a checkpoint */
     int64_t steps_per_epoch, total_steps, saved_step;
     char checkpoint[1024]; /* path of the last one written or read */
 } md_run;

@@ -4,33 +4,18 @@
 #include "mpi/agree.h"
 #include "mpi/topo_table.h"
 #include "src/cli.h"
+#include "src/finetune.h"
 #include "src/footprint.h"
 #include "src/hang_dir.h"
+#include "src/optim.h"
 #include "src/train_run.h"
 #include "src/watchdog.h"
 
 #include <errno.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
-
-#define XXH_INLINE_ALL /* no library to link, compiled for this machine */
-#include <xxhash.h>
-
-/* runs/<name of the config file without .cfg>, unless run.dir is set. */
-static void choose_dir(md_run *r)
-{
-    const md_config *c = &r->config;
-    if (*c->run_dir) {
-        snprintf(r->dir, sizeof r->dir, "%s", c->run_dir);
-        return;
-    }
-    const char *name = strrchr(c->source, '/');
-    name = name ? name + 1 : c->source;
-    snprintf(r->dir, sizeof r->dir, "runs/%.*s", (int)(strlen(name) - 4), name);
-}
 
 static md_status load_config(md_run *r, int argc, char **argv)
 {
@@ -42,7 +27,7 @@ static md_status load_config(md_run *r, int argc, char **argv)
     MD_TRY(md_config_load(&r->config, path, argc - 2, argv + 2));
     MD_TRY(md_watch_start(r->config.hang_seconds)); /* before this rank first waits for others */
     md_log_set((md_log_level)md_config_choice("log.level", r->config.log_level));
-    choose_dir(r);
+    md_setup_run_dir(&r->config, r->dir);
     if (!*r->config.data_train)
         MD_FAIL(MD_ERR_CONFIG, "data.train is not set: give the image store to train on, made by "
                                "`md_hpc convert` (data.train=FILE.h5)");
@@ -59,6 +44,26 @@ static md_status make_model(md_run *r)
     return md_model_allocate(c, r->be, &r->model);
 }
 
+/* A classifier needs every image's class, and as many classes as it has answers. */
+static md_status check_labels(const md_run *r)
+{
+    const md_config *c = &r->config;
+    const int classes = md_dataset_classes(r->data);
+    if (classes != c->model_classes)
+        MD_FAIL(MD_ERR_CONFIG,
+                "model.classes = %lld, but the images of %s have %d classes: set "
+                "model.classes=%d",
+                (long long)c->model_classes, c->data_train, classes, classes);
+    const int64_t n = md_dataset_count(r->data);
+    for (int64_t i = 0; i < n; i++)
+        if (md_dataset_label(r->data, i) < 0 || md_dataset_label(r->data, i) >= classes)
+            MD_FAIL(MD_ERR_DATA,
+                    "%s: image %lld of split \"%s\" has no label, which task = \"%s\" "
+                    "needs",
+                    c->data_train, (long long)i, c->data_split, c->task);
+    return MD_OK;
+}
+
 static md_status open_data(md_run *r)
 {
     const md_config *c = &r->config;
@@ -69,23 +74,14 @@ static md_status open_data(md_run *r)
     if (n < c->train_batch)
         MD_FAIL(MD_ERR_CONFIG, "train.batch = %lld, but %s has only %lld images in split \"%s\"",
                 (long long)c->train_batch, c->data_train, (long long)n, c->data_split);
+    if (r->model.method.labels)
+        MD_TRY(check_labels(r));
     r->steps_per_epoch = md_epoch_steps(n, c->train_batch);
     r->total_steps = md_total_steps(c, r->steps_per_epoch);
     if (r->total_steps == 0)
         MD_FAIL(MD_ERR_CONFIG, "train.epochs = %g is less than half a step (an epoch has %lld)",
                 c->train_epochs, (long long)r->steps_per_epoch);
     return MD_OK;
-}
-
-/* Collective(world). Ranks with other values would exchange other numbers of bytes. */
-static md_status same_config(md_run *r)
-{
-    char *text = NULL;
-    md_status st = md_agree(r->world, md_config_text(&r->config, &text));
-    int64_t h = st == MD_OK ? (int64_t)(XXH3_64bits(text, strlen(text)) >> 1) : 0;
-    free(text);
-    MD_TRY(st);
-    return md_agree_same(r->world, "the configuration (a hash of its values)", h);
 }
 
 /* mkdir -p. */
@@ -130,6 +126,7 @@ md_snapshot md_run_snapshot(md_run *r)
                          .params = &r->model.method.params,
                          .shard = &r->model.shard,
                          .state = &r->state,
+                         .averaged = &r->averaged,
                          .data_hash = md_dataset_hash(r->data),
                          .teacher_hash = r->teacher_hash};
 }
@@ -173,6 +170,24 @@ static md_status make_stepper(md_run *r)
                                                 .steps_per_epoch = r->steps_per_epoch,
                                                 .accumulation = r->layout.accumulation},
                              &r->stepper);
+}
+
+static md_status make_evaluator(md_run *r)
+{
+    const md_config *c = &r->config;
+    const int64_t images = c->evaluate_batch ? c->evaluate_batch : r->layout.micro;
+    if (c->evaluate_every == 0)
+        return MD_OK;
+    return md_evaluator_create(
+        &(md_evaluator_args){.config = c,
+                             .method = &r->model.method,
+                             .backend = r->be,
+                             .topo = &r->topo,
+                             .data = *c->evaluate_data ? c->evaluate_data : c->data_train,
+                             .split = c->evaluate_split,
+                             .sight = MD_SIGHT_LOGITS,
+                             .images = md_evaluator_images(&r->topo, images)},
+        &r->evaluator);
 }
 
 /* The file's text, NULL where there is none. Freed by md_free. */
@@ -316,11 +331,16 @@ static void announce(const md_run *r)
                 (long long)l->batch, (long long)l->micro, l->accumulation,
                 l->accumulation > 1 ? "es" : "", (long long)r->total_steps,
                 (long long)r->steps_per_epoch);
-    md_log_info("student %lld parameters; teacher %s, %lld parameters; %d of %d patches predicted, "
-                "%d values each",
-                (long long)md_params_total(&m->params), m->teacher->name,
-                (long long)md_params_total(&m->teacher_params), m->chosen,
-                md_vit_patches(&m->student_vit.spec), m->target_width);
+    if (m->labels)
+        md_log_info("classifier %lld parameters, %d classes",
+                    (long long)md_params_total(&m->params), m->target_width);
+    else
+        md_log_info(
+            "student %lld parameters; teacher %s, %lld parameters; %d of %d patches predicted, "
+            "%d values each",
+            (long long)md_params_total(&m->params), m->teacher->name,
+            (long long)md_params_total(&m->teacher_params), m->chosen,
+            md_vit_patches(&m->student_vit.spec), m->target_width);
     md_log_info("run directory %s, step %lld%s%s", r->dir, (long long)r->state.step,
                 *r->checkpoint ? ", resumed from " : "", r->checkpoint);
 }
@@ -357,7 +377,7 @@ md_status md_run_set_up(md_run *r, int argc, char **argv)
     md_comm *w = r->world;
     md_phase("setup.config");
     MD_TRY(md_agree(w, load_config(r, argc, argv)));
-    MD_TRY(same_config(r));
+    MD_TRY(md_setup_same_config(w, &r->config));
     md_phase("setup.grid");
     MD_TRY(md_topo_create(w,
                           &(md_topo_args){.tensor = (int)r->config.parallel_tensor,
@@ -377,11 +397,19 @@ md_status md_run_set_up(md_run *r, int argc, char **argv)
     md_phase("setup.resume");
     md_snapshot s = md_run_snapshot(r);
     MD_TRY(md_snapshot_resume(&s, r->checkpoint, sizeof r->checkpoint));
+    if (!*r->checkpoint && *r->config.finetune_from)
+        MD_TRY(md_finetune_load(
+            w, &(md_start_args){.key = "finetune.from", .path = r->config.finetune_from},
+            &r->model.method));
+    if (!r->averaged)
+        MD_TRY(md_agree(w, md_optim_ema_start(r->be, &r->model.method.params, r->model.shard.update,
+                                              r->model.shard.updates)));
     r->saved_step = resumed_own(r) ? r->state.step : -1;
     md_phase("setup.tune");
     MD_TRY(tune(r));
     md_phase("setup.memory");
     MD_TRY(agree_on_memory(r, make_stepper(r)));
+    MD_TRY(agree_on_memory(r, make_evaluator(r)));
     md_phase("setup.logs");
     MD_TRY(md_agree(w, open_logs(r)));
     write_run_json(r);
@@ -391,6 +419,7 @@ md_status md_run_set_up(md_run *r, int argc, char **argv)
 
 void md_run_tear_down(md_run *r)
 {
+    md_evaluator_free(r->evaluator);
     md_bad_images_free(r->bad);
     md_stepper_free(r->stepper);
     md_drift_free(&r->drift);

@@ -203,7 +203,7 @@ void md_vit_build(const md_vit *v, md_graph *g, const md_vit_in *in, md_slot *ou
         patches.mean[c] = in->mean[c];
         patches.std[c] = in->std[c];
     }
-    md_slot x = md_n_patchify(g, in->image, &patches);
+    md_slot x = md_n_patchify(g, in->image, in->mix, &patches);
     x = md_n_linear(g, x, v->patch_w, v->patch_b, MD_ACT_NONE);
     bool masked = in->mask != MD_NO_SLOT;
     x = md_n_tokens(g, x, in->mask, in->images,

@@ -74,6 +74,7 @@ typedef struct md_vit_in {
     int64_t images;      /* B; of this rank where the stream is cut by rows */
     md_slot image;       /* u8 [B, S, S, 3] */
     md_slot mask;        /* u8 [B, G], MD_NO_SLOT: none */
+    md_slot mix;         /* i32 [B, MD_MIX_WORDS] (kernels/backend.h), MD_NO_SLOT: none */
     md_slot index;       /* i32 [T, T] when rel_pos */
     const md_slot *keep; /* [2L] slots f32 [B] when drop_path > 0, else NULL */
     const float *mean, *std;
