@@ -4,6 +4,7 @@
  *
  *   size=224 size2=0   sides of the crops        images=2000   images a measurement takes
  *   workers=1          loader threads            micro=16      images of a micro-batch
+ *   randaugment=0      ops of RandAugment, instead of jitter
  *   compute=0          milliseconds in which OpenMP threads keep every core busy between two
  * batches
  *
@@ -23,7 +24,7 @@
 #include <unistd.h>
 
 typedef struct options {
-    int size, size2, workers, micro, images;
+    int size, size2, workers, micro, images, randaugment;
     double compute;
 } options;
 
@@ -97,15 +98,22 @@ static md_augment_rule rule_of(const options *o)
                              .ratio_min = 0.75,
                              .ratio_max = 4.0 / 3,
                              .flip = 0.5,
-                             .jitter = 0.4};
+                             .jitter = o->randaugment > 0 ? 0 : 0.4,
+                             .randaugment = {.seed = 1,
+                                             .ops = o->randaugment,
+                                             .probability = 0.5,
+                                             .magnitude = 9,
+                                             .deviation = 0.5,
+                                             .fill = {124, 116, 104}}};
 }
 
-enum { READ, DECODE, JITTER, RESIZE, RESIZE2, STAGES };
+enum { READ, DECODE, JITTER, RESIZE, RESIZE2, RANDAUGMENT, STAGES };
 
 typedef struct tools {
     md_decoder *decoder;
     md_resizer *resizer;
     uint8_t *bytes, *crop;
+    void *scratch;
 } tools;
 
 static md_status one_image(const md_source *s, const md_augment_rule *rule, tools *t, int64_t k,
@@ -124,20 +132,25 @@ static md_status one_image(const md_source *s, const md_augment_rule *rule, tool
     LAP(DECODE);
     md_augment_draw draw =
         md_augment_choose(rule, (uint32_t)(k / s->count), (uint64_t)i, im.w, im.h);
-    md_augment_jitter(&im, &draw);
+    if (draw.jitter)
+        md_augment_jitter(&im, &draw);
     LAP(JITTER);
     MD_TRY(md_resize_box(t->resizer, &im, draw.box, rule->size, rule->size, t->crop));
     LAP(RESIZE);
     if (rule->size2)
         MD_TRY(md_resize_box(t->resizer, &im, draw.box, rule->size2, rule->size2, t->crop));
     LAP(RESIZE2);
+    int last = rule->size2 ? rule->size2 : rule->size;
+    md_randaugment_apply(&draw.randaugment, rule->randaugment.fill, t->crop, last, t->scratch);
+    LAP(RANDAUGMENT);
 #undef LAP
     return MD_OK;
 }
 
 static md_status stages(const md_source *s, const options *o)
 {
-    static const char *const name[STAGES] = {"read", "decode", "jitter", "resize", "resize2"};
+    static const char *const name[STAGES] = {"read",   "decode",  "jitter",
+                                             "resize", "resize2", "randaugment"};
     md_augment_rule rule = rule_of(o);
     size_t side = (size_t)MD_MAX(o->size, o->size2);
     tools t;
@@ -146,21 +159,25 @@ static md_status stages(const md_source *s, const options *o)
     MD_TRY(md_resizer_create(&t.resizer, 512, (int)side));
     MD_NEW(t.bytes, s->max_bytes, "bench");
     MD_NEW(t.crop, side * side * 3, "bench");
+    t.scratch = md_alloc(md_augment_scratch(&rule), "bench");
+    if (!t.scratch)
+        return MD_ERR_MEMORY;
     for (int64_t k = 0; k < MD_MIN(o->images, s->count); k++)
         MD_TRY(one_image(s, &rule, &t, k, warm));
     for (int64_t k = 0; k < o->images; k++)
         MD_TRY(one_image(s, &rule, &t, k, seconds));
-    printf("%-10s %10s\n", "stage", "ms/image");
+    printf("%-11s %10s\n", "stage", "ms/image");
     for (int i = 0; i < STAGES; i++) {
-        printf("%-10s %10.4f\n", name[i], seconds[i] / o->images * 1e3);
+        printf("%-11s %10.4f\n", name[i], seconds[i] / o->images * 1e3);
         total += seconds[i];
     }
-    printf("%-10s %10.4f   %.0f images/s/core\n", "all", total / o->images * 1e3,
+    printf("%-11s %10.4f   %.0f images/s/core\n", "all", total / o->images * 1e3,
            o->images / total);
     md_decoder_free(t.decoder);
     md_resizer_free(t.resizer);
     md_free(t.bytes);
     md_free(t.crop);
+    md_free(t.scratch);
     return MD_OK;
 }
 
@@ -257,11 +274,8 @@ static bool parse_option(options *o, const char *arg)
     const struct {
         const char *key;
         int *value;
-    } keys[] = {{"size=", &o->size},
-                {"size2=", &o->size2},
-                {"workers=", &o->workers},
-                {"micro=", &o->micro},
-                {"images=", &o->images}};
+    } keys[] = {{"size=", &o->size},   {"size2=", &o->size2},   {"workers=", &o->workers},
+                {"micro=", &o->micro}, {"images=", &o->images}, {"randaugment=", &o->randaugment}};
     if (strncmp(arg, "compute=", 8) == 0) {
         o->compute = strtod(arg + 8, NULL);
         return true;
@@ -301,9 +315,10 @@ int main(int argc, char **argv)
     int first = 1;
     while (first < argc && parse_option(&o, argv[first]))
         first++;
-    if (first == argc || o.size < 1 || o.micro < 1 || o.images < 1 || o.workers < 1) {
+    if (first == argc || o.size < 1 || o.micro < 1 || o.images < 1 || o.workers < 1 ||
+        o.randaugment < 0 || o.randaugment > MD_RANDAUGMENT_MAX) {
         fprintf(stderr, "usage: bench_loader [size=224] [size2=0] [workers=1] [micro=16] "
-                        "[images=2000] [compute=0] STORE.h5 | FILE...\n");
+                        "[images=2000] [randaugment=0] [compute=0] STORE.h5 | FILE...\n");
         return MD_ERR_USAGE;
     }
     md_status st = measure(&o, argc - first, argv + first);
