@@ -116,7 +116,8 @@ scratch_at() { # of every picture with this word, or of the first N
         printf 'xx' | dd of="$store" bs=1 seek="$at" conv=notrunc status=none
     done
 }
-scratch_at return 2
+# One: of two, the one may be what the other is replaced by, which is one more event.
+scratch_at return 1
 for n in 1 2 4; do
     done_well "$n" "bad_images_$n" data.train="$store"
     near bad_images_1 "bad_images_$n"
@@ -124,7 +125,7 @@ for n in 1 2 4; do
     events=$(grep -c '"event":"bad_image"' "$scratch/bad_images_$n/events.jsonl")
     counted=$(curve "bad_images_$n" | tail -n 1 | cut -d' ' -f4)
     [ "$events" = "$counted" ] || fail "$events events, $counted counted"
-    [ "$events" -ge 6 ] || fail "only $events bad images"
+    [ "$events" -ge 3 ] || fail "only $events bad images"
 done
 done_well 2 bad_images_hdf5 data.train="$store" data.reader=hdf5
 same bad_images_2 bad_images_hdf5
