@@ -16,12 +16,12 @@
 #define LIMIT       1e-6
 #define PARAM_LIMIT 3e-3
 
-enum { STEPS = 10, BATCH = 16, SIDE = 8, RATE_INV = 250 };
+enum { STEPS = 10, BATCH = 16, SIDE = 8, RATE_INV = 250, CLASSES = 4, MORE = 11 };
 
 typedef struct layout {
     int dp, tp, accumulation;
     bool sequence, zero;
-    const char *more[2]; /* further keys, the same for the run it is compared with */
+    const char *const *more; /* [MORE] further keys, the same for the run it is compared with */
 } layout;
 
 typedef struct run {
@@ -33,6 +33,7 @@ typedef struct run {
     md_stepper *stepper;
     uint8_t pixels[BATCH * SIDE * SIDE * 3];
     int64_t sample[BATCH];
+    int32_t label[BATCH];
     md_batch batch;
     double loss[STEPS], norm[STEPS];
 } run;
@@ -44,32 +45,38 @@ static void configure(run *r, const layout *l)
     snprintf(keys[1], 64, "parallel.sequence=%s", l->sequence ? "true" : "false");
     snprintf(keys[2], 64, "parallel.zero=%d", l->zero);
     snprintf(keys[3], 64, "train.micro_batch=%d", BATCH / l->dp / l->accumulation);
-    char *list[] = {"method.teacher.kind=pixel",
-                    "method.target.norm=none",
-                    "method.mask.count=6",
-                    "method.mask.min_block=4",
-                    "model.layers=2",
-                    "model.width=16",
-                    "model.heads=4",
-                    "model.patch=2",
-                    "model.drop_path=0.3",
-                    "image.size=8",
-                    "train.batch=16",
-                    "optim.lr=4e-3",
-                    "optim.warmup_epochs=0",
-                    "optim.clip=0.5",
-                    "parallel.bucket_mib=0.001", /* many buckets, more than can be under way */
-                    keys[0],
-                    keys[1],
-                    keys[2],
-                    keys[3],
-                    (char *)l->more[0],
-                    (char *)l->more[1]};
+    char *list[32] = {
+        "method.teacher.kind=pixel",
+        "method.target.norm=none",
+        "method.mask.count=6",
+        "method.mask.min_block=4",
+        "model.layers=2",
+        "model.width=16",
+        "model.heads=4",
+        "model.patch=2",
+        "model.drop_path=0.3",
+        "image.size=8",
+        "train.batch=16",
+        "optim.lr=4e-3",
+        "optim.warmup_epochs=0",
+        "optim.clip=0.5",
+        "parallel.bucket_mib=0.001", /* many buckets, more than can be under way */
+        keys[0],
+        keys[1],
+        keys[2],
+        keys[3],
+    };
+    int n = 0;
+    while (list[n])
+        n++;
+    for (int i = 0; i < MORE && l->more[i]; i++)
+        list[n++] = (char *)l->more[i];
     assert_ok(md_config_init(&r->config));
-    assert_ok(md_config_load(&r->config, NULL, (int)MD_COUNT(list), list));
+    assert_ok(md_config_load(&r->config, NULL, n, list));
 }
 
-/* Pictures by their position in the run: one colour each, with a ramp, so that ten steps learn. */
+/* Pictures by their position in the run: one colour each, with a ramp, so that ten steps learn; the
+ * label goes by the colour. */
 static md_status take(void *context, int64_t step, int micro, const md_batch **batch, double *wait)
 {
     run *r = context;
@@ -81,6 +88,7 @@ static md_status take(void *context, int64_t step, int micro, const md_batch **b
         md_rng rng = md_rng_at(1, MD_RNG_TEST, 0, (uint64_t)image);
         r->sample[j] = image;
         const uint32_t colour[3] = {md_rng_below(&rng, 200), 100, 200};
+        r->label[j] = (int32_t)(colour[0] * CLASSES / 200);
         for (uint32_t i = 0; i < SIDE * SIDE * 3; i++)
             r->pixels[j * SIDE * SIDE * 3 + i] = (uint8_t)(colour[i % 3] + i / 3 / SIDE * 5);
     }
@@ -109,6 +117,7 @@ static void run_make(run *r, md_comm *world, const layout *l)
     assert_ok(md_model_allocate(&r->config, r->be, &r->model));
     r->batch.image = MD_TENSOR(r->pixels, MD_U8, r->model.method.own_images, SIDE, SIDE, 3);
     r->batch.sample = r->sample;
+    r->batch.label = r->label;
     assert_ok(md_stepper_create(&(md_stepper_args){.config = &r->config,
                                                    .method = &r->model.method,
                                                    .backend = r->be,
@@ -199,12 +208,12 @@ static void check_layout(const run *alone, const layout *l)
     md_comm_free(some);
 }
 
-static void begin_alone(run *alone, const char *const more[2])
+static void begin_alone(run *alone, const char *const more[MORE], double fall)
 {
-    run_make(alone, NULL, &(layout){1, 1, 1, false, false, {more[0], more[1]}});
+    run_make(alone, NULL, &(layout){1, 1, 1, false, false, more});
     assert_true(alone->model.shard.buckets.count > 8);
     run_steps(alone);
-    assert_true(alone->loss[STEPS - 1] < 0.9 * alone->loss[0]); /* it learns, so it can go wrong */
+    assert_true(alone->loss[STEPS - 1] < fall * alone->loss[0]); /* it learns, so it can go wrong */
 }
 
 /* The whole product, as far as there are ranks. */
@@ -212,17 +221,17 @@ static void test_every_layout(void **state)
 {
     (void)state;
     static const int sizes[] = {1, 2, 4};
-    static const char *const more[2] = {"model.last_block=chosen", "model.abs_pos=false"};
+    static const char *const more[MORE] = {"model.last_block=chosen", "model.abs_pos=false"};
     static run alone;
     int checked = 0;
-    begin_alone(&alone, more);
+    begin_alone(&alone, more, 0.9);
     for (int k = 0; k < 9 * 8; k++) {
         layout l = {.dp = sizes[k % 3],
                     .tp = sizes[k / 3 % 3],
                     .accumulation = k / 9 % 2 ? 2 : 1,
                     .sequence = k / 18 % 2,
                     .zero = k / 36,
-                    .more = {more[0], more[1]}};
+                    .more = more};
         if (l.dp * l.tp > 8 || (l.sequence && l.tp == 1))
             continue;
         check_layout(&alone, &l);
@@ -237,23 +246,51 @@ static void test_every_layout(void **state)
 static void test_other_models(void **state)
 {
     (void)state;
-    static const char *const models[][2] = {{"model.last_block=all", "model.abs_pos=true"},
-                                            {"model.rel_pos=per_layer", "model.last_block=chosen"},
-                                            {"model.rel_pos=none", "model.layer_scale=0"},
-                                            {"parallel.overlap=false", "model.last_block=chosen"},
-                                            {"method.loss.on=all", "method.loss.kind=l2"}};
+    static const char *const models[][MORE] = {
+        {"model.last_block=all", "model.abs_pos=true"},
+        {"model.rel_pos=per_layer", "model.last_block=chosen"},
+        {"model.rel_pos=none", "model.layer_scale=0"},
+        {"parallel.overlap=false", "model.last_block=chosen"},
+        {"method.loss.on=all", "method.loss.kind=l2"}};
     static run alone;
     for (size_t i = 0; i < MD_COUNT(models); i++) {
-        begin_alone(&alone, models[i]);
+        begin_alone(&alone, models[i], 0.9);
         for (int k = 0; k < 4; k++) {
             layout l = {.dp = 2,
                         .tp = 2,
                         .accumulation = 2,
                         .sequence = k & 1,
                         .zero = k >> 1,
-                        .more = {models[i][0], models[i][1]}};
+                        .more = models[i]};
             check_layout(&alone, &l);
             l.dp = 1;
+            check_layout(&alone, &l);
+        }
+        run_free(&alone);
+    }
+}
+
+/* A classifier: labels and pictures of other ranks, mixing within a pass, rates by layer. */
+static void test_classifiers(void **state)
+{
+    (void)state;
+    static const char *const models[][MORE] = {
+        {"task=finetune", "model.classes=4", "model.rel_pos=per_layer", "finetune.head_scale=1",
+         "augment.mixup=0.8", "augment.cutmix=1", "augment.mix_group=2", "augment.erasing=0.5",
+         "optim.layer_decay=0.8", "augment.mix_probability=0.7", "model.pool=mean"},
+        {"task=finetune", "model.classes=4", "model.abs_pos=true", "finetune.head_scale=1",
+         "augment.mixup=0.8", "augment.cutmix=1", "augment.mix_group=4", "augment.erasing=0.5",
+         "optim.layer_decay=0.8", "augment.mix_probability=0.7", "model.pool=cls"}};
+    static const layout layouts[] = {
+        {2, 1, 1, false, false, NULL}, {1, 2, 1, false, false, NULL}, {1, 2, 1, true, false, NULL},
+        {1, 1, 4, false, false, NULL}, {2, 1, 2, false, true, NULL},  {4, 1, 1, false, true, NULL},
+        {2, 2, 1, false, true, NULL},  {2, 2, 1, true, true, NULL},   {1, 4, 1, true, false, NULL}};
+    static run alone;
+    for (size_t i = 0; i < MD_COUNT(models); i++) {
+        begin_alone(&alone, models[i], 0.97);
+        for (size_t k = 0; k < MD_COUNT(layouts); k++) {
+            layout l = layouts[k];
+            l.more = models[i];
             check_layout(&alone, &l);
         }
         run_free(&alone);
@@ -263,6 +300,7 @@ static void test_other_models(void **state)
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(test_every_layout),
     cmocka_unit_test(test_other_models),
+    cmocka_unit_test(test_classifiers),
 };
 
 PAR_MAIN(tests)
