@@ -19,7 +19,7 @@ from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
 from make_golden_image import FLIP, HERE, PHOTOS, Rng, cut, draw_box, hash_rgb, picture
 
-RANDAUGMENT = 9  # stream of src/rng.h
+RANDAUGMENT = 13  # stream of src/rng.h
 FILL = (124, 116, 104)  # 255 * ImageNet's mean
 OPS = auto_augment._RAND_INCREASING_TRANSFORMS
 SIGNED = {"Rotate", "ColorIncreasing", "ContrastIncreasing", "BrightnessIncreasing",

@@ -370,16 +370,16 @@ static const struct golden_randaugment {
     int w, h, size, size2, ops;
     uint64_t hash, hash2;
 } golden_randaugment[] = {
-    {1u, 0, 0u, 300, 200, 64, 48, 2, 0x8aedc418d65a4599u, 0x54c9c56b30505ef2u},
-    {1u, 0, 1u, 300, 200, 64, 48, 2, 0xbead749002b9e1f6u, 0x013d45a4e9f081ebu},
-    {1u, 0, 2u, 300, 200, 64, 48, 2, 0xf79ff9d13223c0c0u, 0xa4cbb9249fdb842cu},
-    {1u, 0, 3u, 300, 200, 64, 48, 2, 0x76d4f2a3af7673f3u, 0x59554e15255ad72cu},
-    {1u, 0, 4u, 300, 200, 64, 48, 2, 0x762a673d458d35dbu, 0x967b93e6dfbac8bau},
-    {1u, 0, 5u, 300, 200, 64, 48, 2, 0xe2ba76bb1413ffc1u, 0x87d211a3ba746917u},
-    {1u, 0, 6u, 300, 200, 64, 48, 2, 0x3c2720b945a54d78u, 0x788496f4b7be1a9fu},
-    {1u, 0, 7u, 300, 200, 64, 48, 2, 0x4ed1429a4c6deceeu, 0xb84163f269585626u},
-    {1099511627781u, 299, 8589934593u, 99, 101, 32, 0, 8, 0xb17d2ca3b38de92cu, 0x0000000000000000u},
-    {7u, 3, 5u, 500, 375, 224, 0, 4, 0x33af88858e6c7631u, 0x0000000000000000u},
+    {1u, 0, 0u, 300, 200, 64, 48, 2, 0xe88d2cacfb3dc8aau, 0x17e82b7828a35b94u},
+    {1u, 0, 1u, 300, 200, 64, 48, 2, 0x835e469a5786854au, 0x3c2ee97d0ed952d0u},
+    {1u, 0, 2u, 300, 200, 64, 48, 2, 0x55399d428e9fa821u, 0x6321606b003a1e13u},
+    {1u, 0, 3u, 300, 200, 64, 48, 2, 0x48e4d541d0c669a5u, 0xe123eb05b9473325u},
+    {1u, 0, 4u, 300, 200, 64, 48, 2, 0xf3f896ef19997ba2u, 0xbada2f76bb5bff99u},
+    {1u, 0, 5u, 300, 200, 64, 48, 2, 0x1135529e2f26715bu, 0xe05be3000876998fu},
+    {1u, 0, 6u, 300, 200, 64, 48, 2, 0x9c63d3d96c5b503fu, 0xe249201da472a026u},
+    {1u, 0, 7u, 300, 200, 64, 48, 2, 0x7bfe685f155167e6u, 0xf54d7056789caa60u},
+    {1099511627781u, 299, 8589934593u, 99, 101, 32, 0, 8, 0x913ac8c0bd7dd0b0u, 0x0000000000000000u},
+    {7u, 3, 5u, 500, 375, 224, 0, 4, 0xef4f0a56d338dd9fu, 0x0000000000000000u},
 };
 
 /* picture w, h; resize; size; hash */
@@ -411,14 +411,14 @@ static const struct golden_transformed {
     const char *file;
     uint64_t crop, evaluation;
 } golden_transformed[] = {
-    {"n02096051/n02096051_Airedale.JPEG", 0x1fde186164827e9cu, 0xec2d859f5484b7b9u},
-    {"n03884397/n03884397_panpipe.JPEG", 0xe7eb1e2cae77cc00u, 0x23327f7f28425417u},
-    {"n04336792/n04336792_stretcher.JPEG", 0x73454925167005ffu, 0xf342487b2936c399u},
-    {"n03838899/n03838899_oboe.JPEG", 0x3d3b56014a11ce6du, 0x0671f6b488ff3bebu},
-    {"n01943899/n01943899_conch.JPEG", 0x894223032f57c488u, 0x91296a96f33935aau},
-    {"n03692522/n03692522_loupe.JPEG", 0xa7178c6f4d304322u, 0x82a4a1acc5a71eabu},
-    {"n02102480/n02102480_Sussex_spaniel.JPEG", 0xfa6ac03d96e0b998u, 0x5d0868cf12b796b5u},
-    {"n03417042/n03417042_garbage_truck.JPEG", 0x34fee3283bfca97eu, 0xa8d95f8d46f6d3c7u},
+    {"n02096051/n02096051_Airedale.JPEG", 0xf0face1d67c54952u, 0xec2d859f5484b7b9u},
+    {"n03884397/n03884397_panpipe.JPEG", 0x70395d473f123ed4u, 0x23327f7f28425417u},
+    {"n04336792/n04336792_stretcher.JPEG", 0x0d92bc72013fe4deu, 0xf342487b2936c399u},
+    {"n03838899/n03838899_oboe.JPEG", 0xd021b37c23fb0d83u, 0x0671f6b488ff3bebu},
+    {"n01943899/n01943899_conch.JPEG", 0x54ebaab27f793846u, 0x91296a96f33935aau},
+    {"n03692522/n03692522_loupe.JPEG", 0x4bec9f986e118fddu, 0x82a4a1acc5a71eabu},
+    {"n02102480/n02102480_Sussex_spaniel.JPEG", 0x10cb187bdc58a996u, 0x5d0868cf12b796b5u},
+    {"n03417042/n03417042_garbage_truck.JPEG", 0x9dbc5ca1ac51eb00u, 0xa8d95f8d46f6d3c7u},
 };
 
 #endif
