@@ -5,7 +5,7 @@
  * under its name at its global shape, root attributes (format, version, step, the caller's facts),
  * the data set "config" (text) and "extent" u64[items][3]: where each item's bytes lie, how many,
  * and their hash. The HDF5 user block, the file's first 4096 bytes, starts with the END mark, eight
- * little-endian u64: magic "MDHPCKPT", version, bytes of the file, offset of "extent", items,
+ * little-endian u64: magic "MDPHCKPT", version, bytes of the file, offset of "extent", items,
  * XXH3-64 of all bytes outside of items, "extent" and the user block, XXH3-64 of "extent", XXH3-64
  * of these seven. It is written last. An item's hash is XXH3-64 over the XXH3-64 of its 1 MiB
  * blocks, so it does not depend on who wrote it. All of this is checked with plain reads before

@@ -20,7 +20,7 @@
 
 #define FORMAT     "md_hpc.checkpoint"
 #define VERSION    1
-#define MAGIC      0x54504b434850444dULL /* "MDHPCKPT" */
+#define MAGIC      0x54504b434850444dULL /* "MDPHCKPT" */
 #define MARK_WORDS 512                   /* the user block; the last word hashes the others */
 #define MARK_BYTES ((int64_t)(MARK_WORDS * sizeof(uint64_t)))
 #define ALIGNMENT  4096

@@ -1,11 +1,11 @@
-/* cmd_weights: `md_hpc weights import | inspect`. Needs no MPI, data or device. */
+/* cmd_weights: `md_hpc weights import | export | inspect`. Needs no MPI, data or device. */
 #include "src/cli.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "io/weights.h"
+#include "io/weights_export.h"
 
 /* ---- inspect ---- */
 
@@ -121,8 +121,9 @@ static void print_info(const md_weights_info *i)
            i->mean[2], i->std[0], i->std[1], i->std[2],
            i->pre_norm ? ", norm before the first block" : "", i->patch_bias ? ", patch bias" : "");
     print_beit(i);
-    printf("made from %s (%s names), %lld parameters, hash %s\n", i->source, i->dialect,
-           (long long)i->params, i->hash);
+    if (*i->hash)
+        printf("made from %s (%s names), %lld parameters, hash %s\n", i->source, i->dialect,
+               (long long)i->params, i->hash);
 }
 
 /* Loads one parameter, which checks its hash, and prints its row. */
@@ -244,11 +245,32 @@ static md_status parse_import(import_options *o, int argc, char **argv)
     return MD_OK;
 }
 
+/* A training run's student as a weights file. */
+static md_status import_run(const import_options *o)
+{
+    md_weights_source *source;
+    const md_weights_import_args *a = &o->args;
+    if (a->prefix || a->heads || a->act != MD_ACT_NONE || a->mean || a->std)
+        return md_usage_error("weights", "a checkpoint says itself what it holds: only --out goes "
+                                         "with it");
+    MD_TRY(md_weights_source_open(a->input, false, &source));
+    md_weights_info info = *md_weights_source_info(source);
+    md_status st = md_weights_write(a->output, &info, md_weights_source_fill, source);
+    if (st == MD_OK) {
+        print_info(&info);
+        printf("wrote %s from %s\n", a->output, md_weights_source_path(source));
+    }
+    md_weights_source_close(source);
+    return st;
+}
+
 static md_status import(int argc, char **argv)
 {
     import_options o = {0};
     md_weights_import_report r;
     MD_TRY(parse_import(&o, argc, argv));
+    if (md_weights_is_run(o.args.input))
+        return import_run(&o);
     MD_TRY(md_weights_import(&o.args, &r));
     print_info(&r.info);
     printf("heads: %s; act: %s; ln_eps: %s; mean and std: %s\n"
@@ -258,27 +280,127 @@ static md_status import(int argc, char **argv)
     return MD_OK;
 }
 
+/* ---- export ---- */
+
+typedef struct export_options {
+    const char *input;
+    md_weights_export_args args;
+    bool named, ema;
+} export_options;
+
+static md_status parse_dtype(const char *text, md_dtype *out)
+{
+    static const struct {
+        const char *name;
+        md_dtype dtype;
+    } types[] = {{"f32", MD_F32}, {"bf16", MD_BF16}, {"f16", MD_F16}};
+    for (size_t i = 0; i < MD_COUNT(types); i++)
+        if (strcmp(text, types[i].name) == 0) {
+            *out = types[i].dtype;
+            return MD_OK;
+        }
+    return md_usage_error("weights", "--dtype is f32, bf16 or f16, not %s", text);
+}
+
+static md_status parse_export_option(export_options *o, const char *option, const char *value)
+{
+    if (!value)
+        return md_usage_error("weights", "%s wants a value", option);
+    if (strcmp(option, "--out") == 0) {
+        o->args.output = value;
+    } else if (strcmp(option, "--names") == 0) {
+        int names = md_export_names_parse(value);
+        if (names < 0)
+            return md_usage_error("weights", "--names is beit2, timm or hf, not %s", value);
+        o->args.names = (md_export_names)names;
+        o->named = true;
+    } else if (strcmp(option, "--dtype") == 0) {
+        return parse_dtype(value, &o->args.dtype);
+    } else {
+        return md_usage_error("weights", "unknown option %s", option);
+    }
+    return MD_OK;
+}
+
+static md_status parse_export(export_options *o, int argc, char **argv)
+{
+    for (int i = 0; i < argc; i++) {
+        if (strcmp(argv[i], "--ema") == 0) {
+            o->ema = true;
+        } else if (strncmp(argv[i], "--", 2) == 0) {
+            MD_TRY(parse_export_option(o, argv[i], i + 1 < argc ? argv[i + 1] : NULL));
+            i++;
+        } else if (o->input) {
+            return md_usage_error("weights", "weights export takes one checkpoint or run");
+        } else {
+            o->input = argv[i];
+        }
+    }
+    if (!o->input || !o->args.output || !o->named)
+        return md_usage_error("weights",
+                              "weights export wants --out, --names and a checkpoint or run");
+    return MD_OK;
+}
+
+static md_status export(int argc, char **argv)
+{
+    export_options o = {.args = {.dtype = MD_F32}};
+    md_weights_export_report r;
+    md_weights_source *source;
+    MD_TRY(parse_export(&o, argc, argv));
+    MD_TRY(md_weights_source_open(o.input, o.ema, &source));
+    md_status st = md_weights_export(source, &o.args, &r);
+    if (st == MD_OK) {
+        print_info(md_weights_source_info(source));
+        if (*r.left_out)
+            printf("left out, since %s has not: %s\n", r.model, r.left_out);
+        if (*r.caveat)
+            printf("note: %s\n", r.caveat);
+        printf("%d tensors in %s, %lld bytes, for %s, from %s%s\nwrote %s and its config\n",
+               r.tensors, md_dtype_name(o.args.dtype), (long long)r.bytes, r.model,
+               md_weights_source_path(source), o.ema ? " (averaged)" : "", r.path);
+    }
+    md_weights_source_close(source);
+    return st;
+}
+
 static md_status cmd_weights(int argc, char **argv)
 {
     const char *what = argc > 1 ? argv[1] : "";
     if (strcmp(what, "import") == 0)
         return import(argc - 2, argv + 2);
+    if (strcmp(what, "export") == 0)
+        return export(argc - 2, argv + 2);
     if (strcmp(what, "inspect") != 0 || argc != 3)
-        return md_usage_error("weights", "weights wants import or inspect FILE");
+        return md_usage_error("weights", "weights wants import, export or inspect FILE");
     return is_hdf5(argv[2]) ? inspect_ours(argv[2]) : inspect_safetensors(argv[2]);
 }
 
 const md_verb md_verb_weights = {
-    "weights", cmd_weights, "look at pretrained weights and import them",
-    "md_hpc weights import --out OUT.h5 [options] FILE.safetensors|FOLDER\n"
+    "weights", cmd_weights, "look at pretrained weights, import and export them",
+    "md_hpc weights import --out OUT.h5 [options] FILE.safetensors|FOLDER|RUN\n"
+    "       md_hpc weights export --out FILE.safetensors|FOLDER --names beit2|timm|hf\n"
+    "                             [--dtype f32|bf16|f16] [--ema] RUN|FILE.h5\n"
     "       md_hpc weights inspect FILE\n"
     "\n"
+    "RUN is a checkpoint, or a folder of them or a run directory: its newest whole one.\n"
     "import   makes the file that method.teacher.weights wants from a model in safetensors form\n"
     "         with the names of CLIP (OpenAI, OpenCLIP, Hugging Face), timm, Hugging Face ViT or\n"
-    "         BEiT (unilm, timm, Hugging Face)\n"
+    "         BEiT (unilm, timm, Hugging Face), or from a run of this program\n"
     "  --act gelu|quick_gelu  activation of the MLP, where no config.json beside it says so\n"
     "  --heads N              attention heads, likewise\n"
     "  --mean R,G,B --std R,G,B  channel statistics of its input, likewise\n"
     "  --prefix P             what stands before the names, when there is more than one model\n"
+    "export   writes what a run trained, or a file import made from a BEiT, as safetensors with\n"
+    "         config.json beside it (older files of these names are replaced):\n"
+    "  --names beit2          for microsoft/unilm's beit2, load_state_dict as it is\n"
+    "  --names timm           for timm.create_model(\"local-dir:FOLDER\", pretrained=True)\n"
+    "  --names hf             for transformers' BeitModel, BeitForMaskedImageModeling or\n"
+    "                         BeitForImageClassification.from_pretrained(FOLDER)\n"
+    "  --dtype T              type of all tensors (f32), rounded to nearest\n"
+    "  --ema                  the averaged parameters instead of the last ones\n"
+    "  Exit codes: 64 command line, 65 the model has parts these names have no place for, no\n"
+    "  averaged parameters or damage, 66 no such checkpoint, 73 and 74 the files cannot be "
+    "written\n"
     "inspect  lists the tensors of a safetensors file or of a file import made, checks its\n"
     "         hashes, and says which model it is"};

@@ -62,6 +62,11 @@ md_status md_config_write(const md_config *c, FILE *f, bool origins);
 /* The same values as text, freed with free(). Local. MD_ERR_MEMORY. */
 md_status md_config_text(const md_config *c, char **text);
 
+/* Reads text that md_config_write once wrote, by any version, over c: a key the text lacks keeps
+ * its value, one that is no key any more is left out. `path` names the text. Local. MD_ERR_DATA: no
+ * config text. */
+md_status md_config_read_written(md_config *c, const char *text, const char *path);
+
 /* What md_config_compare found: was and now as md_config_write writes them. `experiment`: the key
  * is part of what the run is (model, method, pictures, seed); else it may be tuned under way. */
 typedef void (*md_config_differ)(void *arg, bool experiment, const char *key, const char *was,

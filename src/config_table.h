@@ -32,10 +32,6 @@ typedef struct md_key {
 extern const md_key md_keys[];
 extern const int md_key_count;
 
-/* Reads text in a config file's syntax over c as far as its keys and values are any; `path` names
- * it. MD_ERR_DATA: the syntax is another. */
-md_status md_config_read_written(md_config *c, const char *text, const char *path);
-
 #define MD_ORIGIN_SIZE (MD_CONFIG_STR + 16)
 typedef struct md_origin {
     char text[MD_ORIGIN_SIZE];

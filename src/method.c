@@ -90,7 +90,8 @@ md_status md_method_resolve(md_method *m, const md_config *c, const md_teacher_i
                      .t_target = MD_NO_SLOT,
                      .s_mask = MD_NO_SLOT,
                      .s_mix = MD_NO_SLOT,
-                     .s_rel_index = MD_NO_SLOT};
+                     .s_rel_index = MD_NO_SLOT,
+                     .t_rel_index = MD_NO_SLOT};
     m->params.dtype = m->teacher_params.dtype = md_config_compute(c);
     MD_TRY(look_up(m));
     choose_tokens(m);

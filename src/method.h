@@ -33,11 +33,16 @@ typedef struct md_tag {
     int width;
 } md_tag;
 
+/* Where a vit teacher's weights have the norm of stage ln_post: behind the last block; behind the
+ * mean of the tokens (a fine-tuned BEiT: it is then applied to each token); nowhere. */
+typedef enum md_teacher_norm { MD_NORM_LAST, MD_NORM_MEAN, MD_NORM_NONE } md_teacher_norm;
+
 /* What is known of a vit teacher before its weights are read. */
 typedef struct md_teacher_info {
     md_vit_spec spec; /* image is filled in by md_method_resolve */
-    int grid;         /* side of the stored position table */
+    int grid;         /* side of the stored position tables */
     int proj_width;   /* of proj.weight; 0 = none */
+    md_teacher_norm norm;
     float mean[3], std[3];
 } md_teacher_info;
 
@@ -125,6 +130,7 @@ struct md_method {
     md_graph teacher_graph, student_graph;
     md_slot t_image, t_rows, t_target; /* own images; t_target of row_images; without a teacher's
                                           graph MD_NO_SLOT */
+    md_slot t_rel_index; /* as s_rel_index: both see the same grid */
     md_slot s_image, s_mask, s_rows, s_target; /* row_images */
     md_slot s_mix;                             /* i32 [row_images, MD_MIX_WORDS] with labels */
     md_slot s_all_rows, s_rel_index, s_loss;   /* s_all_rows of all images */

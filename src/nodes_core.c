@@ -58,6 +58,13 @@ md_slot md_n_patchify(md_graph *g, md_slot image, md_slot mix, const md_attr *at
     return md_node_append(g, &n);
 }
 
+/* Each rank can add what is whole to its rows. The gradient of that is a sum over the ranks, which
+ * these nodes do not take. */
+static bool adds_whole_to_rows(const md_graph *g, md_place place)
+{
+    return !g->training && place == MD_CUT_ROWS;
+}
+
 /* ---- linear: in x, bias slot; param w, bias; out y, value before the activation.
  * With w whole, y lies where x does. A column-cut w (its outputs, dimension 0) reads the entered x
  * and makes this rank's channels; a row-cut w (its inputs, dimension 1) reads these and makes
@@ -86,7 +93,8 @@ static md_status linear_place(md_graph *g, const md_node *n, md_place *out)
                                  : MD_PLACE_BIT(MD_REPL) | MD_PLACE_BIT(MD_CUT_ROWS)));
     *out = columns ? MD_CUT_COLS : rows ? MD_PARTIAL : md_in_place(g, n, 0);
     MD_TRY(md_want_place(g, n, 1, MD_PLACE_BIT(columns ? MD_CUT_COLS : MD_REPL)));
-    if (n->in[1] != MD_NO_SLOT && *out != MD_CUT_COLS && *out != MD_REPL)
+    if (n->in[1] != MD_NO_SLOT && *out != MD_CUT_COLS && *out != MD_REPL &&
+        !adds_whole_to_rows(g, *out))
         MD_FAIL(MD_ERR_BUG, "a bias that is no parameter cannot be added to what is %s",
                 md_place_name(*out));
     if (bias != MD_NO_PARAM && g->params->row[bias].cut != columns)
@@ -368,7 +376,7 @@ static md_status attention_infer(md_graph *g, md_node *n)
     const md_place place = md_in_place(g, n, 0);
     MD_TRY(md_want_place(
         g, n, 0, MD_PLACE_BIT(MD_REPL) | MD_PLACE_BIT(MD_CUT_ROWS) | MD_PLACE_BIT(MD_CUT_COLS)));
-    MD_TRY(md_want_place(g, n, 1, MD_PLACE_BIT(place)));
+    MD_TRY(md_want_place(g, n, 1, MD_PLACE_BIT(adds_whole_to_rows(g, place) ? MD_REPL : place)));
     if (place == MD_CUT_COLS)
         n->attr.heads /= g->tp_size;
     int64_t b = qkv->dim[0], t = qkv->dim[1], c = qkv->dim[2] / 3, h = n->attr.heads;

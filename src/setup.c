@@ -171,6 +171,12 @@ static bool info_from_name(const char *name, md_teacher_info *out)
     return false;
 }
 
+static const md_rel_pos rel_pos_of[] = {
+    [MD_WEIGHTS_REL_NONE] = MD_REL_NONE,
+    [MD_WEIGHTS_REL_SHARED] = MD_REL_SHARED,
+    [MD_WEIGHTS_REL_PER_LAYER] = MD_REL_PER_LAYER,
+};
+
 static md_status info_from_file(const md_config *c, md_teacher_info *out, char hash[17])
 {
     md_weights_info w;
@@ -182,14 +188,17 @@ static md_status info_from_file(const md_config *c, md_teacher_info *out, char h
                               .layers = w.layers,
                               .heads = w.heads,
                               .mlp = w.mlp,
-                              .rel_pos = MD_REL_NONE,
-                              .abs_pos = true,
+                              .rel_pos = rel_pos_of[w.rel_pos],
+                              .abs_pos = w.abs_pos,
+                              .qv_bias = w.qv_bias,
                               .patch_bias = w.patch_bias,
+                              .layer_scale = w.layer_scale ? 1.0f : 0.0f, /* its value is read */
                               .pre_norm = w.pre_norm,
                               .act = w.act,
                               .ln_eps = (float)w.ln_eps};
     out->grid = w.grid;
     out->proj_width = w.proj_width;
+    out->norm = w.final_norm ? MD_NORM_LAST : w.fc_norm ? MD_NORM_MEAN : MD_NORM_NONE;
     for (int i = 0; i < 3; i++) {
         out->mean[i] = (float)w.mean[i];
         out->std[i] = (float)w.std[i];
@@ -216,38 +225,53 @@ md_status md_teacher_info_get(const md_config *c, bool planning, md_teacher_info
     return info_from_file(c, out, hash);
 }
 
+/* What the weights call a row of the teacher's registry. */
+static const char *stored_name(const md_method *m, int row, char buf[MD_WEIGHT_NAME])
+{
+    const bool weight = row == m->teacher_vit.norm_w;
+    if (m->info.norm != MD_NORM_MEAN || (!weight && row != m->teacher_vit.norm_b))
+        return m->teacher_params.row[row].name;
+    return md_weight_name(weight ? MD_WEIGHT_FC_NORM_W : MD_WEIGHT_FC_NORM_B, 0, buf);
+}
+
+/* Positions of another grid than the teacher will see. */
+static md_status load_positions(md_comm *world, const md_config *c, const md_method *m,
+                                md_weights *w, md_tensor *dst)
+{
+    const md_vit_spec *s = &m->info.spec;
+    const int64_t rows = (int64_t)m->info.grid * m->info.grid + 1;
+    float *stored = md_alloc((size_t)(rows * s->width) * sizeof *stored, "stored positions");
+    md_tensor src = MD_TENSOR(stored, MD_F32, rows, s->width);
+    md_status st = md_agree(world, stored ? MD_OK : MD_ERR_MEMORY);
+    if (st == MD_OK)
+        st = md_weights_load(w, m->teacher_params.row[m->teacher_vit.pos].name, &src);
+    if (st == MD_OK)
+        md_pos_resize(&(md_pos_resize_args){
+            .src = stored,
+            .dst = dst->data,
+            .g_src = m->info.grid,
+            .g_dst = md_vit_side(s),
+            .width = s->width,
+            .rule =
+                (md_pos_rule)md_config_choice("method.teacher.pos_interpolation", c->teacher_pos)});
+    md_free(stored);
+    return st;
+}
+
 md_status md_teacher_load(md_comm *world, const md_config *c, md_method *m)
 {
     md_params *p = &m->teacher_params;
-    const md_teacher_info *info = &m->info;
-    const md_vit_spec *s = &info->spec;
     md_weights *w;
     if (!m->teacher->trained_weights)
         return MD_OK;
     MD_TRY(md_weights_open(world, c->teacher_weights, &w));
     md_status st = MD_OK;
     for (int i = 0; i < p->count && st == MD_OK; i++) {
+        char name[MD_WEIGHT_NAME];
         md_tensor dst = md_param_host(p, i);
-        if (i != m->teacher_vit.pos || info->grid == md_vit_side(s)) {
-            st = md_weights_load(w, p->row[i].name, &dst);
-            continue;
-        }
-        int64_t rows = (int64_t)info->grid * info->grid + 1;
-        float *stored = md_alloc((size_t)(rows * s->width) * sizeof *stored, "stored positions");
-        md_tensor src = MD_TENSOR(stored, MD_F32, rows, s->width);
-        st = md_agree(world, stored ? MD_OK : MD_ERR_MEMORY);
-        if (st == MD_OK)
-            st = md_weights_load(w, p->row[i].name, &src);
-        if (st == MD_OK)
-            md_pos_resize(
-                &(md_pos_resize_args){.src = stored,
-                                      .dst = dst.data,
-                                      .g_src = info->grid,
-                                      .g_dst = md_vit_side(s),
-                                      .width = s->width,
-                                      .rule = (md_pos_rule)md_config_choice(
-                                          "method.teacher.pos_interpolation", c->teacher_pos)});
-        md_free(stored);
+        bool other = i == m->teacher_vit.pos && m->info.grid != md_vit_side(&m->info.spec);
+        st = other ? load_positions(world, c, m, w, &dst)
+                   : md_weights_load(w, stored_name(m, i, name), &dst);
     }
     md_weights_close(w);
     if (st == MD_OK)

@@ -56,11 +56,14 @@ static size_t teacher_target_bytes(const md_method *m)
     return m->labels ? 0 : target_bytes(m);
 }
 
+/* One index serves both: teacher and student have the same grid. */
 static size_t rel_index_bytes(const md_method *m)
 {
-    return m->s_rel_index == MD_NO_SLOT
+    if (m->s_rel_index != MD_NO_SLOT)
+        return md_tensor_bytes(md_graph_tensor(&m->student_graph, m->s_rel_index));
+    return m->t_rel_index == MD_NO_SLOT
                ? 0
-               : md_tensor_bytes(md_graph_tensor(&m->student_graph, m->s_rel_index));
+               : md_tensor_bytes(md_graph_tensor(&m->teacher_graph, m->t_rel_index));
 }
 
 void md_step_batch_bytes(const md_method *m, bool device, size_t *operands, size_t *host)
@@ -146,6 +149,8 @@ static void bind(md_step_batch *b, const layout *l)
         md_graph_bind(student, m->s_mask, block + l->mask);
     if (m->s_rel_index != MD_NO_SLOT)
         md_graph_bind(student, m->s_rel_index, b->rel_index);
+    if (m->t_rel_index != MD_NO_SLOT)
+        md_graph_bind(teacher, m->t_rel_index, b->rel_index);
     for (int k = 0; m->s_keep && k < 2 * m->student_vit.spec.layers; k++)
         if (m->s_keep[k] != MD_NO_SLOT)
             md_graph_bind(student, m->s_keep[k], (float *)(block + l->keep) + k * m->row_images);

@@ -35,6 +35,17 @@ static md_status vit_declare(md_method *m, md_tag *out)
     if (c->teacher_layers > t->layers)
         MD_FAIL(MD_ERR_CONFIG, "method.teacher.layers = %d but the teacher has %d blocks",
                 (int)c->teacher_layers, t->layers);
+    if (stage != STAGE_RAW && m->info.norm == MD_NORM_NONE)
+        MD_FAIL(MD_ERR_CONFIG,
+                "method.teacher.stage = %s but %s holds no final norm: set "
+                "method.teacher.stage = raw",
+                c->teacher_stage, c->teacher_weights);
+    if (t->rel_pos != MD_REL_NONE && m->info.grid != md_vit_side(t))
+        MD_FAIL(MD_ERR_CONFIG,
+                "the teacher's relative positions are for %d x %d patches, the student (image.size "
+                "%d, model.patch %d) has %d x %d: such a teacher needs the same grid",
+                m->info.grid, m->info.grid, (int)c->image_size, (int)c->model_patch, md_vit_side(t),
+                md_vit_side(t));
     if (stage == STAGE_PROJ && m->info.proj_width == 0)
         MD_FAIL(MD_ERR_CONFIG, "method.teacher.stage = ln_post_proj but %s holds no projection",
                 c->teacher_weights);
@@ -65,11 +76,14 @@ static md_slot vit_build(md_method *m, md_graph *g, md_slot image, md_slot rows)
         g->status = MD_ERR_MEMORY;
         return MD_NO_SLOT;
     }
+    const int64_t tokens = md_vit_tokens(&m->info.spec);
+    if (m->info.spec.rel_pos != MD_REL_NONE)
+        m->t_rel_index = md_graph_input(g, "rel_index", MD_I32, 2, (int64_t[]){tokens, tokens});
     md_vit_in in = {.images = m->own_images,
                     .image = image,
                     .mask = MD_NO_SLOT,
                     .mix = MD_NO_SLOT,
-                    .index = MD_NO_SLOT,
+                    .index = m->t_rel_index,
                     .mean = m->info.mean,
                     .std = m->info.std,
                     .rows = rows,

@@ -1,6 +1,7 @@
 /* Teachers against public code, from the weights file a user has to the target: tokens of
  * transformers' CLIP at its native 16 x 16 patches and at 14 x 14 by both position rules, from
- * Hugging Face's and OpenAI's names, and of timm's VisionTransformer, on cpu and check. */
+ * Hugging Face's and OpenAI's names, of timm's VisionTransformer, of timm's pretrained BEiT and of
+ * transformers' fine-tuned one, on cpu and check. */
 #include "io/weights.h"
 #include "src/setup.h"
 #include "src/step.h"
@@ -114,7 +115,8 @@ static double run(const md_safetensors *f, const row *r, const char *backend)
     void *region = md_alloc(g->region_bytes, "test");
     float *target = md_alloc(sizeof *target * (size_t)n, "test");
     int32_t *rows = md_alloc(sizeof *rows * (size_t)(m.images * patches), "test");
-    assert_true(be->scratch && region && target && rows);
+    int32_t *index = md_alloc(sizeof *index * (size_t)((patches + 1) * (patches + 1)), "test");
+    assert_true(be->scratch && region && target && rows && index);
     for (int64_t i = 0; i < m.images * patches; i++)
         rows[i] = (int32_t)(i / patches * (patches + 1) + 1 + i % patches);
     md_tensor image = golden_load(f, r->image, MD_U8);
@@ -122,11 +124,14 @@ static double run(const md_safetensors *f, const row *r, const char *backend)
     md_graph_bind(g, m.t_image, image.data);
     md_graph_bind(g, m.t_rows, rows);
     md_graph_bind(g, m.t_target, target);
+    md_vit_rel_index(md_vit_side(&m.teacher_vit.spec), index);
+    if (m.t_rel_index != MD_NO_SLOT)
+        md_graph_bind(g, m.t_rel_index, index);
     GOLDEN_OK(md_graph_forward(g, be));
     float *want = expected(f, r, n);
     double error = golden_error(target, want, n, 1);
 
-    void *memory[] = {region, target, rows, image.data, want, be->scratch};
+    void *memory[] = {region, target, rows, index, image.data, want, be->scratch};
     for (size_t i = 0; i < MD_COUNT(memory); i++)
         md_free(memory[i]);
     be->scratch = NULL;
@@ -212,12 +217,39 @@ static void vit_of_timm(void **state)
     check(rows, MD_COUNT(rows));
 }
 
+static void beit_of_timm(void **state)
+{
+    (void)state;
+    static const row rows[] = {
+        {"beit_timm.safetensors", "beit_timm_features.safetensors", "image", "native", "beit2",
+         "raw", 1},
+        {"beit_timm.safetensors", "beit_timm_features.safetensors", "image", "native", "beit2",
+         "raw", 2},
+        {"beit_timm.safetensors", "beit_timm_features.safetensors", "image", "native", "beit2",
+         "ln_post", 1},
+    };
+    check(rows, MD_COUNT(rows));
+}
+
+/* Fine-tuned: ln_post is the norm behind the mean of the tokens, applied to each. */
+static void beit_of_transformers(void **state)
+{
+    (void)state;
+    static const row rows[] = {
+        {"beit_hf", "beit_hf_features.safetensors", "image", "native", "beit2", "raw", 1},
+        {"beit_hf", "beit_hf_features.safetensors", "image", "native", "beit2", "raw", 2},
+        {"beit_hf", "beit_hf_features.safetensors", "image", "native", "beit2", "ln_post", 1},
+    };
+    check(rows, MD_COUNT(rows));
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(clip_of_transformers), cmocka_unit_test(clip_with_resized_positions),
         cmocka_unit_test(rules_differ),         cmocka_unit_test(clip_of_openai),
-        cmocka_unit_test(vit_of_timm),
+        cmocka_unit_test(vit_of_timm),          cmocka_unit_test(beit_of_timm),
+        cmocka_unit_test(beit_of_transformers),
     };
     return cmocka_run_group_tests(tests, make_path, drop_path);
 }

@@ -458,11 +458,16 @@ static void expect_refused(const char *words, int n, const char *const *override
 static void test_axes_that_do_not_fit(void **state)
 {
     (void)state;
-    md_teacher_info t = clip_l14(), bare = clip_l14();
-    bare.proj_width = 0;
+    md_teacher_info t = clip_l14(), plain = clip_l14(), bare = clip_l14(), beit = clip_l14();
+    plain.proj_width = 0;
+    bare.norm = MD_NORM_NONE;
+    beit.spec.rel_pos = MD_REL_SHARED;
     REFUSED("method.teacher.image_size = 196", &t, "method.teacher.image_size=224");
     REFUSED("method.teacher.weights", NULL, "model.layers=2");
-    REFUSED("no projection", &bare, "method.teacher.stage=ln_post_proj");
+    REFUSED("no projection", &plain, "method.teacher.stage=ln_post_proj");
+    REFUSED("holds no final norm", &bare, "method.teacher.stage=ln_post");
+    REFUSED("are for 16 x 16 patches, the student (image.size 224, model.patch 16) has 14 x 14",
+            &beit, "model.layers=2");
     REFUSED("24 blocks", &t, "method.teacher.layers=25");
     REFUSED("leave the key at 0", NULL, "method.teacher.kind=pixel",
             "method.teacher.image_size=196");

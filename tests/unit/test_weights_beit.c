@@ -2,25 +2,6 @@
  * parts the model has, and what does not fit together is refused. */
 #include "tests/unit/weights_set.h"
 
-/* A pretraining model and a fine-tuned one. */
-static md_weights_info pretraining(void)
-{
-    md_weights_info info = tiny;
-    info.patch_bias = info.layer_scale = info.qv_bias = info.mask_token = info.final_norm = 1;
-    info.rel_pos = MD_WEIGHTS_REL_SHARED;
-    info.lm_width = 6;
-    return info;
-}
-
-static md_weights_info fine_tuned(void)
-{
-    md_weights_info info = tiny;
-    info.patch_bias = info.layer_scale = info.qv_bias = info.fc_norm = 1;
-    info.rel_pos = MD_WEIGHTS_REL_PER_LAYER;
-    info.classes = 5;
-    return info;
-}
-
 /* The file says of the model what `info` says, and holds every tensor of the set. */
 static void want_model(const set *s, const md_weights_info *info)
 {

@@ -50,6 +50,25 @@ static inline void want(md_status got, md_status expected, const char *word)
 static const md_weights_info tiny = {
     .width = 8, .mlp = 12, .grid = 2, .patch = 2, .layers = 2, .heads = 2};
 
+/* A pretraining model and a fine-tuned one. */
+static inline md_weights_info pretraining(void)
+{
+    md_weights_info info = tiny;
+    info.patch_bias = info.layer_scale = info.qv_bias = info.mask_token = info.final_norm = 1;
+    info.rel_pos = MD_WEIGHTS_REL_SHARED;
+    info.lm_width = 6;
+    return info;
+}
+
+static inline md_weights_info fine_tuned(void)
+{
+    md_weights_info info = tiny;
+    info.patch_bias = info.layer_scale = info.qv_bias = info.fc_norm = 1;
+    info.rel_pos = MD_WEIGHTS_REL_PER_LAYER;
+    info.classes = 5;
+    return info;
+}
+
 typedef struct set {
     md_st_tensor t[96];
     char name[96][MD_DIALECT_NAME];
