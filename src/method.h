@@ -130,7 +130,7 @@ struct md_method {
     md_graph teacher_graph, student_graph;
     md_slot t_image, t_rows, t_target; /* own images; t_target of row_images; without a teacher's
                                           graph MD_NO_SLOT */
-    md_slot t_rel_index; /* as s_rel_index: both see the same grid */
+    md_slot t_rel_index;               /* as s_rel_index: both see the same grid */
     md_slot s_image, s_mask, s_rows, s_target; /* row_images */
     md_slot s_mix;                             /* i32 [row_images, MD_MIX_WORDS] with labels */
     md_slot s_all_rows, s_rel_index, s_loss;   /* s_all_rows of all images */

@@ -219,16 +219,16 @@ static void a_run_is_compared_with_its_past(void **state)
     int experiment = 0, tuned = 0;
     for (int i = 0; i < md_key_count; i++) {
         const md_key *k = &md_keys[i];
-        static const char *const may[] = {"train.max_steps", "train.micro_batch",
-                                          "model.last_block", "method.teacher.arch",
-                                          "method.teacher.weights"};
+        static const char *const may[] = {"train.max_steps",        "train.micro_batch",
+                                          "model.last_block",       "method.teacher.arch",
+                                          "method.teacher.weights", "finetune.from"};
         bool free = k->type == MD_KEY_CHOICE && !strchr(k->unit, ',');
         for (size_t j = 0; j < MD_COUNT(may); j++)
             free |= strcmp(k->name, may[j]) == 0;
         if (free)
             continue;
-        static const char *const groups[] = {"model.", "method.",    "augment.",
-                                             "image.", "data.split", "run.seed"};
+        static const char *const groups[] = {"model.",     "method.",  "augment.", "image.",
+                                             "data.split", "run.seed", "task",     "finetune."};
         for (size_t j = 0; j < MD_COUNT(groups); j++)
             experiment += strncmp(k->name, groups[j], strlen(groups[j])) == 0;
         tuned += strncmp(k->name, "optim.", 6) == 0 || strncmp(k->name, "train.", 6) == 0;
