@@ -4,12 +4,12 @@
     python3 scripts/check_export.py --timm DIR --hf DIR [--beit2 DIR] [PICTURE...]
     python3 scripts/check_export.py --timm DIR --hf DIR --features FILE.safetensors
 
-Every export is loaded strictly: a tensor that is missing, left over or of another shape is an error.
-timm and transformers must then agree on the output of the last block, and on the logits of a
+Every export is loaded strictly: a tensor that is missing, left over or of another shape is an
+error. timm and transformers must then agree on the output of the last block, and on the logits of a
 classifier, for the pictures given (else for noise). A features file holds what md_hpc itself
-computed: "image" f32 [B, 3, S, S], normalised; "tokens" f32 [B, T, C], the output of the last block,
-class token first; "logits" f32 [B, K] of a classifier or [B, T - 1, K] of a pretraining head; of
-these only "image" must be there. --beit2 compares the tensors with timm's, name by name.
+computed: "image" f32 [B, 3, S, S], normalised; "tokens" f32 [B, T, C], the output of the last
+block, class token first; "logits" f32 [B, K] of a classifier or [B, T - 1, K] of a pretraining
+head; of these only "image" must be there. --beit2 compares the tensors with timm's, name by name.
 
 Prints one line a comparison and ends with 1 when one fails, 2 when an argument is wrong. Needs
 torch, timm, transformers, safetensors, numpy, and Pillow for pictures:
@@ -188,9 +188,8 @@ def main():
     options = parser.parse_args()
     if not options.timm and not options.hf or options.beit2 and not options.timm:
         parser.error("say --timm and --hf, or one of them; --beit2 needs --timm")
-    print(
-        f"torch {torch.__version__}, timm {timm.__version__}, transformers {transformers.__version__}"
-    )
+    versions = [f"{m.__name__} {m.__version__}" for m in (torch, timm, transformers)]
+    print(", ".join(versions))
     check(options)
     print(f"{len(FAILURES)} failed" if FAILURES else "all agree")
     return 1 if FAILURES else 0
