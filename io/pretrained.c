@@ -8,7 +8,6 @@
 #include <sys/stat.h>
 
 #include "io/checkpoint.h"
-#include "io/weights.h"
 #include "mpi/agree.h"
 
 #define FAMILY    "pretrained"
@@ -41,7 +40,7 @@ static bool is_folder(const char *path)
 static md_status file_look(source *s)
 {
     static const char hdf5[8] = {'\x89', 'H', 'D', 'F', '\r', '\n', '\x1a', '\n'};
-    static const char mark[8] = {'M', 'D', 'H', 'P', 'C', 'K', 'P', 'T'};
+    static const char mark[8] = {'M', 'D', 'P', 'H', 'C', 'K', 'P', 'T'};
     char start[sizeof hdf5] = {0}, behind[sizeof hdf5] = {0};
     FILE *f = fopen(s->path, "rb");
     if (!f)
@@ -78,6 +77,19 @@ static md_status source_look(const char *path, source *s)
         MD_FAIL(errno == ENOENT || errno == ENOTDIR ? MD_ERR_NOINPUT : MD_ERR_IO,
                 "%s: cannot be looked at: %s", path, strerror(errno));
     return S_ISDIR(info.st_mode) ? MD_OK : file_look(s);
+}
+
+bool md_pretrained_is_run(const char *path)
+{
+    source s;
+    int64_t *steps = NULL;
+    int n = 0;
+    if (source_look(path, &s) != MD_OK || s.kind == WEIGHTS)
+        return false;
+    if (s.kind == FOLDER && md_checkpoint_list(s.path, &steps, &n) != MD_OK)
+        return false;
+    md_free(steps);
+    return s.kind == CHECKPOINT || n > 0;
 }
 
 /* ---- opening ---- */
@@ -204,6 +216,26 @@ md_status md_pretrained_load(md_pretrained *p, const char *name, float *whole)
         return md_weights_load(p->w, name, &t);
     md_state_item item = md_state_item_make(item_name(p, name, buf), &t);
     return md_checkpoint_read(p->ck, &item, 1);
+}
+
+int md_pretrained_count(const md_pretrained *p)
+{
+    const char *group = p->ema ? "ema/" : "param/";
+    int n = 0, found = 0;
+    const md_state_entry *e = p->ck ? md_checkpoint_entries(p->ck, &n) : NULL;
+    for (int i = 0; i < n; i++)
+        found += strncmp(e[i].name, group, strlen(group)) == 0;
+    return found;
+}
+
+const md_weights_info *md_pretrained_weights(const md_pretrained *p)
+{
+    return p->w ? md_weights_get_info(p->w) : NULL;
+}
+
+const char *md_pretrained_path(const md_pretrained *p)
+{
+    return p->path;
 }
 
 const char *md_pretrained_describe(const md_pretrained *p)

@@ -4,7 +4,7 @@
 #ifndef MD_PRETRAINED_H
 #define MD_PRETRAINED_H
 
-#include "mpi/comm.h"
+#include "io/weights.h"
 
 typedef struct md_pretrained md_pretrained;
 
@@ -15,6 +15,9 @@ typedef struct md_pretrained md_pretrained;
  * without moving averages; MD_ERR_IO, MD_ERR_MEMORY. */
 md_status md_pretrained_open(md_comm *c, const char *path, bool ema, md_pretrained **out);
 void md_pretrained_close(md_pretrained *p); /* NULL is fine. Local */
+/* Whether a path looks like a checkpoint or a folder of them, not like a file or folder of another
+ * program. Local. */
+bool md_pretrained_is_run(const char *path);
 
 /* Whether there is a parameter of this name. Local, the same on every rank. */
 bool md_pretrained_has(const md_pretrained *p, const char *name);
@@ -26,6 +29,12 @@ int md_pretrained_shape(const md_pretrained *p, const char *name, int64_t dim[MD
  * fp32, or damaged (`whole` is then undefined); MD_ERR_IO, MD_ERR_MEMORY. */
 md_status md_pretrained_load(md_pretrained *p, const char *name, float *whole);
 
+/* How many parameters a checkpoint has; 0 for a weights file. Local. */
+int md_pretrained_count(const md_pretrained *p);
+/* What a weights file says of its model; NULL for a checkpoint. Local. */
+const md_weights_info *md_pretrained_weights(const md_pretrained *p);
+/* The file itself. Local. */
+const char *md_pretrained_path(const md_pretrained *p);
 /* "checkpoint PATH at step N" (and ", moving averages") or "weights PATH (DIALECT)". Local. */
 const char *md_pretrained_describe(const md_pretrained *p);
 /* The configuration that a checkpoint was written with; "" when there is none. Local. */

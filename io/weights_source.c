@@ -3,80 +3,43 @@
 
 #include <stdio.h>
 #include <string.h>
-#include <sys/stat.h>
 
-#include "io/checkpoint.h"
+#include "io/pretrained.h"
 #include "src/config.h"
 
 #define FAMILY "weights"
 
 struct md_weights_source {
-    md_weights *weights; /* or */
     md_comm *self;
-    md_checkpoint *ck;
-    const char *group; /* "param" or "ema": what stands before the names */
-    char path[4096];
+    md_pretrained *from;
     md_weights_info info;
 };
 
-/* ---- what lies at a path ---- */
+/* ---- the model in a checkpoint ---- */
 
-static bool is_folder(const char *path)
+static int shape_of(const md_weights_source *s, md_weight_id id, int layer,
+                    int64_t dim[MD_MAX_RANK])
 {
-    struct stat sb;
-    return stat(path, &sb) == 0 && S_ISDIR(sb.st_mode);
-}
-
-/* The folder of checkpoints that a folder means: a run directory has one below it. */
-static const char *checkpoints_of(const char *path, char *buf, size_t size)
-{
-    if ((size_t)snprintf(buf, size, "%s/checkpoints", path) >= size || !is_folder(buf))
-        snprintf(buf, size, "%s", path);
-    return buf;
-}
-
-/* A checkpoint begins with its END mark (checkpoint.h), any other HDF5 file of ours with HDF5's. */
-static bool begins_with(const char *path, const char mark[8])
-{
-    char found[8] = "";
-    FILE *f = fopen(path, "rbe");
-    bool same = f && fread(found, 1, sizeof found, f) == sizeof found &&
-                memcmp(found, mark, sizeof found) == 0;
-    if (f)
-        fclose(f);
-    return same;
-}
-
-bool md_weights_is_run(const char *path)
-{
-    char dir[4096];
-    int64_t *steps = NULL;
-    int n = 0;
-    if (!is_folder(path))
-        return begins_with(path, "MDPHCKPT");
-    bool some = md_checkpoint_list(checkpoints_of(path, dir, sizeof dir), &steps, &n) == MD_OK;
-    md_free(steps);
-    return some && n > 0;
-}
-
-/* ---- a checkpoint ---- */
-
-static const md_state_entry *entry_of(const md_weights_source *s, md_weight_id id, int layer)
-{
-    char own[MD_WEIGHT_NAME], name[MD_STATE_NAME];
-    snprintf(name, sizeof name, "%s/%s", s->group, md_weight_name(id, layer, own));
-    return md_checkpoint_entry(s->ck, name);
+    char name[MD_WEIGHT_NAME];
+    return md_pretrained_shape(s->from, md_weight_name(id, layer, name), dim);
 }
 
 /* Dimension d, from the last one backwards, of a parameter; 0 when there is no such parameter. */
 static int extent(const md_weights_source *s, md_weight_id id, int d)
 {
-    const md_state_entry *e = entry_of(s, id, 0);
-    int64_t n = e && d < e->rank ? e->global[e->rank - 1 - d] : 0;
+    int64_t dim[MD_MAX_RANK];
+    const int rank = shape_of(s, id, 0, dim);
+    const int64_t n = d < rank ? dim[rank - 1 - d] : 0;
     return n <= 1 << 24 ? (int)n : 0;
 }
 
-#define HAS(id) (entry_of(s, MD_WEIGHT_##id, 0) != NULL)
+static bool has(const md_weights_source *s, md_weight_id id, int layer)
+{
+    int64_t dim[MD_MAX_RANK];
+    return shape_of(s, id, layer, dim) > 0;
+}
+
+#define HAS(id) has(s, MD_WEIGHT_##id, 0)
 
 /* The model as names and shapes show it. */
 static void info_from_entries(md_weights_source *s)
@@ -103,7 +66,7 @@ static void info_from_entries(md_weights_source *s)
     while (info->grid < 1024 && (info->grid * info->grid + 1 < tokens ||
                                  (2 * info->grid - 1) * (2 * info->grid - 1) + 3 < rows))
         info->grid++;
-    while (info->layers < 1024 && entry_of(s, MD_WEIGHT_NORM1_W, info->layers))
+    while (info->layers < 1024 && has(s, MD_WEIGHT_NORM1_W, info->layers))
         info->layers++;
 }
 
@@ -111,9 +74,9 @@ static md_status info_from_config(md_weights_source *s)
 {
     md_config c;
     md_weights_info *info = &s->info;
-    const char *text = md_checkpoint_config(s->ck);
+    const char *text = md_pretrained_config(s->from);
     if (!*text)
-        MD_FAIL(MD_ERR_DATA, "%s: holds no config", s->path);
+        MD_FAIL(MD_ERR_DATA, "%s: holds no config", md_pretrained_path(s->from));
     MD_TRY(md_config_init(&c));
     md_status st = md_config_read_written(&c, text, "the config in the checkpoint");
     info->heads = (int)c.model_heads;
@@ -124,109 +87,88 @@ static md_status info_from_config(md_weights_source *s)
     memcpy(info->std, c.image_std, sizeof info->std);
     md_config_free(&c);
     if (st != MD_OK)
-        return md_error_prefix(st, "%s", s->path);
+        return md_error_prefix(st, "%s", md_pretrained_path(s->from));
     if (info->width % info->heads || info->layers < 1 || info->grid < 1)
-        MD_FAIL(MD_ERR_DATA, "%s: the sizes in its config are not those of its arrays", s->path);
+        MD_FAIL(MD_ERR_DATA, "%s: the sizes in its config are not those of its arrays", md_pretrained_path(s->from));
     return MD_OK;
 }
 
 /* The shape that `info` gives a parameter; leading extents of one do not count. */
-static bool same_shape(const md_weights_source *s, md_weight_id id, const md_state_entry *e)
+static bool same_shape(const md_weights_source *s, md_weight_id id, int stored,
+                       const int64_t *have)
 {
     md_weight_dims dims;
     int64_t dim[MD_MAX_RANK];
     md_weights_dims(&s->info, &dims);
-    int rank = md_weight_shape(id, &dims, dim), skip = e->rank - rank;
-    bool same = skip >= 0 && e->dtype == MD_F32;
-    for (int i = 0; i < e->rank && same; i++)
-        same = e->global[i] == (i < skip ? 1 : dim[i - skip]);
+    const int rank = md_weight_shape(id, &dims, dim), skip = stored - rank;
+    bool same = skip >= 0;
+    for (int i = 0; i < stored && same; i++)
+        same = have[i] == (i < skip ? 1 : dim[i - skip]);
     return same;
 }
 
-/* The checkpoint's parameters are those of the model, no more and no fewer. */
-static md_status entries_check(const md_weights_source *s)
+static md_status check_one(const md_weights_source *s, md_weight_id id, int layer)
 {
-    const size_t group = strlen(s->group);
-    int n, there = 0, wanted = 0;
-    const md_state_entry *list = md_checkpoint_entries(s->ck, &n);
-    for (int i = 0; i < n; i++)
-        there += strncmp(list[i].name, s->group, group) == 0 && list[i].name[group] == '/';
+    char name[MD_WEIGHT_NAME];
+    int64_t dim[MD_MAX_RANK];
+    const int rank = shape_of(s, id, layer, dim);
+    md_weight_name(id, layer, name);
+    if (rank == 0)
+        MD_FAIL(MD_ERR_DATA, "%s: has no %s", md_pretrained_path(s->from), name);
+    if (!same_shape(s, id, rank, dim))
+        MD_FAIL(MD_ERR_DATA,
+                "%s: %s has not the shape that the rest of the model and its config ask for",
+                md_pretrained_path(s->from), name);
+    return MD_OK;
+}
+
+/* The checkpoint's parameters are those of the model, no more and no fewer. */
+static md_status check_all(const md_weights_source *s)
+{
+    const int there = md_pretrained_count(s->from);
+    int wanted = 0;
     for (int id = 0; id < MD_WEIGHT_COUNT; id++) {
-        int copies = md_weight_per_layer((md_weight_id)id) ? s->info.layers : 1;
+        const int copies = md_weight_per_layer((md_weight_id)id) ? s->info.layers : 1;
         for (int layer = 0; layer < copies && md_weights_has(&s->info, (md_weight_id)id); layer++) {
-            char name[MD_WEIGHT_NAME];
-            const md_state_entry *e = entry_of(s, (md_weight_id)id, layer);
-            md_weight_name((md_weight_id)id, layer, name);
-            if (!e)
-                MD_FAIL(MD_ERR_DATA, "%s: has no %s/%s", s->path, s->group, name);
-            if (!same_shape(s, (md_weight_id)id, e))
-                MD_FAIL(MD_ERR_DATA,
-                        "%s: %s has not the shape that the rest of the model and its "
-                        "config ask for",
-                        s->path, e->name);
+            MD_TRY(check_one(s, (md_weight_id)id, layer));
             wanted++;
         }
     }
     if (there != wanted)
-        MD_FAIL(MD_ERR_DATA, "%s: holds %d arrays %s/..., of which %d make a BEiT", s->path, there,
-                s->group, wanted);
+        MD_FAIL(MD_ERR_DATA, "%s: holds %d parameters, of which %d make a BEiT",
+                md_pretrained_path(s->from), there, wanted);
     return MD_OK;
 }
 
-static void warn_skipped(void *arg, const char *path, const char *reason)
+static md_status find_info(md_weights_source *s)
 {
-    (void)arg;
-    md_log_warn("checkpoint skipped: %s: %s", path, reason);
-}
-
-static md_status open_checkpoint(md_weights_source *s, const char *path, bool ema)
-{
-    char dir[sizeof s->path];
-    MD_TRY(md_comm_self(&s->self));
-    MD_TRY(md_checkpoint_find(s->self,
-                              is_folder(path) ? checkpoints_of(path, dir, sizeof dir) : path,
-                              warn_skipped, NULL, &s->ck));
-    snprintf(s->path, sizeof s->path, "%s", md_checkpoint_path(s->ck));
-    s->group = ema ? "ema" : "param";
-    if (!entry_of(s, MD_WEIGHT_CLS, 0))
-        MD_FAIL(MD_ERR_DATA, "%s: holds no %s (no array %s/cls_token)", s->path,
-                ema ? "averaged parameters" : "parameters of a model", s->group);
+    const md_weights_info *stored = md_pretrained_weights(s->from);
+    if (stored) {
+        s->info = *stored;
+        return MD_OK;
+    }
+    const char *path = md_pretrained_path(s->from), *slash = strrchr(path, '/');
+    if (!HAS(CLS))
+        MD_FAIL(MD_ERR_DATA, "%s: holds no parameters of a model (no cls_token)", path);
     info_from_entries(s);
     MD_TRY(info_from_config(s));
-    const char *slash = strrchr(s->path, '/');
     snprintf(s->info.dialect, sizeof s->info.dialect, "md_hpc");
-    snprintf(s->info.source, sizeof s->info.source, "%.255s", slash ? slash + 1 : s->path);
-    return entries_check(s);
-}
-
-static md_status fill_checkpoint(const md_weights_source *s, md_weight_id id, int layer, float *out)
-{
-    const md_state_entry *e = entry_of(s, id, layer);
-    MD_ASSERT(e, "parameter %d of layer %d", (int)id, layer);
-    md_tensor t = md_tensor_make(out, MD_F32, e->rank, e->global);
-    md_state_item item = md_state_item_make(e->name, &t);
-    return md_checkpoint_read(s->ck, &item, 1);
+    snprintf(s->info.source, sizeof s->info.source, "%.255s", slash ? slash + 1 : path);
+    return check_all(s);
 }
 
 /* ---- public ---- */
-
-static md_status open_weights(md_weights_source *s, const char *path, bool ema)
-{
-    if (ema)
-        MD_FAIL(MD_ERR_DATA, "%s: a weights file holds no averaged parameters", path);
-    MD_TRY(md_weights_open(NULL, path, &s->weights));
-    s->info = *md_weights_get_info(s->weights);
-    snprintf(s->path, sizeof s->path, "%s", path);
-    return MD_OK;
-}
 
 md_status md_weights_source_open(const char *path, bool ema, md_weights_source **out)
 {
     md_weights_source *s;
     *out = NULL;
     MD_NEW(s, 1, FAMILY);
-    md_status st = begins_with(path, "\x89HDF\r\n\x1a\n") ? open_weights(s, path, ema)
-                                                          : open_checkpoint(s, path, ema);
+    md_status st = md_comm_self(&s->self);
+    if (st == MD_OK)
+        st = md_pretrained_open(s->self, path, ema, &s->from);
+    if (st == MD_OK)
+        st = find_info(s);
     if (st != MD_OK)
         md_weights_source_close(s);
     else
@@ -238,11 +180,8 @@ void md_weights_source_close(md_weights_source *s)
 {
     if (!s)
         return;
-    md_weights_close(s->weights);
-    if (s->ck)
-        md_checkpoint_close(s->ck);
-    if (s->self)
-        md_comm_free(s->self);
+    md_pretrained_close(s->from);
+    md_comm_free(s->self);
     md_free(s);
 }
 
@@ -253,18 +192,12 @@ const md_weights_info *md_weights_source_info(const md_weights_source *s)
 
 const char *md_weights_source_path(const md_weights_source *s)
 {
-    return s->path;
+    return md_pretrained_path(s->from);
 }
 
 md_status md_weights_source_fill(void *source, md_weight_id id, int layer, float *out)
 {
     md_weights_source *s = source;
-    if (s->ck)
-        return fill_checkpoint(s, id, layer, out);
     char name[MD_WEIGHT_NAME];
-    md_weight_dims dims;
-    md_tensor t = {.data = out, .dtype = MD_F32};
-    md_weights_dims(&s->info, &dims);
-    t.rank = (uint8_t)md_weight_shape(id, &dims, t.dim);
-    return md_weights_load(s->weights, md_weight_name(id, layer, name), &t);
+    return md_pretrained_load(s->from, md_weight_name(id, layer, name), out);
 }

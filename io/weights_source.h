@@ -7,15 +7,12 @@
 
 typedef struct md_weights_source md_weights_source;
 
-/* True when the path is a checkpoint, a folder of checkpoints or a run directory. Local. */
-bool md_weights_is_run(const char *path);
-
 /* Opens a weights file, a checkpoint, or the newest valid checkpoint of a folder or run directory
  * (damaged ones are named in warnings). ema: the averaged parameters, items "ema/<name>" of a
  * checkpoint, instead of "param/<name>". Of a checkpoint, sizes are read from the shapes, and
  * heads, epsilon and channel statistics (and the grid of a model without position tables) from the
  * config in it. *out is NULL on
- * failure. Local. Errors of md_weights_open and md_checkpoint_find; MD_ERR_DATA when a checkpoint
+ * failure. Local. Errors of md_pretrained_open; MD_ERR_DATA when a checkpoint
  * has no averaged parameters, or parameters that are not those of a BEiT. */
 md_status md_weights_source_open(const char *path, bool ema, md_weights_source **out);
 void md_weights_source_close(md_weights_source *s);

@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "io/pretrained.h"
 #include "io/weights_export.h"
 
 /* ---- inspect ---- */
@@ -269,7 +270,7 @@ static md_status import(int argc, char **argv)
     import_options o = {0};
     md_weights_import_report r;
     MD_TRY(parse_import(&o, argc, argv));
-    if (md_weights_is_run(o.args.input))
+    if (md_pretrained_is_run(o.args.input))
         return import_run(&o);
     MD_TRY(md_weights_import(&o.args, &r));
     print_info(&r.info);
