@@ -6,10 +6,15 @@
 
 Every export is loaded strictly: a tensor that is missing, left over or of another shape is an
 error. timm and transformers must then agree on the output of the last block, and on the logits of a
-classifier, for the pictures given (else for noise). A features file holds what md_hpc itself
-computed: "image" f32 [B, 3, S, S], normalised; "tokens" f32 [B, T, C], the output of the last
-block, class token first; "logits" f32 [B, K] of a classifier or [B, T - 1, K] of a pretraining
-head; of these only "image" must be there. --beit2 compares the tensors with timm's, name by name.
+classifier, for the pictures given (else for noise). --beit2 compares the tensors with timm's, name
+by name.
+
+A features file holds what md_hpc itself computed; `md_hpc evaluate RUN evaluate.kind=features`
+writes one. Its tensors: "image", u8 [B, S, S, 3] with the metadata mean and std, or f32
+[B, 3, S, S], normalised; "features" f32 [B, C], the mean of the normalised patch tokens (or, with
+--feature cls, the class token); "logits" f32 [B, K] of a classifier or [B, T - 1, K] of a
+pretraining head; "tokens" f32 [B, T, C], the output of the last block, class token first. Of these
+only "image" must be there.
 
 Prints one line a comparison and ends with 1 when one fails, 2 when an argument is wrong. Needs
 torch, timm, transformers, safetensors, numpy, and Pillow for pictures:
@@ -25,6 +30,7 @@ import sys
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
+import safetensors
 import safetensors.torch
 import timm
 import torch
@@ -119,21 +125,55 @@ def read_pictures(paths, side, stats):
 # ---------------------------------------------------------------- running
 
 
-def run_timm(model, image):
+def feature_of(tokens, norm, behind_mean, feature):
+    """As md_hpc evaluate gives it: a fine-tuned model may have its norm behind the mean."""
+    if behind_mean:
+        return norm(tokens[:, 1:].mean(1)) if feature == "mean" else None
+    tokens = norm(tokens)
+    return tokens[:, 1:].mean(1) if feature == "mean" else tokens[:, 0]
+
+
+def run_timm(model, image, feature):
     blocks = []
     hook = model.blocks[-1].register_forward_hook(lambda module, given, got: blocks.append(got))
     logits = model(image)
     hook.remove()
-    return {"tokens": blocks[0], "logits": logits if model.num_classes else None}
+    behind_mean = not isinstance(model.fc_norm, torch.nn.Identity)
+    norm = model.fc_norm if behind_mean else model.norm
+    return {
+        "tokens": blocks[0],
+        "features": feature_of(blocks[0], norm, behind_mean, feature),
+        "logits": logits if model.num_classes else None,
+    }
 
 
-def run_hf(model, image):
+def run_hf(model, image, feature):
     run = model(image, output_hidden_states=True)
-    return {"tokens": run.hidden_states[-1], "logits": getattr(run, "logits", None)}
+    tokens, base = run.hidden_states[-1], model.base_model
+    pooler = getattr(base.pooler, "layernorm", None)
+    own = getattr(model, "layernorm", None)  # a pretraining model's is beside its encoder
+    norm = pooler if pooler is not None else own if own is not None else base.layernorm
+    return {
+        "tokens": tokens,
+        "features": feature_of(tokens, norm, pooler is not None, feature),
+        "logits": getattr(run, "logits", None),
+    }
+
+
+def read_features(path, limit):
+    """The first images of a features file, normalised, and what goes with them."""
+    with safetensors.safe_open(path, "pt") as f:
+        given = {k: f.get_slice(k)[:limit] for k in f.keys()}
+        meta = f.metadata() or {}
+    image = given["image"]
+    if image.dtype == torch.uint8:
+        mean, std = (torch.tensor([float(v) for v in meta[k].split()]) for k in ("mean", "std"))
+        given["image"] = ((image.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+    return given
 
 
 def check(options):
-    given = safetensors.torch.load_file(options.features) if options.features else {}
+    given = read_features(options.features, options.images) if options.features else {}
     loaded, stats = {}, None
     if options.timm:
         loaded["timm"], stats = load_timm(options.timm)
@@ -158,12 +198,12 @@ def check(options):
     print(f"      on {len(image)} x {side} x {side} of {source}")
     runners = {"timm": run_timm, "transformers": run_hf}
     with torch.no_grad():
-        got = {name: runners[name](model, image) for name, model in loaded.items()}
+        got = {n: runners[n](model, image, options.feature) for n, model in loaded.items()}
     compare_all(got, given, options.tolerance)
 
 
 def compare_all(got, given, tolerance):
-    for what in ("tokens", "logits"):
+    for what in ("tokens", "features", "logits"):
         if what in given:
             some = [n for n in got if got[n][what] is not None]
             for name in some:
@@ -171,7 +211,7 @@ def compare_all(got, given, tolerance):
             if not some:
                 report(what, False, f"no export computes {what}")
         values = [got[n][what] for n in got]
-        if len(values) == 2 and all(v is not None for v in values):
+        if what != "features" and len(values) == 2 and all(v is not None for v in values):
             compare(f"{what} of timm against transformers", *values, tolerance)
 
 
@@ -183,6 +223,8 @@ def main():
     parser.add_argument("--hf", help="folder of an export with --names hf")
     parser.add_argument("--beit2", help="folder of an export with --names beit2 (needs --timm)")
     parser.add_argument("--features", help="safetensors file of what md_hpc computed")
+    parser.add_argument("--feature", choices=["mean", "cls"], default="mean")
+    parser.add_argument("--images", type=int, default=64, help="of the features file (64)")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="relative error allowed")
     parser.add_argument("pictures", nargs="*", help="picture files")
     options = parser.parse_args()
