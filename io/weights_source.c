@@ -89,13 +89,13 @@ static md_status info_from_config(md_weights_source *s)
     if (st != MD_OK)
         return md_error_prefix(st, "%s", md_pretrained_path(s->from));
     if (info->width % info->heads || info->layers < 1 || info->grid < 1)
-        MD_FAIL(MD_ERR_DATA, "%s: the sizes in its config are not those of its arrays", md_pretrained_path(s->from));
+        MD_FAIL(MD_ERR_DATA, "%s: the sizes in its config are not those of its arrays",
+                md_pretrained_path(s->from));
     return MD_OK;
 }
 
 /* The shape that `info` gives a parameter; leading extents of one do not count. */
-static bool same_shape(const md_weights_source *s, md_weight_id id, int stored,
-                       const int64_t *have)
+static bool same_shape(const md_weights_source *s, md_weight_id id, int stored, const int64_t *have)
 {
     md_weight_dims dims;
     int64_t dim[MD_MAX_RANK];

@@ -56,7 +56,7 @@ fails 64 "--names is beit2, timm or hf" export --names keras --out "$out" "$run"
 fails 64 "--dtype is f32, bf16 or f16" export --names hf --dtype f64 --out "$out" "$run"
 fails 64 "takes one checkpoint" export --names hf --out "$out" "$run" "$run"
 fails 64 "only --out goes" import --heads 2 --out "$scratch/x.h5" "$run"
-fails 65 "holds no averaged parameters" export --names hf --ema --out "$out" "$run"
+fails 65 "holds no moving averages" export --names hf --ema --out "$out" "$run"
 fails 65 "is not of BEiT's architecture" export --names hf --out "$out" "$(
     "$MD_HPC" weights import --out "$scratch/clip.h5" tests/golden/clip_hf >/dev/null
     echo "$scratch/clip.h5"
@@ -76,5 +76,6 @@ newest=$run/checkpoints/step-00000006.h5
 printf 'x' | dd of="$newest" bs=1 seek=$(($(stat -c %s "$newest") - 100)) conv=notrunc 2>/dev/null
 fails 0 "checkpoint skipped" export --names hf --out "$scratch/older" "$run"
 says "step-00000005.h5"
-fails 65 "$newest" export --names hf --out "$scratch/older" "$newest"
+# Asked for by name it is read: what is damaged is a moment, and parameters are checked by themselves.
+fails 0 "step-00000006.h5" export --names hf --out "$scratch/newer" "$newest"
 echo ok

@@ -7,6 +7,7 @@
 #include <sys/stat.h>
 
 #include "io/checkpoint.h"
+#include "io/pretrained.h"
 #include "io/weights_export.h"
 
 static char export_dir[96];
@@ -193,7 +194,7 @@ static void refuses_other_models(void **state)
     info.patch_bias = info.abs_pos = info.final_norm = 1;
     make_model(&info, &s, hash);
     want(export_from(out_path, false, MD_EXPORT_HF, MD_F32, &r), MD_ERR_DATA, "architecture");
-    want(export_from(out_path, true, MD_EXPORT_HF, MD_F32, &r), MD_ERR_DATA, "averaged");
+    want(export_from(out_path, true, MD_EXPORT_HF, MD_F32, &r), MD_ERR_DATA, "moving averages");
     want(export_from("/nowhere/x.h5", false, MD_EXPORT_HF, MD_F32, &r), MD_ERR_NOINPUT,
          "/nowhere/x.h5");
     want(export_from(in_path, false, MD_EXPORT_HF, MD_F32, &r), MD_ERR_DATA, in_path);
@@ -252,8 +253,9 @@ static void exports_checkpoints(void **state)
     assert_int_equal(mkdir(run, 0777), 0);
     snprintf(path, sizeof path, "%s/step-00000007.h5", run);
     write_checkpoint(&s, "param", CONFIG, path);
-    assert_true(md_weights_is_run(folder) && md_weights_is_run(run) && md_weights_is_run(path));
-    assert_false(md_weights_is_run(in_path) || md_weights_is_run(out_path));
+    assert_true(md_pretrained_is_run(folder) && md_pretrained_is_run(run) &&
+                md_pretrained_is_run(path));
+    assert_false(md_pretrained_is_run(in_path) || md_pretrained_is_run(out_path));
     const char *const inputs[] = {path, run, folder};
     for (size_t i = 0; i < MD_COUNT(inputs); i++) {
         want(export_from(inputs[i], false, MD_EXPORT_HF, MD_F32, &r), MD_OK, "");
@@ -261,12 +263,12 @@ static void exports_checkpoints(void **state)
         assert_string_equal(back, hash);
     }
     want(export_from(path, true, MD_EXPORT_HF, MD_F32, &r), MD_ERR_DATA,
-         "holds no averaged parameters");
+         "holds no moving averages");
     write_checkpoint(&s, "ema", CONFIG, path);
     want(export_from(path, true, MD_EXPORT_BEIT2, MD_F32, &r), MD_OK, "");
     import_back(back);
     assert_string_equal(back, hash);
-    want(export_from(path, false, MD_EXPORT_HF, MD_F32, &r), MD_ERR_DATA, "param/cls_token");
+    want(export_from(path, false, MD_EXPORT_HF, MD_F32, &r), MD_ERR_DATA, "cls_token");
 }
 
 static void refuses_odd_checkpoints(void **state)
@@ -299,7 +301,7 @@ static void refuses_odd_checkpoints(void **state)
     drop(&s, "blocks.1.gamma_2");
     write_checkpoint(&s, "param", CONFIG, path);
     want(export_from(path, false, MD_EXPORT_HF, MD_F32, &r), MD_ERR_DATA,
-         "has no param/blocks.1.gamma_2");
+         "has no blocks.1.gamma_2");
 }
 
 int main(void)
