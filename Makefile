@@ -317,7 +317,7 @@ SHARE := $(DESTDIR)$(PREFIX)/share/md_hpc
 DOC   := $(DESTDIR)$(PREFIX)/share/doc/md_hpc
 install: all
 	install -D -m 755 $(PROG) $(DESTDIR)$(PREFIX)/bin/md_hpc
-	set -e; for f in $$(find config -name '*.cfg' | sort); do install -D -m 644 $$f $(SHARE)/$$f; done
+	set -e; for f in $$(find config -type f | sort); do install -D -m 644 $$f $(SHARE)/$$f; done
 	set -e; for f in $$(find jobscripts -type f | sort); do install -D -m 644 $$f $(SHARE)/$$f; done
 	install -D -m 644 -t $(DOC) README.md INSTALL.md LICENSE
 
