@@ -143,7 +143,7 @@ say := @$(if $(findstring s,$(filter-out --%,$(firstword -$(MAKEFLAGS)))),:,prin
 endif
 
 .PHONY: all tests benches test bench-cpu bench-parallel bench-loader bench-checkpoint bench-memory \
-        bundle gpu-test gpu-bench lint format demo deps info install uninstall clean FORCE
+        bundle gpu-test gpu-bench lint format demo miniature deps info install uninstall clean FORCE
 
 all: $(PROG)
 	@cmp -s $(PROG) md_hpc || cp -f $(PROG) md_hpc
@@ -263,6 +263,11 @@ test:
 demo:
 	@$(call need_deps,build demo) $(MAKE) --no-print-directory all
 	@BUILD='$(BUILD)' MPIRUN='$(MPIRUN)' scripts/demo.sh
+
+# The paper's tables in small; see the head of the script.
+miniature:
+	@$(call need_deps,build demo) $(MAKE) --no-print-directory all
+	@BUILD='$(BUILD)' MPIRUN='$(MPIRUN)' scripts/miniature.sh
 
 # Whole training steps against PyTorch; CASES="vit_b16 small".
 bench-cpu:

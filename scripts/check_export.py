@@ -225,7 +225,7 @@ def main():
     parser.add_argument("--features", help="safetensors file of what md_hpc computed")
     parser.add_argument("--feature", choices=["mean", "cls"], default="mean")
     parser.add_argument("--images", type=int, default=64, help="of the features file (64)")
-    parser.add_argument("--tolerance", type=float, default=1e-4, help="relative error allowed")
+    parser.add_argument("--tolerance", type=float, default=1e-5, help="relative error allowed")
     parser.add_argument("pictures", nargs="*", help="picture files")
     options = parser.parse_args()
     if not options.timm and not options.hf or options.beit2 and not options.timm:

@@ -20,7 +20,7 @@ cuda+=(method.teacher.weights="$scratch/clip.h5")
 close() {
     paste <(curve "$1") <(curve "$2") | awk '
         { d = $2 > $6 ? $2 - $6 : $6 - $2; e = $3 > $7 ? $3 - $7 : $7 - $3 }
-        d > 0.02 * $2 || e > 0.1 * $3 { print; bad = 1 }
+        /null/ || d > 0.02 * $2 || e > 0.1 * $3 { print; bad = 1 }
         END { exit bad || NR == 0 }' || fail "$1 and $2 are not close"
 }
 

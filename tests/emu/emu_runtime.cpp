@@ -5,11 +5,13 @@
  * their source when they run; the destination of a download is spoiled until then. */
 #include "tests/emu/emu_runtime.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <list>
 #include <map>
 #include <string>
 #include <vector>
@@ -274,6 +276,18 @@ cudaError_t cudaFreeHost(void *p)
     return cudaSuccess;
 }
 
+/* Pinned memory that copies to the device, issued and not run yet, will read. */
+static std::list<std::pair<const char *, size_t>> uploads;
+
+static bool awaited(const void *p, size_t bytes)
+{
+    const char *first = static_cast<const char *>(p);
+    for (const auto &u : uploads)
+        if (first < u.first + u.second && u.first < first + bytes)
+            return true;
+    return false;
+}
+
 cudaError_t cudaMemcpyAsync(void *dst, const void *src, size_t bytes, cudaMemcpyKind kind,
                             cudaStream_t stream)
 {
@@ -292,10 +306,17 @@ cudaError_t cudaMemcpyAsync(void *dst, const void *src, size_t bytes, cudaMemcpy
         });
         return cudaSuccess;
     }
-    if (down)
+    /* What a download brings is there when it has run, not before; but what an upload issued
+     * earlier still has to read stays. */
+    if (down && !awaited(dst, bytes))
         std::memset(dst, 0xff, bytes);
+    if (up)
+        uploads.push_back({static_cast<const char *>(src), bytes});
     emu_queue(stream, [=] {
         std::memcpy(dst, src, bytes);
+        if (up)
+            uploads.erase(std::find(uploads.begin(), uploads.end(),
+                                    std::make_pair(static_cast<const char *>(src), bytes)));
         return true;
     });
     return cudaSuccess;

@@ -1,0 +1,46 @@
+#!/bin/bash
+# Labels on the cuda backend, on the stand-in for CUDA (tests/emu): a classifier trained and evaluated
+# as on the cpu backend, alone and on a grid of ranks; nearest neighbours of its features.
+set -eu
+cd "$(dirname "$0")/../.."
+. tests/tiny_run.sh
+host=$MD_HPC
+emu=$(dirname "$MD_HPC")/emu/md_hpc
+[ -x "$emu" ] || { echo "no $emu" && exit 77; }
+limit=$((120 * ${MD_TEST_SCALE:-1}))
+keys=(task=finetune model.classes=10 model.rel_pos=per_layer augment.jitter=0 augment.mixup=0.8
+    augment.cutmix=1 augment.erasing=0.5 optim.layer_decay=0.7 optim.ema=0.9 optim.lr=8e-3
+    train.max_steps=4 evaluate.every=10 evaluate.split=train evaluate.batch=16)
+
+counts() {
+    sed -n 's/.*"images":\([0-9]*\),"top1_hits":\([0-9]*\),"top5_hits":\([0-9]*\).*/\1 \2 \3/p' \
+        "$scratch/$1/evaluations.jsonl"
+}
+hits() {
+    sed -n 's/.*"\(images\|top._hits\)": \([0-9]*\).*/\2/p' "$1" | tr '\n' ' '
+}
+
+done_well 1 cpu "${keys[@]}"
+[ "$(counts cpu | cut -d' ' -f1)" = 96 ] || fail "evaluations: $(counts cpu)"
+MD_HPC=$emu
+keys+=(backend=cuda)
+done_well 1 fp32 "${keys[@]}" precision=fp32
+done_well 4 grid "${keys[@]}" precision=fp32 parallel.tensor=2 parallel.sequence=true parallel.zero=1 \
+    parallel.comm=mpi
+for run in fp32 grid; do
+    near cpu "$run"
+    [ "$(counts cpu)" = "$(counts "$run")" ] || fail "cpu: $(counts cpu), $run: $(counts "$run")"
+done
+done_well 2 bf16 "${keys[@]}" parallel.zero=1 parallel.comm=mpi
+paste <(curve cpu) <(curve bf16) | awk '
+    { d = $2 > $6 ? $2 - $6 : $6 - $2 }
+    /null/ || d > 0.02 * $2 { print; bad = 1 }
+    END { exit bad || NR == 0 }' || fail "bf16 is not close"
+
+neighbours=(evaluate.kind=knn evaluate.knn_k=3 evaluate.split=train)
+"$host" evaluate "$scratch/cpu" "${neighbours[@]}" "evaluate.output=$scratch/a" >"$log" 2>&1 ||
+    fail "neighbours on the cpu"
+"$MPIRUN" -np 2 "$emu" evaluate "$scratch/cpu" "${neighbours[@]}" "evaluate.output=$scratch/b" \
+    backend=cuda precision=fp32 parallel.comm=mpi >"$log" 2>&1 || fail "neighbours on cuda"
+[ "$(hits "$scratch/a.json")" = "$(hits "$scratch/b.json")" ] ||
+    fail "neighbours: $(hits "$scratch/a.json"), on cuda $(hits "$scratch/b.json")"
