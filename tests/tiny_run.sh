@@ -86,11 +86,12 @@ same() {
     diff <(curve "$1") <(curve "$2") || fail "$1 and $2 differ"
 }
 
-# near RUN RUN: every step's loss and gradient norm within 1e-5.
+# near RUN RUN: every step's loss within 1e-5 and gradient norm within 1e-4: rounding grows from step to
+# step, and how fast depends on the pictures, which are this folder's sources.
 near() {
     paste <(curve "$1") <(curve "$2") | awk -v a="$1" -v b="$2" '
         { d = $2 > $6 ? $2 - $6 : $6 - $2; e = $3 > $7 ? $3 - $7 : $7 - $3 }
-        /null/ || $1 != $5 || d > 1e-5 * $2 || e > 1e-5 * $3 || $4 != $8 {
+        /null/ || $1 != $5 || d > 1e-5 * $2 || e > 1e-4 * $3 || $4 != $8 {
             print a, b " at step " $1 ": " $2, $6, " norm " $3, $7; bad = 1
         }
         END { exit bad || NR == 0 }' || fail "$1 and $2 differ"
