@@ -42,6 +42,9 @@ static void check_shapes(const md_config *c, md_config_errors *e)
          "parallel.sequence = true needs parallel.tensor of at least 2");
     RULE(c->image_size % c->model_patch == 0, "image.size", "model.patch",
          "model.patch = %lld must divide image.size = %lld", LL(c->model_patch), LL(c->image_size));
+    RULE(c->evaluate_resize == 0 || c->evaluate_resize >= c->image_size, "evaluate.resize",
+         "image.size", "evaluate.resize = %lld must not be less than image.size = %lld",
+         LL(c->evaluate_resize), LL(c->image_size));
     RULE(c->augment_crop_min <= c->augment_crop_max, "augment.crop_min", "augment.crop_max",
          "augment.crop_min = %g must not exceed augment.crop_max = %g", c->augment_crop_min,
          c->augment_crop_max);

@@ -27,15 +27,14 @@ int64_t md_evaluator_images(const md_topo *topo, int64_t images)
     return (images + topo->tp_size - 1) / topo->tp_size * topo->tp_size;
 }
 
-static md_status check_labels(const md_evaluator *e)
+md_status md_labels_check(const md_dataset *d, const char *path, const char *split)
 {
-    const md_evaluator_args *a = &e->args;
-    const int classes = md_dataset_classes(e->data);
-    const int64_t n = md_dataset_count(e->data);
+    const int classes = md_dataset_classes(d);
+    const int64_t n = md_dataset_count(d);
     for (int64_t i = 0; i < n; i++)
-        if (md_dataset_label(e->data, i) < 0 || md_dataset_label(e->data, i) >= classes)
-            MD_FAIL(MD_ERR_DATA, "%s: image %lld of split \"%s\" has no label", a->data,
-                    (long long)i, a->split);
+        if (md_dataset_label(d, i) < 0 || md_dataset_label(d, i) >= classes)
+            MD_FAIL(MD_ERR_DATA, "%s: image %lld of split \"%s\" has no label", path, (long long)i,
+                    split);
     return MD_OK;
 }
 
@@ -48,7 +47,7 @@ md_status md_evaluator_create(const md_evaluator_args *args, md_evaluator **out)
     e->args = *args;
     md_status st = md_dataset_open(args->data, args->split, world, &e->data);
     if (st == MD_OK)
-        st = md_agree(world, check_labels(e));
+        st = md_agree(world, md_labels_check(e->data, args->data, args->split));
     if (st == MD_OK)
         st = md_agree(world, md_viewer_create(&(md_viewer_args){.method = args->method,
                                                                 .backend = args->backend,
@@ -159,7 +158,6 @@ md_status md_evaluator_run(md_evaluator *e, md_evaluator_see see, void *context)
 
 typedef struct tally {
     const md_class_subset *subset;
-    int logits;
     md_accuracy *out;
     double loss;
 } tally;
@@ -200,12 +198,17 @@ static void count(void *context, const md_seen *seen)
     t->loss += loss;
 }
 
-static md_status check_classes(const md_evaluator *e, int answers)
+static md_status check_classes(const md_evaluator *e, const md_class_subset *s)
 {
-    const int classes = md_dataset_classes(e->data);
-    if (classes != answers)
-        MD_FAIL(MD_ERR_CONFIG, "%s has %d classes, but %d are answered (model.classes)",
-                e->args.data, classes, answers);
+    const int classes = md_dataset_classes(e->data), logits = md_viewer_width(e->viewer);
+    if (s->class && s->class[s->classes - 1] >= logits)
+        MD_FAIL(MD_ERR_CONFIG,
+                "evaluate.classes = %s picks classes of ImageNet-1k up to number %d, the model has "
+                "%d (model.classes)",
+                e->args.config->evaluate_classes, s->class[s->classes - 1], logits);
+    if (classes != s->classes)
+        MD_FAIL(MD_ERR_CONFIG, "%s has %d classes, but %d are answered (%s)", e->args.data, classes,
+                s->classes, s->class ? "evaluate.classes" : "model.classes");
     return MD_OK;
 }
 
@@ -225,9 +228,9 @@ md_status md_evaluate_accuracy(md_evaluator *e, const md_class_subset *subset, m
 {
     md_comm *world = e->args.topo->world;
     const md_class_subset all = {.classes = md_viewer_width(e->viewer)};
-    tally t = {.subset = subset ? subset : &all, .logits = md_viewer_width(e->viewer), .out = out};
+    tally t = {.subset = subset ? subset : &all, .out = out};
     *out = (md_accuracy){.classes = t.subset->classes};
-    MD_TRY(md_agree(world, check_classes(e, out->classes)));
+    MD_TRY(md_agree(world, check_classes(e, t.subset)));
     out->by_class = md_alloc((size_t)out->classes * sizeof *out->by_class, "classes");
     MD_TRY(md_agree(world, out->by_class ? MD_OK : MD_ERR_MEMORY));
     md_status st = md_evaluator_run(e, count, &t);

@@ -8,6 +8,9 @@
 #include "src/method.h"
 #include "src/viewer.h"
 
+/* Local. MD_ERR_DATA names the first image of the open split that has no class. */
+md_status md_labels_check(const md_dataset *d, const char *path, const char *split);
+
 typedef struct md_evaluator_args {
     const md_config *config;
     const md_method *method;
@@ -72,8 +75,8 @@ typedef struct md_accuracy {
 } md_accuracy;
 
 /* Top-1 and top-5 of a classifier. Of equal logits the class with the lower index comes first.
- * Collective(world). *out is freed by md_accuracy_free. Errors of md_evaluator_run; MD_ERR_MEMORY.
- */
+ * Collective(world). *out is freed by md_accuracy_free. Errors of md_evaluator_run; MD_ERR_CONFIG:
+ * the store's classes are not those that are answered; MD_ERR_MEMORY. */
 md_status md_evaluate_accuracy(md_evaluator *e, const md_class_subset *subset, md_accuracy *out);
 void md_accuracy_free(md_accuracy *a);
 /* Collective(c). Sums by_class over the ranks, and `all` over the classes. */

@@ -54,14 +54,7 @@ static md_status check_labels(const md_run *r)
                 "model.classes = %lld, but the images of %s have %d classes: set "
                 "model.classes=%d",
                 (long long)c->model_classes, c->data_train, classes, classes);
-    const int64_t n = md_dataset_count(r->data);
-    for (int64_t i = 0; i < n; i++)
-        if (md_dataset_label(r->data, i) < 0 || md_dataset_label(r->data, i) >= classes)
-            MD_FAIL(MD_ERR_DATA,
-                    "%s: image %lld of split \"%s\" has no label, which task = \"%s\" "
-                    "needs",
-                    c->data_train, (long long)i, c->data_split, c->task);
-    return MD_OK;
+    return md_labels_check(r->data, c->data_train, c->data_split);
 }
 
 static md_status open_data(md_run *r)

@@ -101,3 +101,9 @@ evaluate 2 student
 says "evaluate.kind=knn"
 evaluate 2 scratch evaluate.split=none
 [ "$rc" = 65 ] || fail "no such split: exit code $rc"
+evaluate 2 scratch evaluate.classes=imagenet_r
+[ "$rc" = 78 ] || fail "200 classes of a model with 10: exit code $rc"
+says "up to number 988"
+evaluate 2 scratch evaluate.resize=15
+[ "$rc" = 78 ] || fail "a resize below the crop: exit code $rc"
+says "must not be less than image.size"
