@@ -231,8 +231,10 @@ $(BUILD)/tests/%: tests/%.c $(LIB) $(SANOBJ)
 	$(say) TEST $<
 	@mkdir -p $(@D)
 	$(Q)$(COMPILE) $(TEST_CFLAGS) -MMD -MP $< $(TEST_OBJ) $(LIB) $(SANOBJ) -o $@ $(TEST_LIBS) $(LIBS_ALL)
-$(BUILD)/tests/ops/test_ops: $(OPS_OBJ)
-$(BUILD)/tests/ops/test_ops: private TEST_OBJ := $(OPS_OBJ)
+OPS_ALL := $(OPS_OBJ) $(if $(filter 1,$(CUDA)),$(CUDA_OBJ))
+$(BUILD)/tests/ops/test_ops: $(OPS_ALL)
+$(BUILD)/tests/ops/test_ops: private TEST_OBJ := $(OPS_ALL)
+$(BUILD)/tests/ops/test_ops: private TEST_LIBS += $(if $(filter 1,$(CUDA)),$(CUDA_LIBS))
 FAKE_DEVICE := $(BUILD)/tests/ops/fake_device.o
 $(BUILD)/tests/par/test_comm_device: $(FAKE_DEVICE)
 $(BUILD)/tests/par/test_comm_device: private TEST_OBJ := $(FAKE_DEVICE)

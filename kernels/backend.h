@@ -57,8 +57,9 @@ typedef enum md_act { MD_ACT_NONE, MD_ACT_GELU, MD_ACT_QUICK_GELU } md_act;
 
 /* y = act(op_a(a) op_b(b) + bias), y of the compute type or f32. a [m,k] (or [k,m] with trans_a), b
  * [k,n] (or [n,k] with trans_b), y [m,n] in the matrix view; bias [n]. With act, pre (optional)
- * receives the value before act; y accumulates only without act, pre never. Linear layer: fwd
- * trans_b; data gradient plain; weight gradient trans_a with accumulate. */
+ * receives the value before act; y accumulates only without act, pre never. In bf16 the product may
+ * be rounded before bias and the old y are added. Linear layer: fwd trans_b; data gradient plain;
+ * weight gradient trans_a with accumulate. */
 typedef struct md_gemm_args {
     MD_IN(*a, *b, *bias);
     MD_OUT(*y, *pre);

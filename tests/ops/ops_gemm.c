@@ -43,11 +43,14 @@ static void build_gemm(op_case *c)
     c->terms = (double)k;
 }
 
-/* The activation may take the value before it as pre holds it, rounded. */
+/* The activation may take the value before it as pre holds it, rounded; and a library may round to
+ * y's type before it adds the bias, and again before it adds what y held, in either order. */
 static void ref_gemm(op_case *c, bool mutant)
 {
     int64_t m = c->row->n[0], n = c->row->n[1], k = c->row->n[2];
     unsigned f = c->row->flags;
+    const double product = f & (BIAS | ADD) && !(f & Y_F32) ? case_eps(c) : 0.0;
+    const double with_bias = f & BIAS && f & ADD ? product : 0.0;
     const double *a = X(c, gemm, a), *b = X(c, gemm, b), *bias = X(c, gemm, bias);
     for (int64_t i = 0; i < m; i++)
         for (int64_t j = 0; j < n; j++) {
@@ -55,12 +58,16 @@ static void ref_gemm(op_case *c, bool mutant)
             for (int64_t l = 0; l < k - (mutant ? 1 : 0); l++)
                 sum +=
                     (f & TA ? a[l * m + i] : a[i * k + l]) * (f & TB ? b[j * k + l] : b[l * n + j]);
-            if (REF(c, gemm, pre))
+            const double first = product * fabs(sum - (bias ? bias[j] : 0.0)) +
+                                 with_bias * (fabs(sum) + fabs(REF(c, gemm, y)[i * n + j]));
+            const double slope = act_of(f) == MD_ACT_NONE ? 1.0 : act_slope(act_of(f), sum);
+            const double again = act_of(f) == MD_ACT_NONE ? 0.0 : case_eps(c) * fabs(sum);
+            if (REF(c, gemm, pre)) {
                 REF(c, gemm, pre)[i * n + j] += sum;
+                SLACK(c, gemm, pre)[i * n + j] = first;
+            }
             REF(c, gemm, y)[i * n + j] += act_value(act_of(f), sum);
-            if (act_of(f) != MD_ACT_NONE)
-                SLACK(c, gemm, y)
-            [i * n + j] = case_eps(c) * fabs(sum * act_slope(act_of(f), sum));
+            SLACK(c, gemm, y)[i * n + j] = (first + again) * fabs(slope);
         }
 }
 
