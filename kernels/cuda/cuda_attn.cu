@@ -171,9 +171,9 @@ template <int W, bool REL> MD_KERNEL(ATTN_BOUNDS(FWD_WARPS(W), 2)) attn_fwd(fwd_
                 md_barrier();
                 attn_rows from = {q.from + d.row, 3 * d.row, k.first * ATTN_BLOCK,
                                   (end - k.first) * ATTN_BLOCK};
-                attn_fetch<W>(keys, from, d);
+                attn_fetch<W, 4>(keys, from, d);
                 from.from += d.row;
-                attn_fetch<W>(keys + W, from, d);
+                attn_fetch<W, 4>(keys + W, from, d);
                 md_async_commit();
                 md_async_wait<0>();
                 md_barrier();

@@ -154,15 +154,26 @@ struct attn_rows {
 };
 
 /* Starts copies of rows into shared memory, all threads of the block together; zeros beyond the
- * tokens. */
-template <int W> MD_DEV void attn_fetch(md_bf16 *to, const attn_rows &r, const attn_dims &d)
+ * tokens. A copy holds its addresses until the memory has them, so U of them have registers. */
+template <int W, int U> MD_DEV void attn_fetch(md_bf16 *to, const attn_rows &r, const attn_dims &d)
 {
-#pragma unroll 1
+#pragma unroll U
     for (int i = attn_thread(); i < r.count * (W / 8); i += (int)blockDim.x) {
         int row = i / (W / 8), col = i % (W / 8) * 8;
         bool there = r.first + row < d.tokens;
         const md_bf16 *from = r.from + (r.first + row) * r.stride + col;
         md_async_copy16(to + row * ATTN_ROW(W) + col, there ? from : r.from, there);
+    }
+}
+
+/* Brings a warp's 16 rows near. */
+template <int W> MD_DEV void attn_prefetch(const attn_rows &r, const attn_dims &d)
+{
+#pragma unroll 1
+    for (int i = attn_thread() % MD_WARP; i < ATTN_BLOCK * (W / 16); i += MD_WARP) {
+        const int row = r.first + i / (W / 16);
+        if (row < d.tokens)
+            md_prefetch(r.from + row * r.stride + i % (W / 16) * 16);
     }
 }
 

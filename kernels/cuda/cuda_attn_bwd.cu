@@ -17,6 +17,9 @@
 /* Blocks of keys of a step: two where the registers hold them. */
 #define QUERY_STEP(w, rel) ((rel) && (w) > 64 ? 1 : 2)
 
+/* Whether they also hold a word of the bias before its block's turn. */
+#define QUERY_AHEAD(w) ((w) > 64)
+
 /* What the sums of dlogits may take of shared memory together with the stages on the largest GPU.
  * Chunks are cut for it everywhere. */
 #define QUERY_SMEM 232448
@@ -33,10 +36,12 @@ template <int W> struct query_tile {
     float dq[W / 8][4], lse[2], delta[2];
 };
 
-/* Where a stage's keys are for this lane. rel and sums: of the tile, block 0 of the head. */
+/* Where a stage's keys are for this lane. sums: of the tile, block 0 of the head; rel, word: the
+ * next block's bias. */
 struct query_keys {
     const md_bf16 *k, *k_sum;
     const uint4 *rel;
+    uint4 word;
     float4 *sums;
     int tokens;
     float scale;
@@ -87,6 +92,19 @@ MD_DEV void query_end(const query_tile<W> &t, const attn_bwd_args &a, int image,
     attn_write<W>(a.dqkv + attn_at(a.d, image, head, 3 * a.d.row), t.dq, to, a.d, scale);
 }
 
+/* Brings near what query_begin will read of another image. */
+template <int W> MD_DEV void query_expect(const attn_bwd_args &a, int image, int head, int first)
+{
+    attn_rows rows = {a.qkv + attn_at(a.d, image, head, 3 * a.d.row), 3 * a.d.row, first,
+                      ATTN_BLOCK};
+    attn_prefetch<W>(rows, a.d);
+    rows.stride = a.d.row;
+    rows.from = a.d_o + attn_at(a.d, image, head, a.d.row);
+    attn_prefetch<W>(rows, a.d);
+    rows.from = a.o + attn_at(a.d, image, head, a.d.row);
+    attn_prefetch<W>(rows, a.d);
+}
+
 /* Gradients of the logits of one block, in dp, and their sums over images. */
 template <bool REL>
 MD_DEV void query_logits(float (&s)[2][4], float (&dp)[2][4], const uint4 &word,
@@ -114,17 +132,20 @@ MD_DEV void query_logits(float (&s)[2][4], float (&dp)[2][4], const uint4 &word,
     }
 }
 
-/* N blocks of keys from block `at` of the stage, which is `block` of the head. */
+/* N blocks of keys from block `at` of the stage, which is `block` of the head. With N = 1 k.word is
+ * of the bias of this block, then of the one after it: memory is slower than the products. */
 template <int W, bool REL, int N>
-MD_DEV void query_step(query_tile<W> &t, const query_keys &k, int at, int block)
+MD_DEV void query_step(query_tile<W> &t, query_keys &k, int at, int block)
 {
     const int offset = at * ATTN_BLOCK * ATTN_ROW(W);
     float s[N][2][4] = {}, dp[N][2][4] = {};
     uint4 word[N] = {};
-    if (REL) {
+    if (REL && QUERY_AHEAD(W))
+        word[0] = k.word;
+    else if (REL) {
 #pragma unroll
         for (int n = 0; n < N; n++)
-            word[n] = k.rel[(block + n) * MD_WARP];
+            word[n] = k.rel[n * MD_WARP];
     }
 #pragma unroll
     for (int c = 0; c < W / 16; c++)
@@ -139,6 +160,11 @@ MD_DEV void query_step(query_tile<W> &t, const query_keys &k, int at, int block)
     for (int n = 0; n < N; n++) {
         uint32_t ds[4];
         query_logits<REL>(s[n], dp[n], word[n], k, block + n, row);
+        if (REL && n == N - 1) {
+            k.rel += N * MD_WARP;
+            if (QUERY_AHEAD(W))
+                k.word = *k.rel;
+        }
         attn_round(ds, dp[n]);
         attn_sum<W>(t.dq, ds, k.k_sum + offset + n * ATTN_BLOCK * ATTN_ROW(W));
     }
@@ -167,9 +193,9 @@ MD_DEV void query_fetch(const attn_bwd_args &a, int head, const query_steps &s, 
         const int first = step % a.stages * rows, image = s.first + step / a.stages;
         attn_rows from = {a.qkv + attn_at(a.d, image, head, 3 * a.d.row) + a.d.row, 3 * a.d.row,
                           first, padded - first < rows ? padded - first : rows};
-        attn_fetch<W>(to, from, a.d);
+        attn_fetch<W, 2>(to, from, a.d);
         from.from += a.d.row;
-        attn_fetch<W>(to + W, from, a.d);
+        attn_fetch<W, 2>(to + W, from, a.d);
     }
     md_async_commit();
 }
@@ -178,22 +204,53 @@ MD_DEV void query_fetch(const attn_bwd_args &a, int head, const query_steps &s, 
 template <int W, bool REL>
 MD_DEV void query_stage(query_tile<W> &t, query_keys &k, const md_bf16 *keys, int stage)
 {
+    const int n = QUERY_STEP(W, REL);
     const int first = stage * QUERY_STAGE, blocks = (k.tokens + ATTN_BLOCK - 1) / ATTN_BLOCK;
     const int count = blocks - first < QUERY_STAGE ? blocks - first : QUERY_STAGE;
     k.k = attn_scores_at<W>(keys);
     k.k_sum = attn_sum_at<W>(keys);
     int at = 0;
 #pragma unroll 1
-    for (; at + QUERY_STEP(W, REL) <= count; at += QUERY_STEP(W, REL))
-        query_step<W, REL, QUERY_STEP(W, REL)>(t, k, at, first + at);
-    if (QUERY_STEP(W, REL) == 2 && at < count)
+    for (; at + n <= count; at += n)
+        query_step<W, REL, n>(t, k, at, first + at);
+    if (n == 2 && at < count)
         query_step<W, REL, 1>(t, k, at, first + at);
 }
 
-/* A warp's sums of dlogits into its rows of the chunk's partial drel [T, T]. */
-MD_DEV void query_sums(float *to, const float4 *sums, int tokens, int first, int blocks)
+/* Which part of the work a block of threads and a warp of it have. */
+struct query_place {
+    int head, chunk, warp, tile;
+};
+
+/* From the block's number; asked again at the end, so that nothing sits in registers until then. */
+MD_DEV query_place query_where(const attn_bwd_args &a, int block)
 {
-    const int row = first + (int)threadIdx.x % MD_WARP / 4;
+    query_place p;
+    p.warp = attn_warp();
+    p.tile = block % a.groups * ((int)blockDim.x / MD_WARP) + p.warp;
+    p.head = block / a.groups % a.d.heads;
+    p.chunk = block / (a.groups * a.d.heads);
+    return p;
+}
+
+/* Where a warp's sums of dlogits are for this lane: two words for a block of keys. */
+template <int W> MD_DEV float4 *query_sums_at(int warp, int blocks)
+{
+    const int room = QUERY_STAGES * QUERY_STAGE * ATTN_BLOCK * ATTN_ROW(W);
+    return reinterpret_cast<float4 *>(reinterpret_cast<md_bf16 *>(md_smem()) + room) +
+           warp * 2 * blocks * MD_WARP + (int)threadIdx.x % MD_WARP;
+}
+
+/* A warp's sums of dlogits into its rows of the chunk's partial drel [T, T]. */
+template <int W> MD_DEV void query_sums(const attn_bwd_args &a)
+{
+    const query_place p = query_where(a, md_shfl((int)blockIdx.x, 0));
+    const int tokens = a.d.tokens, blocks = (tokens + ATTN_BLOCK - 1) / ATTN_BLOCK;
+    const float4 *sums = query_sums_at<W>(p.warp, blocks);
+    float *to = a.part + ((int64_t)p.chunk * a.d.heads + p.head) * tokens * tokens;
+    const int row = p.tile * ATTN_BLOCK + (int)threadIdx.x % MD_WARP / 4;
+    if (p.tile >= blocks)
+        return;
 #pragma unroll 1
     for (int i = 0; i < 2 * blocks; i++) {
         const float4 x = sums[i * MD_WARP];
@@ -211,23 +268,17 @@ MD_KERNEL(ATTN_BOUNDS(QUERY_WARPS(W), 1))
 attn_bwd_queries(attn_bwd_args a)
 {
     const attn_dims d = a.d;
-    const int group = (int)blockIdx.x % a.groups, head = (int)blockIdx.x / a.groups % d.heads;
-    const int chunk = (int)blockIdx.x / (a.groups * d.heads);
-    const int blocks = (d.tokens + ATTN_BLOCK - 1) / ATTN_BLOCK;
-    const int warp = attn_warp(), lane = (int)threadIdx.x % MD_WARP;
-    const int tile = group * ((int)blockDim.x / MD_WARP) + warp, first = tile * ATTN_BLOCK;
+    const query_place place = query_where(a, (int)blockIdx.x);
+    const int head = place.head, chunk = place.chunk, tile = place.tile, first = tile * ATTN_BLOCK;
+    const int blocks = (d.tokens + ATTN_BLOCK - 1) / ATTN_BLOCK, lane = (int)threadIdx.x % MD_WARP;
     const int begin = (int)((int64_t)d.images * chunk / a.chunks);
     const int end = (int)((int64_t)d.images * (chunk + 1) / a.chunks);
     const query_steps s = {begin, (end - begin) * a.stages};
     query_keys k = {};
     k.tokens = d.tokens;
     k.scale = d.scale * MD_LOG2E;
-    if (REL)
-        k.rel = a.rel + ((int64_t)head * blocks + tile) * blocks * MD_WARP + lane;
     if (REL && a.part) {
-        const int room = QUERY_STAGES * QUERY_STAGE * ATTN_BLOCK * ATTN_ROW(W);
-        k.sums = reinterpret_cast<float4 *>(reinterpret_cast<md_bf16 *>(md_smem()) + room) +
-                 warp * 2 * blocks * MD_WARP + lane;
+        k.sums = query_sums_at<W>(place.warp, blocks);
 #pragma unroll 1
         for (int i = 0; i < 2 * blocks; i++)
             k.sums[i * MD_WARP] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -237,8 +288,15 @@ attn_bwd_queries(attn_bwd_args a)
     query_tile<W> t;
     for (int step = 0; step < s.count; step++) {
         const int stage = step % a.stages, image = s.first + step / a.stages;
-        if (stage == 0 && tile < blocks)
+        if (stage == 0 && tile < blocks) {
+            if (REL)
+                k.rel = a.rel + ((int64_t)head * blocks + tile) * blocks * MD_WARP + lane;
+            if (REL && QUERY_AHEAD(W))
+                k.word = *k.rel;
             query_begin<W>(t, a, image, head, first);
+            if (image + 1 < end)
+                query_expect<W>(a, image + 1, head, first);
+        }
         md_async_wait<QUERY_STAGES - 2>();
         md_barrier(); /* this stage is there, and the one before it has been read */
         query_fetch<W>(a, head, s, step + QUERY_STAGES - 1);
@@ -247,9 +305,8 @@ attn_bwd_queries(attn_bwd_args a)
         if (stage == a.stages - 1 && tile < blocks)
             query_end<W>(t, a, image, head, first);
     }
-    if (REL && a.part && tile < blocks)
-        query_sums(a.part + ((int64_t)chunk * d.heads + head) * d.tokens * d.tokens, k.sums,
-                   d.tokens, first, blocks);
+    if (REL && a.part)
+        query_sums<W>(a);
 }
 
 /* ---- host ---- */
@@ -314,6 +371,9 @@ static int image_chunks(const md_attention_bwd_args *a, const attn_dims &d)
     return MD_MAX(1, MD_MIN(d.images, QUERY_GRID / (d.heads * groups)));
 }
 
+/* Words that are read ahead, behind the last block of keys or queries. */
+#define AHEAD MD_WARP
+
 /* Offsets in the scratch: delta, the bias, the partial drel; its end. */
 struct bwd_layout {
     size_t rel, part, end;
@@ -325,7 +385,7 @@ static bwd_layout layout_of(const md_attention_bwd_args *a, const attn_dims &d)
     bwd_layout l;
     l.rel = attn_line(sizeof(float) * rows * (size_t)d.images);
     l.part = l.rel + (a->rel && attn_tensor_cores(a->qkv, a->heads)
-                          ? attn_line(2 * sizeof(uint4) * (size_t)attn_rel_words(d))
+                          ? attn_line(sizeof(uint4) * (2 * (size_t)attn_rel_words(d) + AHEAD))
                           : 0);
     l.end = l.part;
     if (a->drel)

@@ -28,14 +28,12 @@ template <int W> MD_DEV float2 *key_own(md_bf16 *row)
 }
 
 /* One block of queries. Rows are keys: those beyond the tokens go nowhere; queries beyond them are
- * zeros, and so are their d_o. */
-template <int W, bool REL> MD_DEV void key_step(key_tile<W> &t, const key_queries &k, int block)
+ * zeros, and so are their d_o. word: of the bias of this block, then of the one after it. */
+template <int W, bool REL>
+MD_DEV void key_step(key_tile<W> &t, const key_queries &k, uint4 &word, int block)
 {
     const int offset = (block - k.first) * ATTN_BLOCK * ATTN_ROW(W);
     float s[2][4] = {}, dp[2][4] = {}, bias[2][4] = {};
-    uint4 word = {};
-    if (REL)
-        word = k.rel[block * MD_WARP];
 #pragma unroll
     for (int c = 0; c < W / 16; c++) {
         attn_scores(s, t.k[c], k.q + offset + 16 * c);
@@ -53,6 +51,8 @@ template <int W, bool REL> MD_DEV void key_step(key_tile<W> &t, const key_querie
             attn_gradient(s[h][j + 2], dp[h][j + 2], bias[h][j + 2] * MD_LOG2E - own.x, k.scale,
                           own.y);
         }
+    if (REL)
+        word = k.rel[(block + 1) * MD_WARP];
     uint32_t p[4];
     attn_round(p, s);
     attn_sum<W>(t.dv, p, k.q_sum + offset + W);
@@ -83,8 +83,8 @@ MD_DEV void key_fetch(const attn_bwd_args &a, int image, int head, const key_que
     md_bf16 *to = reinterpret_cast<md_bf16 *>(md_smem());
     attn_rows q = {a.qkv + attn_at(a.d, image, head, 3 * a.d.row), 3 * a.d.row, first, count};
     attn_rows g = {a.d_o + attn_at(a.d, image, head, a.d.row), a.d.row, first, count};
-    attn_fetch<W>(to, q, a.d);
-    attn_fetch<W>(to + W, g, a.d);
+    attn_fetch<W, 4>(to, q, a.d);
+    attn_fetch<W, 4>(to + W, g, a.d);
     md_async_commit();
     const int64_t at = ((int64_t)image * a.d.heads + head) * a.d.tokens + first;
 #pragma unroll 1
@@ -121,10 +121,13 @@ template <int W, bool REL> MD_KERNEL(ATTN_BOUNDS(KEY_WARPS(W), 2)) attn_bwd_keys
     for (int round = 0; round < blocks; round += warps) {
         const int tile = round + warp;
         key_tile<W> t;
+        uint4 word = {};
         if (tile < blocks)
             key_begin<W>(t, a, image, head, tile * ATTN_BLOCK);
-        if (REL)
+        if (REL && tile < blocks) {
             k.rel = a.rel + ((int64_t)(d.heads + head) * blocks + tile) * blocks * MD_WARP + lane;
+            word = k.rel[0];
+        }
         for (k.first = 0; k.first < blocks; k.first += a.resident) {
             const int end = k.first + a.resident < blocks ? k.first + a.resident : blocks;
             if (round == 0 || blocks > a.resident) {
@@ -134,7 +137,7 @@ template <int W, bool REL> MD_KERNEL(ATTN_BOUNDS(KEY_WARPS(W), 2)) attn_bwd_keys
             }
 #pragma unroll 1
             for (int block = k.first; tile < blocks && block < end; block++)
-                key_step<W, REL>(t, k, block);
+                key_step<W, REL>(t, k, word, block);
         }
         if (tile < blocks)
             key_end<W>(a, t, image, head, tile * ATTN_BLOCK);

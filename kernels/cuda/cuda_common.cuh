@@ -111,6 +111,12 @@ template <int N> MD_DEV void md_async_wait()
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+/* Asks for the 32 bytes of global memory around an address to come near (into L2). */
+MD_DEV void md_prefetch(const void *src)
+{
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(src));
+}
+
 /* Loads four 8x8 matrices of bf16; lane l gives the address of row l % 8 (16 bytes, aligned) of
  * matrix l / 8. r[i] of lane l then holds elements 2*(l%4), 2*(l%4)+1 of row l/4 of matrix i.
  * The transposed form gives the same of the transposed matrices. All 32 lanes. */

@@ -97,6 +97,11 @@ template <int N> MD_DEV void md_async_wait()
     emu_async_wait(N);
 }
 
+MD_DEV void md_prefetch(const void *src)
+{
+    (void)src;
+}
+
 struct emu_row {
     uint16_t value[8];
 };
