@@ -118,7 +118,8 @@ template <int W, bool REL, int N> MD_DEV void fwd_step(fwd_tile<W> &t, const fwd
 
 template <int W> MD_DEV void fwd_begin(fwd_tile<W> &t, const attn_rows &r, const attn_dims &d)
 {
-    attn_left<W>(t.q, r, d);
+    attn_load<W>(t.q, r, d);
+    attn_left<W>(t.q);
 #pragma unroll
     for (int n = 0; n < W / 8; n++)
 #pragma unroll

@@ -177,26 +177,59 @@ template <int W> MD_DEV void attn_prefetch(const attn_rows &r, const attn_dims &
     }
 }
 
-/* Two elements of a row, zeros where there are none. */
-MD_DEV uint32_t attn_pair(const attn_rows &r, const attn_dims &d, int row, int col)
+/* Turns a 4 x 4 matrix that lies over four lanes: word j of lane 4 g + t becomes word t of lane
+ * 4 g + j. All 32 lanes. */
+MD_DEV void attn_turn(uint32_t (&w)[4])
 {
-    if (row >= d.tokens)
-        return 0;
-    return *reinterpret_cast<const uint32_t *>(r.from + row * r.stride + col);
+    const int lane = (int)threadIdx.x % MD_WARP;
+#pragma unroll
+    for (int bit = 1; bit < 4; bit *= 2) {
+        const bool high = (lane & bit) != 0;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if (i & bit)
+                continue;
+            const uint32_t other = md_shfl_xor(high ? w[i] : w[i | bit], bit);
+            w[i | bit] = high ? w[i | bit] : other;
+            w[i] = high ? other : w[i];
+        }
+    }
 }
 
-/* A warp's 16 rows as the left factor of products. */
-template <int W>
-MD_DEV void attn_left(uint32_t (&a)[W / 16][4], const attn_rows &r, const attn_dims &d)
+/* The row among a warp's 16 and the first column among 16 of the 16 bytes that a lane reads or
+ * writes; attn_turn makes of these bytes the factor of a product, and of its result these bytes. */
+MD_DEV int attn_lane_row(int lane)
 {
-    int lane = attn_thread() % MD_WARP, row = r.first + lane / 4, col = lane % 4 * 2;
+    return lane / 4 + lane % 2 * 8;
+}
+
+MD_DEV int attn_lane_column(int lane)
+{
+    return lane % 4 / 2 * 8;
+}
+
+/* A warp's 16 rows, 16 bytes a lane for every 16 columns; zeros beyond the tokens. */
+template <int W>
+MD_DEV void attn_load(uint32_t (&a)[W / 16][4], const attn_rows &r, const attn_dims &d)
+{
+    const int lane = attn_thread() % MD_WARP, row = r.first + attn_lane_row(lane);
+    const bool there = row < d.tokens;
+    const md_bf16 *from = r.from + (there ? row : 0) * r.stride + attn_lane_column(lane);
 #pragma unroll
     for (int k = 0; k < W / 16; k++) {
-        a[k][0] = attn_pair(r, d, row, 16 * k + col);
-        a[k][1] = attn_pair(r, d, row + 8, 16 * k + col);
-        a[k][2] = attn_pair(r, d, row, 16 * k + col + 8);
-        a[k][3] = attn_pair(r, d, row + 8, 16 * k + col + 8);
+        uint4 x = make_uint4(0, 0, 0, 0);
+        if (there)
+            x = *reinterpret_cast<const uint4 *>(from + 16 * k);
+        a[k][0] = x.x, a[k][1] = x.y, a[k][2] = x.z, a[k][3] = x.w;
     }
+}
+
+/* A warp's 16 rows as the left factor of products, from what attn_load gave. */
+template <int W> MD_DEV void attn_left(uint32_t (&a)[W / 16][4])
+{
+#pragma unroll
+    for (int k = 0; k < W / 16; k++)
+        attn_turn(a[k]);
 }
 
 /* Writes a warp's 16 rows of sums, times a factor for rows g and g + 8. */
@@ -204,14 +237,19 @@ template <int W>
 MD_DEV void attn_write(md_bf16 *to, const float (&acc)[W / 8][4], const attn_rows &r,
                        const attn_dims &d, const float (&factor)[2])
 {
-    int lane = attn_thread() % MD_WARP, row = r.first + lane / 4, col = lane % 4 * 2;
+    const int lane = attn_thread() % MD_WARP, row = r.first + attn_lane_row(lane);
+    to += row * r.stride + attn_lane_column(lane);
 #pragma unroll
-    for (int n = 0; n < W / 8; n++) {
-        uint32_t *at = reinterpret_cast<uint32_t *>(to + row * r.stride + 8 * n + col);
+    for (int k = 0; k < W / 16; k++) {
+        uint32_t w[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float(&x)[4] = acc[2 * k + i / 2];
+            w[i] = md_pack(x[i % 2 * 2] * factor[i % 2], x[i % 2 * 2 + 1] * factor[i % 2]);
+        }
+        attn_turn(w);
         if (row < d.tokens)
-            *at = md_pack(acc[n][0] * factor[0], acc[n][1] * factor[0]);
-        if (row + 8 < d.tokens)
-            at[4 * r.stride] = md_pack(acc[n][2] * factor[1], acc[n][3] * factor[1]);
+            *reinterpret_cast<uint4 *>(to + 16 * k) = make_uint4(w[0], w[1], w[2], w[3]);
     }
 }
 

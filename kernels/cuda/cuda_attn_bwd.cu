@@ -55,23 +55,27 @@ MD_DEV void query_begin(query_tile<W> &t, const attn_bwd_args &a, int image, int
     attn_rows q = {a.qkv + attn_at(d, image, head, 3 * a.d.row), 3 * a.d.row, first, ATTN_BLOCK};
     attn_rows g = {a.d_o + attn_at(d, image, head, a.d.row), a.d.row, first, ATTN_BLOCK};
     attn_rows o = {a.o + attn_at(d, image, head, a.d.row), a.d.row, first, ATTN_BLOCK};
-    attn_left<W>(t.q, q, d);
-    attn_left<W>(t.g, g, d);
-    float sum[2] = {0.0f, 0.0f};
+    uint32_t x[W / 16][4];
+    attn_load<W>(t.q, q, d);
+    attn_load<W>(t.g, g, d);
+    attn_load<W>(x, o, d);
+    float sum = 0.0f; /* of row attn_lane_row, over this lane's columns */
 #pragma unroll
     for (int k = 0; k < W / 16; k++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            uint32_t x =
-                attn_pair(o, d, first + lane / 4 + i % 2 * 8, 16 * k + lane % 4 * 2 + i / 2 * 8);
-            sum[i % 2] += md_unpack_lo(x) * md_unpack_lo(t.g[k][i]) +
-                          md_unpack_hi(x) * md_unpack_hi(t.g[k][i]);
-        }
+        for (int i = 0; i < 4; i++)
+            sum += md_unpack_lo(x[k][i]) * md_unpack_lo(t.g[k][i]) +
+                   md_unpack_hi(x[k][i]) * md_unpack_hi(t.g[k][i]);
+    sum += md_shfl_xor(sum, 2);
+    const float other = md_shfl_xor(sum, 1);
+    t.delta[0] = lane % 2 ? other : sum;
+    t.delta[1] = lane % 2 ? sum : other;
+    attn_left<W>(t.q);
+    attn_left<W>(t.g);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         const int row = first + lane / 4 + 8 * r;
         const int64_t at = ((int64_t)image * d.heads + head) * d.tokens + row;
-        t.delta[r] = attn_quad_sum(sum[r]);
         t.lse[r] = row < d.tokens ? a.lse[at] * MD_LOG2E : 0.0f;
         if (lane % 4 == 0 && row < d.tokens)
             a.delta[at] = t.delta[r];

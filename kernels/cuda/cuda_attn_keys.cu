@@ -65,9 +65,11 @@ MD_DEV void key_begin(key_tile<W> &t, const attn_bwd_args &a, int image, int hea
 {
     attn_rows from = {a.qkv + attn_at(a.d, image, head, 3 * a.d.row) + a.d.row, 3 * a.d.row, first,
                       ATTN_BLOCK};
-    attn_left<W>(t.k, from, a.d);
+    attn_load<W>(t.k, from, a.d);
     from.from += a.d.row;
-    attn_left<W>(t.v, from, a.d);
+    attn_load<W>(t.v, from, a.d);
+    attn_left<W>(t.k);
+    attn_left<W>(t.v);
 #pragma unroll
     for (int n = 0; n < W / 8; n++)
 #pragma unroll
