@@ -50,11 +50,15 @@ static md_status vit_declare(md_method *m, md_tag *out)
         MD_FAIL(MD_ERR_CONFIG, "method.teacher.stage = ln_post_proj but %s holds no projection",
                 c->teacher_weights);
     t->final_norm = stage != STAGE_RAW;
+    t->init_std = (float)c->model_init_std; /* for measurements: a run has the file's weights */
     MD_TRY(md_vit_declare(&m->teacher_vit, t, &m->teacher_params));
     int width = t->width;
     if (stage == STAGE_PROJ) {
         width = m->info.proj_width;
         md_param proj = {.name = "proj.weight",
+                         .init = MD_INIT_TRUNC_NORMAL,
+                         .init_value = t->init_std,
+                         .init_scale = 1.0f,
                          .rank = 2,
                          .global = {width, t->width},
                          .cut_dim = -1,
