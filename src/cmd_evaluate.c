@@ -159,17 +159,16 @@ typedef struct view {
 static md_status make_evaluator(job *j, const view *v, md_evaluator **out)
 {
     const md_config *c = &j->config;
-    return md_evaluator_create(
-        &(md_evaluator_args){.config = c,
-                             .method = &j->method,
-                             .backend = j->be,
-                             .topo = &j->topo,
-                             .data = v->data,
-                             .split = v->split,
-                             .limit = v->limit,
-                             .sight = sight_of(j),
-                             .images = v->images},
-        out);
+    return md_evaluator_create(&(md_evaluator_args){.config = c,
+                                                    .method = &j->method,
+                                                    .backend = j->be,
+                                                    .topo = &j->topo,
+                                                    .data = v->data,
+                                                    .split = v->split,
+                                                    .limit = v->limit,
+                                                    .sight = sight_of(j),
+                                                    .images = v->images},
+                               out);
 }
 
 /* Collective(world). The images that vote, or are learned from. */
@@ -180,8 +179,7 @@ static md_status make_train(job *j)
     if (j->kind != KNN && j->kind != PROBE)
         return MD_OK;
     if (j->kind == PROBE) {
-        MD_TRY(md_agree(j->world,
-                        md_probe_images(&j->rule, &j->topo, v.images, &j->probe_images)));
+        MD_TRY(md_agree(j->world, md_probe_images(&j->rule, &j->topo, v.images, &j->probe_images)));
         v.images = j->probe_images;
         v.limit = 0;
     }

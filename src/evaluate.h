@@ -88,8 +88,9 @@ md_status md_accuracy_make(int classes, md_accuracy *out);
 void md_accuracy_count(md_accuracy *a, const md_class_subset *subset, int32_t label,
                        const float *logits);
 
-/* Top-1 and top-5 of a classifier. Collective(world). *out is freed by md_accuracy_free. Errors of md_evaluator_run; MD_ERR_CONFIG:
- * the store's classes are not those that are answered; MD_ERR_MEMORY. */
+/* Top-1 and top-5 of a classifier. Collective(world). *out is freed by md_accuracy_free. Errors of
+ * md_evaluator_run; MD_ERR_CONFIG: the store's classes are not those that are answered;
+ * MD_ERR_MEMORY. */
 md_status md_evaluate_accuracy(md_evaluator *e, const md_class_subset *subset, md_accuracy *out);
 void md_accuracy_free(md_accuracy *a);
 /* Collective(c). Sums by_class over the ranks, and `all` over the classes; takes the mean loss. */

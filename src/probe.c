@@ -18,7 +18,7 @@ typedef struct probe {
     int64_t width, own, steps; /* values of an image; images of a step here; steps of an epoch */
     float *feature;            /* [batch, width] of all data-parallel ranks */
     int32_t *label;            /* [batch] */
-    double *loss;              /* [heads + 1] sums of an epoch; then the images that were replaced */
+    double *loss; /* [heads + 1] sums of an epoch; then the images that were replaced */
     /* Images that wait to be judged. */
     float *seen;         /* [MD_PROBE_TILE, width] */
     int32_t *seen_label; /* [MD_PROBE_TILE] */
@@ -69,16 +69,15 @@ static md_status make_loader(probe *p)
 static md_status make_heads(probe *p)
 {
     const md_probe_args *a = p->a;
-    return md_probe_heads_create(
-        &(md_probe_heads_args){.backend = a->backend,
-                               .rule = a->rule,
-                               .heads = p->out->heads,
-                               .width = (int)p->width / p->out->heads,
-                               .classes = p->classes,
-                               .rank = a->topo->dp_rank,
-                               .ranks = a->topo->dp_size,
-                               .seed = (uint64_t)a->config->run_seed},
-        &p->heads);
+    return md_probe_heads_create(&(md_probe_heads_args){.backend = a->backend,
+                                                        .rule = a->rule,
+                                                        .heads = p->out->heads,
+                                                        .width = (int)p->width / p->out->heads,
+                                                        .classes = p->classes,
+                                                        .rank = a->topo->dp_rank,
+                                                        .ranks = a->topo->dp_size,
+                                                        .seed = (uint64_t)a->config->run_seed},
+                                 &p->heads);
 }
 
 static md_status set_up(probe *p)
@@ -153,9 +152,9 @@ static md_status run_step(probe *p, int64_t step)
     }
     md_comm_allgather(dp, p->feature + first * p->width, p->feature, p->own * row);
     md_comm_allgather(dp, p->label + first, p->label, p->own * (int64_t)sizeof *p->label);
-    MD_TRY(md_agree(p->a->topo->world,
-                    md_probe_heads_step(p->heads, p->feature, p->label,
-                                        md_probe_lr(&p->a->rule, step, p->steps))));
+    MD_TRY(
+        md_agree(p->a->topo->world, md_probe_heads_step(p->heads, p->feature, p->label,
+                                                        md_probe_lr(&p->a->rule, step, p->steps))));
     for (int k = 0; k < p->out->heads; k++)
         p->loss[k] += md_probe_heads_loss(p->heads)[k];
     return MD_OK;

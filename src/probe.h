@@ -15,7 +15,8 @@ md_status md_probe_images(const md_probe_rule *rule, const md_topo *topo, int64_
 
 typedef struct md_probe_args {
     const md_config *config;
-    md_evaluator *train, *test; /* viewers of MD_SIGHT_BLOCKS where rule.blocks, else of a feature */
+    md_evaluator *train,
+        *test; /* viewers of MD_SIGHT_BLOCKS where rule.blocks, else of a feature */
     md_backend *backend;
     const md_topo *topo;
     md_probe_rule rule;

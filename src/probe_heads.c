@@ -13,50 +13,6 @@
 #define LARS_TRUST    0.001
 #define INIT_STD      0.01f
 
-/* ---- recipes ---- */
-
-/* In the order of the key evaluate.probe_recipe. */
-static const struct recipe {
-    md_probe_rule rule;
-    int64_t images; /* the rate is meant for so many; 0: for any batch */
-} recipes[] = {
-    {{.blocks = true,
-      .by_epoch = true,
-      .lr = 4e-3,
-      .weight_decay = 1e-4,
-      .epochs = 100,
-      .batch = 1024},
-     0},
-    {{.norm = true, .lars = true, .lr = 0.1, .warmup = 10, .epochs = 90, .batch = 16384}, 256},
-};
-
-md_probe_rule md_probe_rule_make(const md_config *c)
-{
-    const struct recipe *row =
-        &recipes[md_config_choice("evaluate.probe_recipe", c->evaluate_probe_recipe)];
-    md_probe_rule r = row->rule;
-    if (c->evaluate_probe_epochs) {
-        r.epochs = c->evaluate_probe_epochs;
-        r.warmup *= (double)r.epochs / (double)row->rule.epochs;
-    }
-    if (c->evaluate_probe_batch)
-        r.batch = c->evaluate_probe_batch;
-    if (c->evaluate_probe_lr > 0)
-        r.lr = c->evaluate_probe_lr;
-    else if (row->images)
-        r.lr *= (double)r.batch / (double)row->images;
-    return r;
-}
-
-double md_probe_lr(const md_probe_rule *r, int64_t step, int64_t steps)
-{
-    const double epoch = r->by_epoch ? (double)(step / steps) : (double)step / (double)steps;
-    if (epoch < r->warmup)
-        return r->lr * epoch / r->warmup;
-    const double done = (epoch - r->warmup) / ((double)r->epochs - r->warmup);
-    return r->lr * 0.5 * (1.0 + cos(acos(-1.0) * done));
-}
-
 /* ---- memory ---- */
 
 /* A head's block of values: weight [classes, width], bias [classes] from `bias` on; moments and
@@ -75,13 +31,14 @@ struct md_probe_heads {
     void *scratch;
     size_t scratch_size;
     /* The host. */
-    float *stage;      /* [rows, width] */
-    float *one_hot;    /* [batch, classes] */
-    float *answer;     /* [MD_PROBE_TILE, classes] */
-    double *host_sums; /* as sums */
-    float *host_value; /* [size] */
-    double *loss;      /* [heads] */
-    double *mean, *variance, *running_mean, *running_variance; /* of batch norm [heads, width] */
+    float *stage;                            /* [rows, width] */
+    float *one_hot;                          /* [batch, classes] */
+    float *answer;                           /* [MD_PROBE_TILE, classes] */
+    double *host_sums;                       /* as sums */
+    float *host_value;                       /* [size] */
+    double *loss;                            /* [heads] */
+    double *mean, *variance, *scale;         /* what batch norm goes by [width] */
+    double *running_mean, *running_variance; /* [heads, width] */
 };
 
 enum { SUMS = 4 };
@@ -132,6 +89,7 @@ static md_status allocate(md_probe_heads *h)
         return MD_OK;
     MD_NEW(h->mean, a->width, "statistics");
     MD_NEW(h->variance, a->width, "statistics");
+    MD_NEW(h->scale, a->width, "statistics");
     MD_NEW(h->running_mean, heads * a->width, "statistics");
     MD_NEW(h->running_variance, heads * a->width, "statistics");
     for (int64_t i = 0; i < heads * a->width; i++)
@@ -286,7 +244,7 @@ void md_probe_heads_free(md_probe_heads *h)
 {
     if (!h)
         return;
-    void *const operands[] = {h->value, h->m,      h->v,    h->grad,   h->x,
+    void *const operands[] = {h->value,  h->m,      h->v,    h->grad,   h->x,
                               h->target, h->logits, h->sums, h->scratch};
     void *const host[] = {h->stage, h->one_hot, h->answer, h->host_sums, h->host_value};
     for (size_t i = 0; i < MD_COUNT(operands); i++)
@@ -296,6 +254,7 @@ void md_probe_heads_free(md_probe_heads *h)
     md_free(h->loss);
     md_free(h->mean);
     md_free(h->variance);
+    md_free(h->scale);
     md_free(h->running_mean);
     md_free(h->running_variance);
     md_free(h);
@@ -309,45 +268,57 @@ static const float *row_of(const md_probe_heads *h, const float *feature, int k,
     return feature + (i * h->a.heads + k) * h->a.width;
 }
 
-/* Mean and biased variance of the batch, and what they do to the running ones, which take the
- * unbiased variance (torch's BatchNorm1d). */
-static void take_statistics(md_probe_heads *h, const float *feature, int k)
+/* Mean and variance of the batch in columns [from, to), and what they do to the running ones, which
+ * take the unbiased variance (torch's BatchNorm1d). */
+static void take_columns(md_probe_heads *h, const float *feature, int k, int from, int to)
 {
-    const int width = h->a.width;
     const int64_t n = h->a.rule.batch;
-    memset(h->mean, 0, (size_t)width * sizeof *h->mean);
-    memset(h->variance, 0, (size_t)width * sizeof *h->variance);
+    double *mean = h->mean, *variance = h->variance;
+    for (int c = from; c < to; c++)
+        mean[c] = variance[c] = 0;
     for (int64_t i = 0; i < n; i++)
-        for (int c = 0; c < width; c++)
-            h->mean[c] += (double)row_of(h, feature, k, i)[c];
-    for (int c = 0; c < width; c++)
-        h->mean[c] /= (double)n;
+        for (int c = from; c < to; c++)
+            mean[c] += (double)row_of(h, feature, k, i)[c];
+    for (int c = from; c < to; c++)
+        mean[c] /= (double)n;
     for (int64_t i = 0; i < n; i++)
-        for (int c = 0; c < width; c++) {
-            const double d = (double)row_of(h, feature, k, i)[c] - h->mean[c];
-            h->variance[c] += d * d;
+        for (int c = from; c < to; c++) {
+            const double d = (double)row_of(h, feature, k, i)[c] - mean[c];
+            variance[c] += d * d;
         }
-    for (int c = 0; c < width; c++) {
-        const double unbiased = h->variance[c] / (double)MD_MAX(n - 1, 1);
-        double *mean = &h->running_mean[k * width + c], *var = &h->running_variance[k * width + c];
-        h->variance[c] /= (double)n;
-        *mean += NORM_MOMENTUM * (h->mean[c] - *mean);
-        *var += NORM_MOMENTUM * (unbiased - *var);
+    for (int c = from; c < to; c++) {
+        const int64_t at = (int64_t)k * h->a.width + c;
+        const double unbiased = variance[c] / (double)MD_MAX(n - 1, 1);
+        variance[c] /= (double)n;
+        h->running_mean[at] += NORM_MOMENTUM * (mean[c] - h->running_mean[at]);
+        h->running_variance[at] += NORM_MOMENTUM * (unbiased - h->running_variance[at]);
     }
 }
 
-/* Rows that head k sees, normalised where the recipe says so; the rest up to `rows` becomes 0. */
-static md_status show(md_probe_heads *h, const float *feature, int k, int64_t n, int64_t rows,
-                      const double *mean, const double *variance)
+static void take_statistics(md_probe_heads *h, const float *feature, int k)
+{
+    const int width = h->a.width, step = 64;
+#pragma omp parallel for num_threads(h->a.backend->threads)
+    for (int c = 0; c < width; c += step)
+        take_columns(h, feature, k, c, MD_MIN(c + step, width));
+}
+
+/* Rows that head k sees, behind batch norm by mean and variance where the recipe has one; the rest
+ * up to `rows` becomes 0. */
+static md_status show(md_probe_heads *h, const float *feature, int k, int64_t n, int64_t rows)
 {
     const int width = h->a.width;
+    const bool norm = h->a.rule.norm;
+    for (int c = 0; norm && c < width; c++)
+        h->scale[c] = 1.0 / sqrt(h->variance[c] + NORM_EPS);
+#pragma omp parallel for num_threads(h->a.backend->threads)
     for (int64_t i = 0; i < n; i++) {
         const float *from = row_of(h, feature, k, i);
         float *to = h->stage + i * width;
-        if (!mean)
+        if (!norm)
             memcpy(to, from, (size_t)width * sizeof *to);
-        for (int c = 0; mean && c < width; c++)
-            to[c] = (float)(((double)from[c] - mean[c]) / sqrt(variance[c] + NORM_EPS));
+        for (int c = 0; norm && c < width; c++)
+            to[c] = (float)(((double)from[c] - h->mean[c]) * h->scale[c]);
     }
     memset(h->stage + n * width, 0, (size_t)((rows - n) * width) * sizeof *h->stage);
     return md_backend_upload(h->a.backend, h->x, h->stage,
@@ -389,7 +360,7 @@ static md_status learn(md_probe_heads *h, const float *feature, int k, double lr
     const int64_t batch = h->a.rule.batch;
     if (h->a.rule.norm)
         take_statistics(h, feature, k);
-    MD_TRY(show(h, feature, k, batch, batch, h->mean, h->variance));
+    MD_TRY(show(h, feature, k, batch, batch));
     MD_TRY(differentiate(h, be, k));
     MD_TRY(fetch_sums(h));
     h->loss[k] = h->host_sums[0];
@@ -480,11 +451,13 @@ md_status md_probe_heads_logits(md_probe_heads *h, int head, const float *featur
                                 const float **out)
 {
     md_backend *be = h->a.backend;
-    const bool norm = h->a.rule.norm;
     const int64_t at = (int64_t)head * h->a.width;
     const lent l = borrow(h);
-    md_status st = show(h, feature, head, n, MD_PROBE_TILE, norm ? h->running_mean + at : NULL,
-                        norm ? h->running_variance + at : NULL);
+    if (h->a.rule.norm) {
+        memcpy(h->mean, h->running_mean + at, (size_t)h->a.width * sizeof *h->mean);
+        memcpy(h->variance, h->running_variance + at, (size_t)h->a.width * sizeof *h->variance);
+    }
+    md_status st = show(h, feature, head, n, MD_PROBE_TILE);
     if (st == MD_OK)
         st = answer(h, be, head, MD_PROBE_TILE);
     if (st == MD_OK)

@@ -1,39 +1,17 @@
-/* probe_heads: linear classifiers on frozen features, and the two published recipes by which they
- * are trained. A head sees `width` values of an image and answers with its logits; several heads
- * learn from the same images, each from values of its own.
- *
- *   beit  a head behind every block, AdamW with weight decay on all values (torch's default), the
- *         rate a half cosine from epoch to epoch (microsoft/unilm, beit/run_linear_eval.py)
- *   mae   one head, behind batch norm without parameters, LARS, the rate with warm-up and a half
- *         cosine from step to step (facebookresearch/mae, main_linprobe.py, util/lars.py)
+/* probe_heads: linear classifiers on frozen features, trained by a recipe (src/probe_rule.h). A
+ * head sees `width` values of an image and answers with its logits; several heads learn from the
+ * same images, each from values of its own.
  *
  * A step takes the features of the whole global batch on every rank, and each head is trained by
- * one rank alone, so that every sum has the same order on any number of ranks. Gathering features
- * moves no more than reducing the heads' gradients would, and next to the encoder the heads cost
- * nothing. Arithmetic is f32 on the backend; statistics of batch norm are f64 on the host. */
+ * one rank alone, so that every sum has the same order on any number of ranks. To gather features
+ * takes about as many bytes as the pictures have, and next to the encoder the heads cost nothing.
+ * Arithmetic is f32 on the backend; statistics of batch norm are f64 on the host. */
 #ifndef MD_PROBE_HEADS_H
 #define MD_PROBE_HEADS_H
 
 #include "kernels/backend.h"
 #include "mpi/comm.h"
-#include "src/config.h"
-
-/* A recipe with the config's own numbers in it. */
-typedef struct md_probe_rule {
-    bool blocks;   /* heads behind every block; else one behind the encoder's end */
-    bool norm;     /* batch norm without parameters, eps 1e-6, momentum 0.1 */
-    bool lars;     /* momentum 0.9, trust 0.001, which vectors are exempt from; else AdamW */
-    bool by_epoch; /* the rate stays as it is for an epoch */
-    double lr, weight_decay;
-    double warmup; /* epochs */
-    int64_t epochs, batch;
-} md_probe_rule;
-
-/* The row of evaluate.probe_recipe with evaluate.probe_epochs, _batch and _lr. A warm-up keeps its
- * share of the epochs, a rate that is given for 256 images grows with the batch. Local. */
-md_probe_rule md_probe_rule_make(const md_config *c);
-/* The learning rate of step 0, 1, ... of `steps` an epoch. Local. */
-double md_probe_lr(const md_probe_rule *r, int64_t step, int64_t steps);
+#include "src/probe_rule.h"
 
 typedef struct md_probe_heads_args {
     md_backend *backend;

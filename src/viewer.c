@@ -10,8 +10,8 @@ struct md_viewer {
     md_viewer_args args;
     md_graph graph;
     md_slot image, rows, cls_rows, rel_index; /* cls_rows: of sight BLOCKS */
-    md_slot *out;      /* [outs], each [images, part] */
-    int outs, part;    /* values of an image in one of them */
+    md_slot *out;                             /* [outs], each [images, part] */
+    int outs, part;                           /* values of an image in one of them */
     int chosen, width; /* rows of an image that are looked at; values of an image */
     size_t image_bytes, out_bytes, scratch_size; /* out_bytes: from one output to the next */
     void *region, *scratch, *image_operand, *rows_operand, *index_operand, *out_operand;

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Writes probe_beit.safetensors and probe_mae.safetensors: a linear probe trained for some epochs on
-made-up features, by torch (Linear, BatchNorm1d, AdamW, CosineAnnealingLR) and timm (Lars), in float64.
-See README.md.
+made-up features, by torch (Linear, BatchNorm1d, AdamW, CosineAnnealingLR) and timm (Lars), in float64;
+and probe_blocks.safetensors: what the blocks of timm's BEiT give a probe. See README.md.
 
     python3 make_golden_probe.py [folder to write to; default: this script's]
 """
@@ -13,7 +13,9 @@ import sys
 import numpy as np
 import torch
 import torch.nn.functional as F
-from golden_values import f64, formula, fp32, philox, save
+from golden_values import f64, formula, fp32, normalised, philox, picture, save
+from make_golden import IMAGENET, Joined
+from make_golden_finetune import beit
 from timm.optim import Lars
 
 PROBE = 14  # MD_RNG_PROBE of src/rng.h
@@ -22,6 +24,8 @@ CASES = {
     "probe_beit.safetensors": dict(recipe="beit", heads=3, epochs=4, lr=2.0**-6, seed=71),
     "probe_mae.safetensors": dict(recipe="mae", heads=1, epochs=9, lr=1.0, seed=72),
 }
+ENCODER = dict(width=24, layers=3, heads=3, mlp=48, patch=8, image=24, classes=2)
+ENCODER_SEED, IMAGES = 73, 2
 
 
 def normals(seed, head, count):
@@ -116,6 +120,23 @@ def make(case):
     return out
 
 
+def make_blocks():
+    """[images, layers, 2 width]: cls token and mean of the patch tokens behind every block."""
+    out, seen = {}, []
+    model = beit("token", **ENCODER).eval()
+    names = Joined({n: [p] for n, p in model.named_parameters() if not n.startswith("head.")})
+    names.fill(ENCODER_SEED, out)
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, given, x: seen.append(x))
+    out["image"] = picture(ENCODER_SEED, "image", IMAGES, ENCODER["image"])
+    with torch.no_grad():
+        model(normalised(out["image"], IMAGENET))
+    out["blocks"] = fp32(
+        torch.stack([torch.cat((x[:, 0], x[:, 1:].mean(1)), dim=1) for x in seen], dim=1)
+    )
+    return out
+
+
 def main():
     folder = sys.argv[1] if len(sys.argv) > 1 else os.path.dirname(os.path.abspath(__file__))
     torch.set_num_threads(1)
@@ -125,6 +146,15 @@ def main():
     for name, case in CASES.items():
         out = make(case)
         save(folder, name, out, **sizes, **case, generator="tests/golden/make_golden_probe.py")
+    save(
+        folder,
+        "probe_blocks.safetensors",
+        make_blocks(),
+        **ENCODER,
+        seed=ENCODER_SEED,
+        images=IMAGES,
+        generator="tests/golden/make_golden_probe.py",
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-/* Linear probes against public code: both recipes over some epochs, from the first weights to the
- * logits of images that were not learned from, on the cpu and check backends; and what the recipes
- * are. */
+/* Linear probes against public code: what timm's blocks give them; both recipes over some epochs,
+ * from the first weights to the logits of images that were not learned from, on the cpu and check
+ * backends; and what the recipes are. */
 #include "src/probe_heads.h"
+#include "src/viewer.h"
 #include "tests/golden/golden.h"
 
 typedef struct run {
@@ -31,16 +32,15 @@ static void set_up(run *r, const char *file, const char *backend, int rank, int 
     r->width = golden_int(f, "width");
     r->classes = golden_int(f, "classes");
     GOLDEN_OK(md_backend_create(backend, 2, &r->backend));
-    GOLDEN_OK(
-        md_probe_heads_create(&(md_probe_heads_args){.backend = r->backend,
-                                                     .rule = r->rule,
-                                                     .heads = r->n,
-                                                     .width = r->width,
-                                                     .classes = r->classes,
-                                                     .rank = rank,
-                                                     .ranks = ranks,
-                                                     .seed = (uint64_t)golden_int(f, "seed")},
-                              &r->heads));
+    GOLDEN_OK(md_probe_heads_create(&(md_probe_heads_args){.backend = r->backend,
+                                                           .rule = r->rule,
+                                                           .heads = r->n,
+                                                           .width = r->width,
+                                                           .classes = r->classes,
+                                                           .rank = rank,
+                                                           .ranks = ranks,
+                                                           .seed = (uint64_t)golden_int(f, "seed")},
+                                    &r->heads));
     const int64_t rows = MD_MAX(r->rule.batch, golden_int(f, "tested"));
     r->feature = md_alloc((size_t)(rows * r->n * r->width) * sizeof *r->feature, "test");
     assert_non_null(r->feature);
@@ -222,9 +222,91 @@ static void recipes(void **state)
     golden_expect_number("half way down", md_probe_lr(&r, 500, 10), 0.25, 1e-12);
 }
 
+/* ---- what a probe sees ---- */
+
+typedef struct sight {
+    md_safetensors *file;
+    md_config config;
+    md_backend *backend;
+    md_method method;
+    md_topo topo;
+} sight;
+
+static void open_eyes(sight *s, const char *backend)
+{
+    *s = (sight){.file = golden_open("probe_blocks.safetensors")};
+    const md_safetensors *f = s->file;
+    golden_overrides o = {.n = 0};
+    golden_override(&o, "image.size=%d", golden_int(f, "image"));
+    golden_override(&o, "model.width=%d", golden_int(f, "width"));
+    golden_override(&o, "model.layers=%d", golden_int(f, "layers"));
+    golden_override(&o, "model.heads=%d", golden_int(f, "heads"));
+    golden_override(&o, "model.mlp=%d", golden_int(f, "mlp"));
+    golden_override(&o, "model.patch=%d", golden_int(f, "patch"));
+    golden_override(&o, "model.rel_pos=per_layer");
+    golden_override(&o, "model.abs_pos=true");
+    golden_override(&o, "method.mask.min_block=1");
+    golden_config(&s->config, &o);
+    snprintf(s->config.task, sizeof s->config.task, "features");
+    GOLDEN_OK(md_backend_create(backend, 2, &s->backend));
+    GOLDEN_OK(md_method_resolve(&s->method, &s->config, NULL, NULL));
+    GOLDEN_OK(md_topo_self(&s->topo));
+    md_params *p = &s->method.params;
+    GOLDEN_OK(md_params_allocate(p, s->backend, false));
+    for (int i = 0; i < p->count; i++) {
+        char name[128];
+        snprintf(name, sizeof name, "fill.%s", p->row[i].name);
+        md_tensor rule = golden_load(f, name, MD_F32), value = md_param_host(p, i);
+        golden_fill((uint64_t)golden_int(f, "seed"), p->row[i].name, md_f32(&rule), p->row[i].count,
+                    md_f32(&value));
+        md_free(rule.data);
+    }
+    GOLDEN_OK(md_params_store(p));
+}
+
+static void close_eyes(sight *s)
+{
+    md_topo_free(&s->topo);
+    md_method_free(&s->method);
+    md_backend_destroy(s->backend);
+    md_config_free(&s->config);
+    md_safetensors_close(s->file);
+}
+
+static void sees_every_block(const char *backend)
+{
+    sight s;
+    md_viewer *viewer;
+    const float *values;
+    open_eyes(&s, backend);
+    const int images = golden_int(s.file, "images");
+    md_tensor image = golden_load(s.file, "image", MD_U8);
+    GOLDEN_OK(md_viewer_create(&(md_viewer_args){.method = &s.method,
+                                                 .backend = s.backend,
+                                                 .topo = &s.topo,
+                                                 .sight = MD_SIGHT_BLOCKS,
+                                                 .images = images},
+                               &viewer));
+    GOLDEN_OK(md_viewer_run(viewer, image.data, &values));
+    assert_int_equal(md_viewer_width(viewer),
+                     2 * golden_int(s.file, "layers") * golden_int(s.file, "width"));
+    golden_expect(s.file, "blocks", values, images * md_viewer_width(viewer), GOLDEN_OUTPUT);
+    md_free(image.data);
+    md_viewer_free(viewer);
+    close_eyes(&s);
+}
+
+static void blocks(void **state)
+{
+    (void)state;
+    sees_every_block("cpu");
+    sees_every_block("check");
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(blocks),
         cmocka_unit_test(beit),
         cmocka_unit_test(mae),
         cmocka_unit_test(small_faults_are_seen),
