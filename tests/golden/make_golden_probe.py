@@ -21,8 +21,8 @@ from timm.optim import Lars
 PROBE = 14  # MD_RNG_PROBE of src/rng.h
 STEPS, BATCH, CLASSES, WIDTH, TESTED = 3, 8, 5, 12, 6
 CASES = {
-    "probe_beit.safetensors": dict(recipe="beit", heads=3, epochs=4, lr=2.0**-6, seed=71),
-    "probe_mae.safetensors": dict(recipe="mae", heads=1, epochs=9, lr=1.0, seed=72),
+    "probe_beit.safetensors": dict(recipe="beit", heads=3, epochs=4, lr=0.25, scale=1.0, seed=71),
+    "probe_mae.safetensors": dict(recipe="mae", heads=1, epochs=9, lr=1.0, scale=2.0**-4, seed=72),
 }
 ENCODER = dict(width=24, layers=3, heads=3, mlp=48, patch=8, image=24, classes=2)
 ENCODER_SEED, IMAGES = 73, 2
@@ -47,9 +47,10 @@ def linear(seed, head):
 
 
 def features(case, name, count):
-    """f64 [count, heads, width] around 1/2, so that biases and batch norm have something to do."""
+    """f64 [count, heads, width] around 1/2, so that biases and batch norm have something to do; close
+    to it where batch norm's eps should show."""
     shape = (count, case["heads"], WIDTH)
-    return torch.from_numpy(formula(case["seed"], name, shape, 1.0, 0.5)).double()
+    return torch.from_numpy(formula(case["seed"], name, shape, case["scale"], 0.5)).double()
 
 
 def make_heads(case):

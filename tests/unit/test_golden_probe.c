@@ -57,7 +57,8 @@ static void tear_down(run *r)
 
 static void fill_features(run *r, const char *name, int64_t rows)
 {
-    golden_fill((uint64_t)golden_int(r->file, "seed"), name, (float[]){0.5f, 1.0f},
+    golden_fill((uint64_t)golden_int(r->file, "seed"), name,
+                (float[]){0.5f, strtof(golden_text(r->file, "scale"), NULL)},
                 rows * r->n * r->width, r->feature);
 }
 
