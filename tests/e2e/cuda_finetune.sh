@@ -46,7 +46,7 @@ neighbours=(evaluate.kind=knn evaluate.knn_k=3 evaluate.split=train)
     fail "neighbours: $(hits "$scratch/a.json"), on cuda $(hits "$scratch/b.json")"
 
 for recipe in beit mae; do
-    probe=(evaluate.kind=probe evaluate.probe_recipe=$recipe evaluate.probe_epochs=3 evaluate.probe_batch=16
+    probe=(evaluate.kind=probe "evaluate.probe_recipe=$recipe" evaluate.probe_epochs=3 evaluate.probe_batch=16
         evaluate.split=train evaluate.batch=8)
     "$host" evaluate "$scratch/cpu" "${probe[@]}" "evaluate.output=$scratch/a" >"$log" 2>&1 ||
         fail "probe $recipe on the cpu"
