@@ -7,6 +7,7 @@
 #include "src/finetune.h"
 #include "src/knn.h"
 #include "src/log.h"
+#include "src/probe.h"
 #include "src/setup.h"
 #include "src/watchdog.h"
 
@@ -22,7 +23,7 @@
         */
 
 /* In the order of the key evaluate.kind. */
-typedef enum kind { ACCURACY, KNN, FEATURES } kind;
+typedef enum kind { ACCURACY, KNN, FEATURES, PROBE } kind;
 
 /* Zero at first, so that tear_down can end it from any point of set_up. */
 typedef struct job {
@@ -32,7 +33,10 @@ typedef struct job {
     md_backend *be;
     md_method method;
     md_evaluator *test, *train;
-    md_accuracy accuracy;
+    md_accuracy accuracy; /* kinds accuracy, knn */
+    md_probe_rule rule;   /* kind probe */
+    int64_t probe_images;
+    md_probe_result probe;
     char dir[MD_CONFIG_STR];    /* run directory */
     char output[MD_CONFIG_STR]; /* files without their ending */
     kind kind;
@@ -76,12 +80,17 @@ static md_status choose(job *j)
     const bool classifier = strcmp(c->task, "finetune") == 0;
     if (j->kind == ACCURACY && !classifier)
         MD_FAIL(MD_ERR_CONFIG, "evaluate.kind = accuracy needs a classifier (task = \"finetune\"); "
-                               "for a pretrained model use evaluate.kind=knn");
+                               "for a pretrained model use evaluate.kind=knn or probe");
     if (!*c->evaluate_data && !*c->data_train)
         MD_FAIL(MD_ERR_CONFIG, "neither evaluate.data nor data.train is set: give the image store "
                                "to evaluate on (evaluate.data=FILE.h5)");
     if (j->kind == KNN && !*c->data_train)
         MD_FAIL(MD_ERR_CONFIG, "evaluate.kind = knn needs data.train: the images that vote");
+    if (j->kind == PROBE && !*c->data_train)
+        MD_FAIL(MD_ERR_CONFIG, "evaluate.kind = probe needs data.train: the images to learn from");
+    j->rule = md_probe_rule_make(c);
+    if (j->kind == PROBE && !j->rule.blocks && strcmp(c->evaluate_feature, "logits") == 0)
+        MD_FAIL(MD_ERR_CONFIG, "a probe learns from features, not from evaluate.feature = logits");
     if (!classifier)
         snprintf(c->task, sizeof c->task, "features");
     md_setup_run_dir(c, j->dir);
@@ -121,29 +130,60 @@ static md_status load_weights(job *j)
                             &j->method);
 }
 
-/* Collective(world). */
-static md_status make_evaluator(job *j, const char *data, const char *split, int64_t limit,
-                                md_evaluator **out)
+static md_sight sight_of(const job *j)
 {
     const md_config *c = &j->config;
-    const int64_t images = c->evaluate_batch      ? c->evaluate_batch
-                           : c->train_micro_batch ? c->train_micro_batch
-                                                  : DEFAULT_IMAGES;
     static const md_sight feature[] = {MD_SIGHT_MEAN, MD_SIGHT_CLS, MD_SIGHT_LOGITS};
-    const md_sight sight = j->kind == ACCURACY
-                               ? MD_SIGHT_LOGITS
-                               : feature[md_config_choice("evaluate.feature", c->evaluate_feature)];
-    return md_evaluator_create(
-        &(md_evaluator_args){.config = c,
-                             .method = &j->method,
-                             .backend = j->be,
-                             .topo = &j->topo,
-                             .data = data,
-                             .split = split,
-                             .limit = limit,
-                             .sight = sight,
-                             .images = md_evaluator_images(&j->topo, images)},
-        out);
+    if (j->kind == ACCURACY)
+        return MD_SIGHT_LOGITS;
+    if (j->kind == PROBE && j->rule.blocks)
+        return MD_SIGHT_BLOCKS;
+    return feature[md_config_choice("evaluate.feature", c->evaluate_feature)];
+}
+
+/* Of a pass. */
+static int64_t images_of(const job *j)
+{
+    const md_config *c = &j->config;
+    return md_evaluator_images(&j->topo, c->evaluate_batch      ? c->evaluate_batch
+                                         : c->train_micro_batch ? c->train_micro_batch
+                                                                : DEFAULT_IMAGES);
+}
+
+typedef struct view {
+    const char *data, *split;
+    int64_t images, limit;
+} view;
+
+/* Collective(world). */
+static md_status make_evaluator(job *j, const view *v, md_evaluator **out)
+{
+    const md_config *c = &j->config;
+    return md_evaluator_create(&(md_evaluator_args){.config = c,
+                                                    .method = &j->method,
+                                                    .backend = j->be,
+                                                    .topo = &j->topo,
+                                                    .data = v->data,
+                                                    .split = v->split,
+                                                    .limit = v->limit,
+                                                    .sight = sight_of(j),
+                                                    .images = v->images},
+                               out);
+}
+
+/* Collective(world). The images that vote, or are learned from. */
+static md_status make_train(job *j)
+{
+    const md_config *c = &j->config;
+    view v = {c->data_train, c->data_split, images_of(j), c->evaluate_knn_images};
+    if (j->kind != KNN && j->kind != PROBE)
+        return MD_OK;
+    if (j->kind == PROBE) {
+        MD_TRY(md_agree(j->world, md_probe_images(&j->rule, &j->topo, v.images, &j->probe_images)));
+        v.images = j->probe_images;
+        v.limit = 0;
+    }
+    return make_evaluator(j, &v, &j->train);
 }
 
 static md_status set_up(job *j, int argc, char **argv)
@@ -164,16 +204,17 @@ static md_status set_up(job *j, int argc, char **argv)
     md_phase("setup.weights");
     MD_TRY(load_weights(j));
     md_phase("setup.data");
-    MD_TRY(make_evaluator(j, *c->evaluate_data ? c->evaluate_data : c->data_train,
-                          c->evaluate_split, 0, &j->test));
-    return j->kind == KNN
-               ? make_evaluator(j, c->data_train, c->data_split, c->evaluate_knn_images, &j->train)
-               : MD_OK;
+    MD_TRY(make_evaluator(j,
+                          &(view){*c->evaluate_data ? c->evaluate_data : c->data_train,
+                                  c->evaluate_split, images_of(j), 0},
+                          &j->test));
+    return make_train(j);
 }
 
 static void tear_down(job *j)
 {
     md_accuracy_free(&j->accuracy);
+    md_probe_result_free(&j->probe);
     md_evaluator_free(j->test);
     md_evaluator_free(j->train);
     md_method_free(&j->method);
@@ -194,6 +235,15 @@ static md_status measure(job *j)
     if (j->kind == ACCURACY)
         return md_evaluate_accuracy(j->test, md_class_subset_find(c->evaluate_classes),
                                     &j->accuracy);
+    if (j->kind == PROBE)
+        return md_probe_accuracy(&(md_probe_args){.config = c,
+                                                  .train = j->train,
+                                                  .test = j->test,
+                                                  .backend = j->be,
+                                                  .topo = &j->topo,
+                                                  .rule = j->rule,
+                                                  .train_images = j->probe_images},
+                                 &j->probe);
     return md_knn_accuracy(&(md_knn_args){.train = j->train,
                                           .test = j->test,
                                           .backend = j->be,
@@ -205,29 +255,68 @@ static md_status measure(job *j)
 
 /* ---- what came out; rank 0 ---- */
 
+/* What tables are made of: of a probe, its best head. */
+static const md_accuracy *accuracy_of(const job *j)
+{
+    return j->kind == PROBE ? &j->probe.head[j->probe.best] : &j->accuracy;
+}
+
+static void put_hits(json_t *o, const md_hits *h)
+{
+    json_object_set_new(o, "top1_hits", json_integer(h->top1));
+    json_object_set_new(o, "top5_hits", json_integer(h->top5));
+    json_object_set_new(o, "top1", json_real(md_percent(h->top1, h->images)));
+    json_object_set_new(o, "top5", json_real(md_percent(h->top5, h->images)));
+}
+
+/* How the probe was trained, and what each of its heads says. */
+static void put_probe(json_t *o, const job *j)
+{
+    const md_probe_rule *r = &j->rule;
+    json_object_set_new(o, "recipe", json_string(j->config.evaluate_probe_recipe));
+    json_object_set_new(o, "epochs", json_integer(r->epochs));
+    json_object_set_new(o, "batch", json_integer(r->batch));
+    json_object_set_new(o, "learning_rate", json_real(r->lr));
+    if (!r->blocks) {
+        json_object_set_new(o, "feature", json_string(j->config.evaluate_feature));
+        json_object_set_new(o, "train_loss", json_real(j->probe.train_loss[0]));
+        return;
+    }
+    json_t *blocks = json_array();
+    for (int k = 0; k < j->probe.heads; k++) {
+        json_t *b = json_object();
+        json_object_set_new(b, "block", json_integer(k));
+        put_hits(b, &j->probe.head[k].all);
+        json_object_set_new(b, "loss", json_real(j->probe.head[k].loss));
+        json_object_set_new(b, "train_loss", json_real(j->probe.train_loss[k]));
+        json_array_append_new(blocks, b);
+    }
+    json_object_set_new(o, "best_block", json_integer(j->probe.best));
+    json_object_set_new(o, "blocks", blocks);
+}
+
 static json_t *result_json(const job *j)
 {
     const md_config *c = &j->config;
-    const md_hits *h = &j->accuracy.all;
+    const md_accuracy *a = accuracy_of(j);
     json_t *o = json_object();
     json_object_set_new(o, "kind", json_string(c->evaluate_kind));
     json_object_set_new(o, "data",
                         json_string(*c->evaluate_data ? c->evaluate_data : c->data_train));
     json_object_set_new(o, "split", json_string(c->evaluate_split));
     json_object_set_new(o, "from", json_string(*c->evaluate_from ? c->evaluate_from : j->dir));
-    json_object_set_new(o, "images", json_integer(h->images));
-    json_object_set_new(o, "classes", json_integer(j->accuracy.classes));
-    json_object_set_new(o, "top1_hits", json_integer(h->top1));
-    json_object_set_new(o, "top5_hits", json_integer(h->top5));
-    json_object_set_new(o, "top1", json_real(md_percent(h->top1, h->images)));
-    json_object_set_new(o, "top5", json_real(md_percent(h->top5, h->images)));
+    json_object_set_new(o, "images", json_integer(a->all.images));
+    json_object_set_new(o, "classes", json_integer(a->classes));
+    put_hits(o, &a->all);
     if (j->kind == KNN) {
         json_object_set_new(o, "k", json_integer(c->evaluate_knn_k));
         json_object_set_new(o, "temperature", json_real(c->evaluate_knn_temperature));
         json_object_set_new(o, "feature", json_string(c->evaluate_feature));
     } else {
-        json_object_set_new(o, "loss", json_real(j->accuracy.loss));
+        json_object_set_new(o, "loss", json_real(a->loss));
     }
+    if (j->kind == PROBE)
+        put_probe(o, j);
     return o;
 }
 
@@ -255,8 +344,9 @@ static bool print_csv(const job *j, FILE *f)
 {
     const md_dataset *d = md_evaluator_data(j->test);
     fprintf(f, "class,name,images,top1_hits,top5_hits,top1,top5\n");
-    for (int i = 0; i < j->accuracy.classes; i++) {
-        const md_hits *h = &j->accuracy.by_class[i];
+    const md_accuracy *a = accuracy_of(j);
+    for (int i = 0; i < a->classes; i++) {
+        const md_hits *h = &a->by_class[i];
         fprintf(f, "%d,", i);
         print_name(md_dataset_class_name(d, i), f);
         fprintf(f, ",%lld,%lld,%lld,%.4f,%.4f\n", (long long)h->images, (long long)h->top1,
@@ -282,24 +372,46 @@ static md_status write_file(const job *j, const char *ending, bool (*print)(cons
     return st;
 }
 
+static void print_blocks(const job *j)
+{
+    printf("\n%-10s %8s %9s\n", "block", "top-1 %", "top-5 %");
+    for (int k = 0; k < j->probe.heads; k++) {
+        const md_hits *h = &j->probe.head[k].all;
+        printf("%-10d %8.2f %9.2f%s\n", k, md_percent(h->top1, h->images),
+               md_percent(h->top5, h->images), k == j->probe.best ? "  best" : "");
+    }
+}
+
+/* Images that a probe has learned from, each as often as it was seen. */
+static int64_t learned(const job *j)
+{
+    if (j->kind != PROBE)
+        return 0;
+    return j->rule.epochs * j->rule.batch *
+           md_epoch_steps(md_evaluator_count(j->train), j->rule.batch);
+}
+
 static md_status report(const job *j, double seconds)
 {
-    const md_hits *h = &j->accuracy.all;
     const md_config *c = &j->config;
     if (j->kind == FEATURES) {
         printf("%s.safetensors: %lld images, %d values each\n", j->output,
                (long long)md_evaluator_count(j->test), md_evaluator_width(j->test));
         return MD_OK;
     }
+    const md_accuracy *a = accuracy_of(j);
+    const md_hits *h = &a->all;
     MD_TRY(write_file(j, "json", print_json));
     MD_TRY(write_file(j, "csv", print_csv));
     printf("\n%-10s %-28s %8s %8s %8s %9s\n", "kind", "split", "images", "classes", "top-1 %",
            "top-5 %");
     printf("%-10s %-28s %8lld %8d %8.2f %9.2f\n", c->evaluate_kind, c->evaluate_split,
-           (long long)h->images, j->accuracy.classes, md_percent(h->top1, h->images),
+           (long long)h->images, a->classes, md_percent(h->top1, h->images),
            md_percent(h->top5, h->images));
+    if (j->kind == PROBE && j->rule.blocks)
+        print_blocks(j);
     printf("\n%.0f images/s; %s.json, and every class in %s.csv\n",
-           (double)h->images / MD_MAX(seconds, 1e-9), j->output, j->output);
+           (double)(h->images + learned(j)) / MD_MAX(seconds, 1e-9), j->output, j->output);
     return MD_OK;
 }
 
@@ -325,14 +437,15 @@ static md_status cmd_evaluate(int argc, char **argv)
 
 const md_verb md_verb_evaluate = {
     "evaluate", cmd_evaluate,
-    "measure a trained model: accuracy of a classifier, nearest neighbours",
+    "measure a trained model: accuracy of a classifier, nearest neighbours, linear probe",
     "mpirun -np N md_hpc evaluate RUN_DIRECTORY|FILE.cfg [key=value ...]\n"
     "\n"
     "RUN_DIRECTORY is what training wrote; its config and newest checkpoint are taken (another "
     "one:\n"
     "evaluate.from). evaluate.kind=accuracy: top-1 and top-5 of a classifier on evaluate.split of\n"
     "evaluate.data (or data.train). evaluate.kind=knn: how often the nearest images of data.train\n"
-    "tell the class. evaluate.kind=features: writes what the model sees, as safetensors. Prints a "
-    "table and writes a .json and a .csv with every class\n"
-    "(evaluate.output). Every image is counted once, on any number of ranks.\n"
+    "tell the class. evaluate.kind=probe: trains a linear classifier of frozen features on\n"
+    "data.train first, by a published recipe (evaluate.probe_recipe). evaluate.kind=features:\n"
+    "writes what the model sees, as safetensors. Prints a table and writes a .json and a .csv\n"
+    "with every class (evaluate.output). Every image is counted once, on any number of ranks.\n"
     "`md_hpc help evaluate.` lists the keys."};

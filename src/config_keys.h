@@ -111,7 +111,7 @@ X(train_batch, "train.batch", INT, "2048", 1, 16777216, "images", "Global batch 
 X(train_micro_batch, "train.micro_batch", INT, "0", 0, 65536, "images", "Images of one forward and backward pass of the ranks that share a model; 0 = all of theirs at once.")
 
 /* evaluation */
-X(evaluate_kind, "evaluate.kind", CHOICE, "accuracy", 0, 0, "accuracy,knn,features", "What `md_hpc evaluate` does: measure a classifier's accuracy, or that of nearest neighbours among the features of data.train; or write what the model sees in every image.")
+X(evaluate_kind, "evaluate.kind", CHOICE, "accuracy", 0, 0, "accuracy,knn,features,probe", "What `md_hpc evaluate` does: measure a classifier's accuracy, or that of nearest neighbours among the features of data.train, or that of a linear classifier of frozen features, trained on data.train; or write what the model sees in every image.")
 X(evaluate_from, "evaluate.from", STR, "", 0, 0, "path", "What it evaluates: a checkpoint, a run directory or a weights file; empty = the run directory; none = the model as it is before its first step.")
 X(evaluate_ema, "evaluate.ema", BOOL, "false", 0, 0, "", "Evaluate the moving average of the parameters (optim.ema).")
 X(evaluate_output, "evaluate.output", STR, "", 0, 0, "path", "Where it writes PATH.json and PATH.csv (hits of every class); empty = evaluation-KIND-SPLIT in the run directory.")
@@ -120,10 +120,14 @@ X(evaluate_split, "evaluate.split", STR, "test", 0, 0, "", "Split of that store.
 X(evaluate_every, "evaluate.every", INT, "0", 0, 1000000, "epochs", "Epochs between evaluations of a classifier while it trains, the last one included; 0 = none.")
 X(evaluate_batch, "evaluate.batch", INT, "0", 0, 1048576, "images", "Images of one forward pass of the ranks that share a model; 0 = as many as training has.")
 X(evaluate_classes, "evaluate.classes", CHOICE, "all", 0, 0, "all,imagenet_a,imagenet_r", "Classes of ImageNet-1k that the store's 200 classes are, in the order of their names; all = the model's own.")
-X(evaluate_feature, "evaluate.feature", CHOICE, "mean", 0, 0, "mean,cls,logits", "What is looked at (kinds knn, features): the mean of the normalised patch tokens, the normalised cls token, or a classifier's logits.")
+X(evaluate_feature, "evaluate.feature", CHOICE, "mean", 0, 0, "mean,cls,logits", "What is looked at (kinds knn, features, and probe by recipe mae): the mean of the normalised patch tokens, the normalised cls token, or a classifier's logits.")
 X(evaluate_knn_k, "evaluate.knn_k", INT, "20", 1, 1000, "images", "Nearest neighbours that vote (kind knn).")
 X(evaluate_knn_images, "evaluate.knn_images", INT, "0", 0, 1000000000000, "images", "Only so many of data.train's images vote, the first in stored order, which is shuffled; 0 = all (kind knn).")
 X(evaluate_knn_temperature, "evaluate.knn_temperature", REAL, "0.07", 1e-4, 1000, "", "A neighbour's vote is exp(cosine / this) (kind knn).")
+X(evaluate_probe_recipe, "evaluate.probe_recipe", CHOICE, "beit", 0, 0, "beit,mae", "How a probe is trained (kind probe): beit, a head behind every block, AdamW; mae, one behind the encoder and batch norm, LARS.")
+X(evaluate_probe_epochs, "evaluate.probe_epochs", INT, "0", 0, 100000, "epochs", "How long; 0 = the recipe's 100 (beit) or 90 (mae).")
+X(evaluate_probe_batch, "evaluate.probe_batch", INT, "0", 0, 16777216, "images", "Global batch of a step of it; 0 = the recipe's 1024 (beit) or 16384 (mae).")
+X(evaluate_probe_lr, "evaluate.probe_lr", REAL, "0", 0, 10000, "", "Peak learning rate of it, used as given; 0 = the recipe's 4e-3 (beit) or 0.1 * batch / 256 (mae).")
 X(evaluate_resize, "evaluate.resize", INT, "0", 0, 4096, "pixels", "Short side of a picture before its centre is cut out; 0 = image.size / 0.875, or image.size from 384 pixels on.")
 
 /* parallel */

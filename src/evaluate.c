@@ -1,6 +1,5 @@
 /* evaluate: see evaluate.h. */
 #include "src/evaluate.h"
-#include "io/prefetch.h"
 #include "mpi/agree.h"
 #include "src/watchdog.h"
 
@@ -94,13 +93,34 @@ int md_evaluator_width(const md_evaluator *e)
     return md_viewer_width(e->viewer);
 }
 
+md_source md_evaluator_source(const md_evaluator *e)
+{
+    return md_dataset_source(e->data, false);
+}
+
+md_viewer *md_evaluator_viewer(const md_evaluator *e)
+{
+    return e->viewer;
+}
+
+md_status md_evaluator_same_classes(const md_evaluator *train, const md_evaluator *test)
+{
+    const int from = md_dataset_classes(train->data), to = md_dataset_classes(test->data);
+    if (from != to)
+        MD_FAIL(MD_ERR_CONFIG,
+                "the images to learn from (data.train) have %d classes, those that are judged "
+                "(evaluate.data) have %d",
+                from, to);
+    return MD_OK;
+}
+
 /* ---- looking at all images ---- */
 
 static md_status make_loader(const md_evaluator *e, md_loader **out)
 {
     const md_evaluator_args *a = &e->args;
     const md_topo *t = a->topo;
-    md_loader_args loader = {.source = md_dataset_source(e->data, false),
+    md_loader_args loader = {.source = md_evaluator_source(e),
                              .dp_rank = t->dp_rank,
                              .dp_size = t->dp_size,
                              .tp_rank = t->tp_rank,
@@ -156,46 +176,58 @@ md_status md_evaluator_run(md_evaluator *e, md_evaluator_see see, void *context)
 
 /* ---- accuracy ---- */
 
-typedef struct tally {
-    const md_class_subset *subset;
-    md_accuracy *out;
-    double loss;
-} tally;
-
-static int class_of(const tally *t, int i)
+static int class_of(const md_class_subset *s, int i)
 {
-    return t->subset->class ? t->subset->class[i] : i;
+    return s && s->class ? s->class[i] : i;
 }
 
 /* Where the right class stands among the answers, from 0; behind all of them when a logit is no
  * number. */
-static int place_of(const tally *t, int32_t label, const float *logits, double *loss)
+static int place_of(int classes, const md_class_subset *s, int32_t label, const float *logits,
+                    double *loss)
 {
-    const int classes = t->out->classes;
-    const float right = logits[class_of(t, label)];
+    const float right = logits[class_of(s, label)];
     double top = (double)right, sum = 0;
     int place = isfinite(right) ? 0 : classes;
     for (int i = 0; i < classes; i++) {
-        const float x = logits[class_of(t, i)];
+        const float x = logits[class_of(s, i)];
         place += x > right || (x == right && i < label);
         top = MD_MAX(top, (double)x);
     }
     for (int i = 0; i < classes; i++)
-        sum += exp((double)logits[class_of(t, i)] - top);
+        sum += exp((double)logits[class_of(s, i)] - top);
     *loss = log(sum) + top - (double)right;
     return place;
 }
 
-static void count(void *context, const md_seen *seen)
+md_status md_accuracy_make(int classes, md_accuracy *out)
 {
-    tally *t = context;
+    *out = (md_accuracy){.classes = classes};
+    MD_NEW(out->by_class, classes, "classes");
+    return MD_OK;
+}
+
+void md_accuracy_count(md_accuracy *a, const md_class_subset *subset, int32_t label,
+                       const float *logits)
+{
     double loss;
-    const int place = place_of(t, seen->label, seen->values, &loss);
-    md_hits *h = &t->out->by_class[seen->label];
+    const int place = place_of(a->classes, subset, label, logits, &loss);
+    md_hits *h = &a->by_class[label];
     h->images++;
     h->top1 += place < 1;
     h->top5 += place < 5;
-    t->loss += loss;
+    a->loss += loss;
+}
+
+typedef struct tally {
+    const md_class_subset *subset;
+    md_accuracy *out;
+} tally;
+
+static void count(void *context, const md_seen *seen)
+{
+    const tally *t = context;
+    md_accuracy_count(t->out, t->subset, seen->label, seen->values);
 }
 
 static md_status check_classes(const md_evaluator *e, const md_class_subset *s)
@@ -216,12 +248,14 @@ void md_accuracy_sum(md_comm *c, md_accuracy *a)
 {
     _Static_assert(sizeof(md_hits) == 3 * sizeof(int64_t), "summed as plain numbers");
     md_comm_allreduce(c, a->by_class, 3 * (int64_t)a->classes, MD_I64, MD_SUM);
+    md_comm_allreduce(c, &a->loss, 1, MD_F64, MD_SUM);
     a->all = (md_hits){0};
     for (int i = 0; i < a->classes; i++) {
         a->all.images += a->by_class[i].images;
         a->all.top1 += a->by_class[i].top1;
         a->all.top5 += a->by_class[i].top5;
     }
+    a->loss /= (double)MD_MAX(a->all.images, 1);
 }
 
 md_status md_evaluate_accuracy(md_evaluator *e, const md_class_subset *subset, md_accuracy *out)
@@ -229,18 +263,16 @@ md_status md_evaluate_accuracy(md_evaluator *e, const md_class_subset *subset, m
     md_comm *world = e->args.topo->world;
     const md_class_subset all = {.classes = md_viewer_width(e->viewer)};
     tally t = {.subset = subset ? subset : &all, .out = out};
-    *out = (md_accuracy){.classes = t.subset->classes};
+    *out = (md_accuracy){0};
     MD_TRY(md_agree(world, check_classes(e, t.subset)));
-    out->by_class = md_alloc((size_t)out->classes * sizeof *out->by_class, "classes");
-    MD_TRY(md_agree(world, out->by_class ? MD_OK : MD_ERR_MEMORY));
-    md_status st = md_evaluator_run(e, count, &t);
+    md_status st = md_agree(world, md_accuracy_make(t.subset->classes, out));
+    if (st == MD_OK)
+        st = md_evaluator_run(e, count, &t);
     if (st != MD_OK) {
         md_accuracy_free(out);
         return st;
     }
     md_accuracy_sum(world, out);
-    md_comm_allreduce(world, &t.loss, 1, MD_F64, MD_SUM);
-    out->loss = t.loss / (double)MD_MAX(out->all.images, 1);
     return MD_OK;
 }
 

@@ -3,7 +3,7 @@
 #ifndef MD_EVALUATE_H
 #define MD_EVALUATE_H
 
-#include "io/dataset.h"
+#include "io/prefetch.h"
 #include "mpi/topo.h"
 #include "src/method.h"
 #include "src/viewer.h"
@@ -32,6 +32,13 @@ typedef struct md_evaluator md_evaluator;
 md_status md_evaluator_create(const md_evaluator_args *args, md_evaluator **out);
 void md_evaluator_free(md_evaluator *e);
 const md_dataset *md_evaluator_data(const md_evaluator *e);
+/* MD_ERR_CONFIG: the images to learn from and those that are judged have not as many classes.
+ * Local. */
+md_status md_evaluator_same_classes(const md_evaluator *train, const md_evaluator *test);
+/* For who looks at the images in another order or size: where they come from, and the viewer.
+ * Local. */
+md_source md_evaluator_source(const md_evaluator *e);
+md_viewer *md_evaluator_viewer(const md_evaluator *e);
 /* Images that run looks at. Local. */
 int64_t md_evaluator_count(const md_evaluator *e);
 /* Most images that run shows one rank. Local. */
@@ -71,15 +78,22 @@ typedef struct md_accuracy {
     md_hits all;
     md_hits *by_class; /* [classes] owned; classes as the store counts them */
     int classes;
-    double loss; /* mean cross entropy with the labels as they are */
+    double loss; /* mean cross entropy with the labels as they are; a rank's sum while it counts */
 } md_accuracy;
 
-/* Top-1 and top-5 of a classifier. Of equal logits the class with the lower index comes first.
- * Collective(world). *out is freed by md_accuracy_free. Errors of md_evaluator_run; MD_ERR_CONFIG:
- * the store's classes are not those that are answered; MD_ERR_MEMORY. */
+/* Of no images yet. Local. MD_ERR_MEMORY. Freed by md_accuracy_free. */
+md_status md_accuracy_make(int classes, md_accuracy *out);
+/* Counts one image by its logits, of subset's classes (NULL: all); of equal ones the class with the
+ * lower index comes first. Local. */
+void md_accuracy_count(md_accuracy *a, const md_class_subset *subset, int32_t label,
+                       const float *logits);
+
+/* Top-1 and top-5 of a classifier. Collective(world). *out is freed by md_accuracy_free. Errors of
+ * md_evaluator_run; MD_ERR_CONFIG: the store's classes are not those that are answered;
+ * MD_ERR_MEMORY. */
 md_status md_evaluate_accuracy(md_evaluator *e, const md_class_subset *subset, md_accuracy *out);
 void md_accuracy_free(md_accuracy *a);
-/* Collective(c). Sums by_class over the ranks, and `all` over the classes. */
+/* Collective(c). Sums by_class over the ranks, and `all` over the classes; takes the mean loss. */
 void md_accuracy_sum(md_comm *c, md_accuracy *a);
 /* 83.21 of 100; 0 of no images. */
 double md_percent(int64_t hits, int64_t images);

@@ -264,18 +264,6 @@ static md_status all_blocks(search *s, md_accuracy *out)
     return MD_OK;
 }
 
-static md_status check_classes(const md_knn_args *a)
-{
-    const int train = md_dataset_classes(md_evaluator_data(a->train));
-    const int test = md_dataset_classes(md_evaluator_data(a->test));
-    if (train != test)
-        MD_FAIL(MD_ERR_CONFIG,
-                "the images that vote (data.train) have %d classes, those that are judged "
-                "(evaluate.data) have %d",
-                train, test);
-    return MD_OK;
-}
-
 /* Scratch of the backend is this search's own meanwhile. Only one rank of those that share a model
  * has features; the others take no part. */
 static md_status judge(search *s, md_accuracy *out)
@@ -296,12 +284,10 @@ static md_status judge(search *s, md_accuracy *out)
 md_status md_knn_accuracy(const md_knn_args *a, md_accuracy *out)
 {
     md_comm *world = a->topo->world;
-    MD_TRY(md_agree(world, check_classes(a)));
+    MD_TRY(md_agree(world, md_evaluator_same_classes(a->train, a->test)));
     search s = {.args = a, .classes = md_dataset_classes(md_evaluator_data(a->train))};
     s.k = (int)MD_MIN(a->k, md_evaluator_count(a->train));
-    *out = (md_accuracy){.classes = s.classes};
-    out->by_class = md_alloc((size_t)s.classes * sizeof *out->by_class, "classes");
-    md_status st = md_agree(world, out->by_class ? MD_OK : MD_ERR_MEMORY);
+    md_status st = md_agree(world, md_accuracy_make(s.classes, out));
     if (st == MD_OK)
         st = collect(a, a->train, &s.train);
     if (st == MD_OK)

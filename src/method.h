@@ -160,6 +160,9 @@ bool md_method_chosen_last(const md_method *m);
  * rows [B, M, C]; colours and chosen_last are filled in. And one vector an image out of that. */
 md_slot md_student_encode(const md_method *m, md_graph *g, const md_vit_in *in);
 md_slot md_student_pool(const md_method *m, md_graph *g, md_slot x);
+/* What every block of it gives, from the first to the last, at all tokens and without a norm:
+ * out[L], each [B, T, C]; colours are filled in. */
+void md_student_blocks(const md_method *m, md_graph *g, const md_vit_in *in, md_slot *out);
 
 /* Axis tables: find a row by name, NULL when absent. */
 const md_task_row *md_task_find(const char *name);

@@ -28,10 +28,11 @@ typedef enum md_rng_stream {
     MD_RNG_DROP_PATH,   /* step = optimizer step, index = position in batch * 2 * layers + branch */
     MD_RNG_STORE_ORDER, /* order of images at conversion */
     MD_RNG_TEST,
-    MD_RNG_NOISE,      /* seed = md_mix's key, index = element of the image */
-    MD_RNG_MIX,        /* step = optimizer step, index = group of images in the batch */
-    MD_RNG_ERASE,      /* step = epoch, index = global sample */
-    MD_RNG_RANDAUGMENT /* step = epoch, index = global sample */
+    MD_RNG_NOISE,       /* seed = md_mix's key, index = element of the image */
+    MD_RNG_MIX,         /* step = optimizer step, index = group of images in the batch */
+    MD_RNG_ERASE,       /* step = epoch, index = global sample */
+    MD_RNG_RANDAUGMENT, /* step = epoch, index = global sample */
+    MD_RNG_PROBE        /* first weights of a probe: step = head, index = element */
 } md_rng_stream;
 
 typedef struct md_rng_key {

@@ -41,21 +41,36 @@ static md_status add_keep_inputs(md_method *m, md_graph *g)
     return MD_OK;
 }
 
-md_slot md_student_encode(const md_method *m, md_graph *g, const md_vit_in *given)
+/* The encoder, in the colours of the config. */
+static void build(const md_method *m, md_graph *g, md_vit_in *in, md_slot *out)
 {
-    const md_vit *v = &m->student_vit;
     float mean[3], std[3];
     for (int i = 0; i < 3; i++) {
         mean[i] = (float)m->config->image_mean[i];
         std[i] = (float)m->config->image_std[i];
     }
+    in->mean = mean;
+    in->std = std;
+    md_vit_build(&m->student_vit, g, in, out);
+}
+
+void md_student_blocks(const md_method *m, md_graph *g, const md_vit_in *given, md_slot *out)
+{
     md_vit_in in = *given;
-    in.mean = mean;
-    in.std = std;
+    in.rows = in.all_rows = MD_NO_SLOT;
+    in.chosen_last = false;
+    in.last = m->student_vit.spec.layers;
+    build(m, g, &in, out);
+}
+
+md_slot md_student_encode(const md_method *m, md_graph *g, const md_vit_in *given)
+{
+    const md_vit *v = &m->student_vit;
+    md_vit_in in = *given;
     in.chosen_last = md_method_chosen_last(m);
     in.last = 1;
     md_slot x = MD_NO_SLOT, unused;
-    md_vit_build(v, g, &in, &x);
+    build(m, g, &in, &x);
     if (v->norm_w == MD_NO_PARAM)
         return x;
     md_n_residual_ln(g,

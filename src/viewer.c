@@ -9,12 +9,14 @@
 struct md_viewer {
     md_viewer_args args;
     md_graph graph;
-    md_slot image, rows, rel_index, out;
+    md_slot image, rows, cls_rows, rel_index; /* cls_rows: of sight BLOCKS */
+    md_slot *out;                             /* [outs], each [images, part] */
+    int outs, part;                           /* values of an image in one of them */
     int chosen, width; /* rows of an image that are looked at; values of an image */
-    size_t image_bytes, out_bytes, scratch_size;
+    size_t image_bytes, out_bytes, scratch_size; /* out_bytes: from one output to the next */
     void *region, *scratch, *image_operand, *rows_operand, *index_operand, *out_operand;
     uint8_t *host_image; /* of all ranks of tp */
-    void *host_out;      /* in the compute type */
+    char *host_out;      /* in the compute type */
     float *values;       /* [images, width] */
 };
 
@@ -24,6 +26,27 @@ static bool looks_at_cls(const md_viewer *v)
 {
     return v->args.sight == MD_SIGHT_CLS ||
            (v->args.sight == MD_SIGHT_LOGITS && v->args.method->chosen_cls);
+}
+
+/* One vector an image behind the encoder's end, or its logits. */
+static md_slot build_end(const md_viewer *v, md_graph *g, const md_vit_in *in)
+{
+    const md_method *m = v->args.method;
+    md_slot x = md_student_encode(m, g, in);
+    x = v->args.sight == MD_SIGHT_CLS ? md_n_mean_rows(g, x) : md_student_pool(m, g, x);
+    return v->args.sight == MD_SIGHT_LOGITS ? m->head->build((md_method *)(uintptr_t)m, g, x) : x;
+}
+
+/* Two vectors an image behind every block. */
+static void build_blocks(md_viewer *v, md_graph *g, const md_vit_in *in)
+{
+    v->cls_rows = md_graph_input(g, "cls rows", MD_I32, 2, (int64_t[]){v->args.images, 1});
+    md_student_blocks(v->args.method, g, in, v->out); /* into the first half */
+    for (int k = v->outs / 2 - 1; k >= 0; k--) {
+        const md_slot x = v->out[k];
+        v->out[2 * k + 1] = md_n_mean_rows(g, md_n_gather_rows(g, x, v->rows));
+        v->out[2 * k] = md_n_mean_rows(g, md_n_gather_rows(g, x, v->cls_rows));
+    }
 }
 
 static md_status build(md_viewer *v)
@@ -40,21 +63,25 @@ static md_status build(md_viewer *v)
     v->rel_index = s->rel_pos == MD_REL_NONE
                        ? MD_NO_SLOT
                        : md_graph_input(g, "rel_index", MD_I32, 2, (int64_t[]){tokens, tokens});
-    md_slot x = md_student_encode(m, g,
-                                  &(md_vit_in){.images = n,
-                                               .image = v->image,
-                                               .mask = MD_NO_SLOT,
-                                               .mix = MD_NO_SLOT,
-                                               .index = v->rel_index,
-                                               .rows = v->rows,
-                                               .all_rows = v->rows});
-    x = v->args.sight == MD_SIGHT_CLS ? md_n_mean_rows(g, x) : md_student_pool(m, g, x);
-    if (v->args.sight == MD_SIGHT_LOGITS)
-        x = m->head->build((md_method *)(uintptr_t)m, g, x);
-    v->out = x;
-    md_graph_set_external(g, x);
+    const md_vit_in in = {.images = n,
+                          .image = v->image,
+                          .mask = MD_NO_SLOT,
+                          .mix = MD_NO_SLOT,
+                          .index = v->rel_index,
+                          .rows = v->rows,
+                          .all_rows = v->rows};
+    v->cls_rows = MD_NO_SLOT;
+    v->outs = v->args.sight == MD_SIGHT_BLOCKS ? 2 * s->layers : 1;
+    MD_NEW(v->out, v->outs, "outputs");
+    if (v->args.sight == MD_SIGHT_BLOCKS)
+        build_blocks(v, g, &in);
+    else
+        v->out[0] = build_end(v, g, &in);
+    for (int i = 0; i < v->outs; i++)
+        md_graph_set_external(g, v->out[i]);
     MD_TRY(md_graph_finish(g));
-    v->width = (int)md_tensor_cols(md_graph_tensor(g, x));
+    v->part = (int)md_tensor_cols(md_graph_tensor(g, v->out[0]));
+    v->width = v->outs * v->part;
     return MD_OK;
 }
 
@@ -77,16 +104,19 @@ static md_status plan_scratch(md_viewer *v)
     return st;
 }
 
-static md_status fill_inputs(md_viewer *v, int32_t *rows, int32_t *index)
+/* rows: those that are chosen, then each image's cls. */
+static md_status fill_inputs(md_viewer *v, int32_t *rows, size_t bytes, int32_t *index)
 {
     md_backend *be = v->args.backend;
     const md_vit_spec *s = &v->args.method->student_vit.spec;
     const int64_t tokens = md_vit_tokens(s);
-    for (int64_t j = 0; j < v->args.images; j++)
+    const int64_t images = v->args.images;
+    for (int64_t j = 0; j < images; j++) {
         for (int i = 0; i < v->chosen; i++)
             rows[j * v->chosen + i] = (int32_t)(j * tokens + (looks_at_cls(v) ? 0 : 1 + i));
-    MD_TRY(md_backend_upload(be, v->rows_operand, rows,
-                             md_tensor_bytes(md_graph_tensor(&v->graph, v->rows))));
+        rows[images * v->chosen + j] = (int32_t)(j * tokens);
+    }
+    MD_TRY(md_backend_upload(be, v->rows_operand, rows, bytes));
     if (v->rel_index != MD_NO_SLOT) {
         md_vit_rel_index(md_vit_side(s), index);
         MD_TRY(md_backend_upload(be, v->index_operand, index,
@@ -100,29 +130,35 @@ static md_status allocate(md_viewer *v)
     md_backend *be = v->args.backend;
     md_graph *g = &v->graph;
     const int64_t tokens = md_vit_tokens(&v->args.method->student_vit.spec);
-    const size_t rows = md_tensor_bytes(md_graph_tensor(g, v->rows));
+    const size_t chosen = (size_t)(v->args.images * v->chosen);
+    const size_t rows = 4 * (chosen + (size_t)v->args.images);
     const size_t index = v->rel_index == MD_NO_SLOT ? 0 : 4 * (size_t)(tokens * tokens);
     void *p;
     v->image_bytes = md_tensor_bytes(md_graph_tensor(g, v->image));
-    v->out_bytes = md_tensor_bytes(md_graph_tensor(g, v->out));
+    v->out_bytes = (md_tensor_bytes(md_graph_tensor(g, v->out[0])) + 63) / 64 * 64;
+    const size_t outs = (size_t)v->outs * v->out_bytes;
     MD_TRY(md_backend_alloc(be, g->region_bytes, "activations", &v->region));
     MD_TRY(md_backend_alloc(be, v->scratch_size, "scratch", &v->scratch));
     MD_TRY(md_backend_alloc(be, v->image_bytes, "images", &v->image_operand));
     MD_TRY(md_backend_alloc(be, rows, "rows", &v->rows_operand));
     MD_TRY(md_backend_alloc(be, index, "relative position index", &v->index_operand));
-    MD_TRY(md_backend_alloc(be, v->out_bytes, "outputs", &v->out_operand));
+    MD_TRY(md_backend_alloc(be, outs, "outputs", &v->out_operand));
     MD_TRY(md_backend_pinned(be, v->image_bytes, "images", &p));
     v->host_image = p;
-    MD_TRY(md_backend_pinned(be, v->out_bytes, "outputs", &v->host_out));
+    MD_TRY(md_backend_pinned(be, outs, "outputs", &p));
+    v->host_out = p;
     MD_NEW(v->values, v->args.images * v->width, "outputs");
     md_graph_bind_region(g, v->region);
     md_graph_bind(g, v->image, v->image_operand);
     md_graph_bind(g, v->rows, v->rows_operand);
-    md_graph_bind(g, v->out, v->out_operand);
+    if (v->cls_rows != MD_NO_SLOT)
+        md_graph_bind(g, v->cls_rows, (int32_t *)v->rows_operand + chosen);
+    for (int i = 0; i < v->outs; i++)
+        md_graph_bind(g, v->out[i], (char *)v->out_operand + (size_t)i * v->out_bytes);
     if (index)
         md_graph_bind(g, v->rel_index, v->index_operand);
     int32_t *host = md_alloc(rows + index, "rows");
-    md_status st = host ? fill_inputs(v, host, host + rows / 4) : MD_ERR_MEMORY;
+    md_status st = host ? fill_inputs(v, host, rows, host + rows / 4) : MD_ERR_MEMORY;
     md_free(host);
     return st;
 }
@@ -164,6 +200,7 @@ void md_viewer_free(md_viewer *v)
     md_backend_pinned_free(be, v->host_image);
     md_backend_pinned_free(be, v->host_out);
     md_graph_free(&v->graph);
+    md_free(v->out);
     md_free(v->values);
     md_free(v);
 }
@@ -187,8 +224,23 @@ static md_status forward(md_viewer *v)
     be->scratch = scratch;
     be->scratch_size = size;
     MD_TRY(st);
-    MD_TRY(md_backend_download(be, v->host_out, v->out_operand, v->out_bytes));
+    MD_TRY(md_backend_download(be, v->host_out, v->out_operand, (size_t)v->outs * v->out_bytes));
     return md_backend_sync(be);
+}
+
+/* The outputs of image j side by side. */
+static void place_values(md_viewer *v, int64_t j, md_dtype dtype)
+{
+    const int64_t n = v->part;
+    for (int i = 0; i < v->outs; i++) {
+        const char *from = v->host_out + (size_t)i * v->out_bytes;
+        float *to = v->values + j * v->width + i * n;
+        if (dtype == MD_BF16)
+            for (int64_t c = 0; c < n; c++)
+                to[c] = md_f32_from_bf16(((const uint16_t *)(const void *)from)[j * n + c]);
+        else
+            memcpy(to, (const float *)(const void *)from + j * n, (size_t)n * sizeof *to);
+    }
 }
 
 md_status md_viewer_run(md_viewer *v, const uint8_t *own, const float **out)
@@ -202,12 +254,8 @@ md_status md_viewer_run(md_viewer *v, const uint8_t *own, const float **out)
         md_abort(st);
     }
     MD_TRY(st);
-    const int64_t n = v->args.images * v->width;
-    if (md_graph_tensor(&v->graph, v->out)->dtype == MD_BF16)
-        for (int64_t i = 0; i < n; i++)
-            v->values[i] = md_f32_from_bf16(((const uint16_t *)v->host_out)[i]);
-    else
-        memcpy(v->values, v->host_out, v->out_bytes);
+    for (int64_t j = 0; j < v->args.images; j++)
+        place_values(v, j, md_graph_tensor(&v->graph, v->out[0])->dtype);
     *out = v->values;
     return MD_OK;
 }

@@ -1,5 +1,5 @@
-/* viewer: looks at images with a model that is being trained, or was: its logits, or one feature
- * vector an image. The graph runs over the method's own parameters, as they are at that moment,
+/* viewer: looks at images with a model that is being trained, or was: its logits, or features of an
+ * image. The graph runs over the method's own parameters, as they are at that moment,
  * without masks, drop path or mixing; its activations and scratch are its own. */
 #ifndef MD_VIEWER_H
 #define MD_VIEWER_H
@@ -8,8 +8,10 @@
 #include "src/method.h"
 
 /* Logits of a classifier (f32 [K]); or a feature [C]: the mean of the patch tokens, or the cls
- * token, behind the final norm (a classifier's mean behind its fc_norm). */
-typedef enum md_sight { MD_SIGHT_LOGITS, MD_SIGHT_MEAN, MD_SIGHT_CLS } md_sight;
+ * token, behind the final norm (a classifier's mean behind its fc_norm); or what every block gives,
+ * from the first to the last, without a norm [L, 2C]: the cls token and the mean of the patch
+ * tokens. */
+typedef enum md_sight { MD_SIGHT_LOGITS, MD_SIGHT_MEAN, MD_SIGHT_CLS, MD_SIGHT_BLOCKS } md_sight;
 
 typedef struct md_viewer_args {
     const md_method *method; /* resolved; registry allocated */

@@ -227,7 +227,7 @@ void md_vit_build(const md_vit *v, md_graph *g, const md_vit_in *in, md_slot *ou
         int place = k - (s->layers - in->last);
         if (place < 0)
             continue;
-        bool chosen = in->chosen_last && k + 1 == s->layers;
-        out[place] = chosen ? r.x : md_n_gather_rows(g, r.x, in->rows);
+        bool whole = in->rows == MD_NO_SLOT || (in->chosen_last && k + 1 == s->layers);
+        out[place] = whole ? r.x : md_n_gather_rows(g, r.x, in->rows);
     }
 }

@@ -1,6 +1,6 @@
 #!/bin/bash
 # Labels on the cuda backend, on the stand-in for CUDA (tests/emu): a classifier trained and evaluated
-# as on the cpu backend, alone and on a grid of ranks; nearest neighbours of its features.
+# as on the cpu backend, alone and on a grid of ranks; nearest neighbours and probes of its features.
 set -eu
 cd "$(dirname "$0")/../.."
 . tests/tiny_run.sh
@@ -44,3 +44,14 @@ neighbours=(evaluate.kind=knn evaluate.knn_k=3 evaluate.split=train)
     backend=cuda precision=fp32 parallel.comm=mpi >"$log" 2>&1 || fail "neighbours on cuda"
 [ "$(hits "$scratch/a.json")" = "$(hits "$scratch/b.json")" ] ||
     fail "neighbours: $(hits "$scratch/a.json"), on cuda $(hits "$scratch/b.json")"
+
+for recipe in beit mae; do
+    probe=(evaluate.kind=probe "evaluate.probe_recipe=$recipe" evaluate.probe_epochs=3 evaluate.probe_batch=16
+        evaluate.split=train evaluate.batch=8)
+    "$host" evaluate "$scratch/cpu" "${probe[@]}" "evaluate.output=$scratch/a" >"$log" 2>&1 ||
+        fail "probe $recipe on the cpu"
+    "$MPIRUN" -np 2 "$emu" evaluate "$scratch/cpu" "${probe[@]}" "evaluate.output=$scratch/b" \
+        backend=cuda precision=fp32 parallel.comm=mpi >"$log" 2>&1 || fail "probe $recipe on cuda"
+    [ "$(hits "$scratch/a.json")" = "$(hits "$scratch/b.json")" ] ||
+        fail "probe $recipe: $(hits "$scratch/a.json"), on cuda $(hits "$scratch/b.json")"
+done

@@ -12,11 +12,12 @@ import transformers
 # ---------------------------------------------------------------- values both sides can compute
 
 
-def philox(seed, step, index):
-    """First word of Philox4x32-10 as src/rng.h counts: stream 0, block 0, index an array."""
+def philox(seed, step, index, stream=0, word=0):
+    """A word of Philox4x32-10 as src/rng.h counts: block 0, index an array."""
     index = np.asarray(index, dtype=np.uint64)
     low = np.uint64(0xFFFFFFFF)
     c = [np.zeros_like(index), index & low, index >> np.uint64(32), np.full_like(index, step)]
+    c[2] |= np.uint64(stream << 16)
     k = [seed & 0xFFFFFFFF, seed >> 32]
     for _ in range(10):
         p0, p1 = np.uint64(0xD2511F53) * c[0], np.uint64(0xCD9E8D57) * c[2]
@@ -27,7 +28,7 @@ def philox(seed, step, index):
             p0 & low,
         ]
         k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
-    return c[0]
+    return c[word]
 
 
 def fnv1a(name):
