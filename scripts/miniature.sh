@@ -1,21 +1,25 @@
 #!/bin/bash
 # The paper's claim in small, run by `make miniature`: a teacher is trained on labels, students of its
-# size and of a larger one are distilled from it, and each is fine-tuned; a control is trained from
-# scratch on labels for as many epochs as a student has in all. Then one thing at a time is changed:
-# no mask (plain distillation), pixels instead of the teacher, no target normalisation, L2, random
-# masks: Tables 5 and 8 and Figure 2 of the paper. Every run is a run directory below
-# runs/miniature/NAME; what is finished is not run again. The table is printed and written beside
-# them as table.md and table.csv, the plot as plot.svg.
+# size and of a larger one are distilled from it, and each is fine-tuned for as many epochs of labels
+# as the teacher had. Two controls of each size are trained from scratch on labels: one for as many
+# epochs as a student is fine-tuned (of the teacher's size it is the teacher), one for as many as a
+# student has in all. Then one thing at a time is changed: no mask (plain distillation), pixels instead
+# of the teacher, no target normalisation, L2, random masks: Tables 5 and 8 and Figure 2 of the paper.
+# Each seed has a teacher of its own. Every run is a run directory below runs/miniature/NAME; what is
+# finished is not run again. The table is printed and written beside them as table.md and table.csv,
+# the plot as plot.svg.
 #
 # Environment: MPIRUN, MD_MINIATURE_RANKS (2), MD_MINIATURE_SEEDS ("0 1 2"), MD_MINIATURE_EPOCHS
-# (factor on all lengths, 1), MD_DEMO_DATA (folder with Fashion-MNIST's files), MD_MINIATURE_CIFAR
-# (folder with cifar10-train.tar and cifar10-test.tar: these instead).
+# (factor on all lengths, 1), MD_MINIATURE_KEYS (keys for every run and evaluation, "backend=cuda"; with
+# MD_MINIATURE_RANKS=1 a GPU does it all), MD_DEMO_DATA (folder with Fashion-MNIST's files),
+# MD_MINIATURE_CIFAR (folder with cifar10-train.tar and cifar10-test.tar: these instead).
 set -eu
 cd "$(dirname "$0")/.."
 # shellcheck source=scripts/mpi_env.sh
 . scripts/mpi_env.sh
 mpirun=${MPIRUN:-mpirun} ranks=${MD_MINIATURE_RANKS:-2} factor=${MD_MINIATURE_EPOCHS:-1}
 read -ra seeds <<<"${MD_MINIATURE_SEEDS:-0 1 2}"
+read -ra keys <<<"${MD_MINIATURE_KEYS:-}"
 start=$SECONDS
 
 fail() {
@@ -29,7 +33,7 @@ common=()
 if [ -n "${MD_MINIATURE_CIFAR:-}" ]; then
     folder=runs/miniature/cifar10 store=runs/cifar10.h5
     sources=(--val "$MD_MINIATURE_CIFAR/cifar10-test.tar" "$MD_MINIATURE_CIFAR/cifar10-train.tar")
-    common=(image.size=32 model.patch=8 evaluate.split=val "image.mean=0.4914,0.4822,0.4465"
+    common=(image.size=32 model.patch=8 evaluate.split=val evaluate.resize=32 "image.mean=0.4914,0.4822,0.4465"
         "image.std=0.247,0.2435,0.2616")
 else
     folder=runs/miniature/fashion store=runs/fashion_mnist.h5
@@ -64,7 +68,7 @@ run() {
     "$mpirun" -np "$ranks" ./md_hpc "config/miniature/$file.cfg" "run.dir=$folder/$name" \
         "${common[@]}" "train.epochs=$(times "${length:-$(setting "$file" epochs)}" "$factor")" \
         "optim.warmup_epochs=$(times "$(setting "$file" warmup_epochs)" "$factor")" \
-        "$@" >"$folder/$name.log" 2>&1 ||
+        "$@" "${keys[@]}" >"$folder/$name.log" 2>&1 ||
         fail "$name ended with $?; its log: $folder/$name.log"
 }
 
@@ -72,7 +76,7 @@ run() {
 neighbours() {
     [ -f "$folder/$1.knn.json" ] ||
         "$mpirun" -np "$ranks" ./md_hpc evaluate "$folder/$1" "data.train=$store" evaluate.kind=knn \
-            evaluate.knn_images=10000 "evaluate.output=$folder/$1.knn" >/dev/null ||
+            evaluate.knn_images=10000 "evaluate.output=$folder/$1.knn" "${keys[@]}" >/dev/null ||
         fail "neighbours of $1"
 }
 
@@ -89,23 +93,26 @@ student() {
     run "$name-tuned" finetune "run.seed=$seed" "finetune.from=$folder/$name" "${sizes[@]}"
 }
 
-# scratch NAME SEED [key=value...]: labels alone, as many epochs as a student has in all.
+# scratch NAME SEED EPOCHS [key=value...]: labels alone.
 scratch() {
-    local name=$1-$2 seed=$2 length
-    shift 2
-    length=$(awk -v a="$(setting distill epochs)" -v b="$(setting finetune epochs)" 'BEGIN { print a + b }')
-    run "$name-tuned" finetune "run.seed=$seed" optim.layer_decay=1 "$@"
+    local name=$1-$2 seed=$2 length=$3
+    shift 3
+    run "$name" teacher "run.seed=$seed" "$@"
 }
 
-large=(model.width=128)
-run teacher teacher
-teacher=$folder/teacher.h5
-[ -f "$teacher" ] || ./md_hpc weights import --out "$teacher" "$folder/teacher" >"$folder/import.log"
+large=(model.width=96)
+labels=$(setting teacher epochs)
+total=$(awk -v a="$(setting distill epochs)" -v b="$(setting finetune epochs)" 'BEGIN { print a + b }')
 for seed in "${seeds[@]}"; do
+    scratch teacher "$seed" "$labels"
+    teacher=$folder/teacher-$seed.h5
+    [ -f "$teacher" ] ||
+        ./md_hpc weights import --out "$teacher" "$folder/teacher-$seed" >"$folder/import.log"
     student same "$seed"
-    scratch same-scratch "$seed"
+    scratch same-long "$seed" "$total"
     student large "$seed" "${large[@]}"
-    scratch large-scratch "$seed" "${large[@]}"
+    scratch large-short "$seed" "$labels" "${large[@]}"
+    scratch large-long "$seed" "$total" "${large[@]}"
     student no-mask "$seed" method.mask.kind=none method.loss.on=all
     student pixels "$seed" method.teacher.kind=pixel method.target.norm=patch_norm
     student no-norm "$seed" method.target.norm=none
@@ -122,17 +129,21 @@ knn() {
     sed -n 's/.*"top1": *\([0-9.]*\).*/\1/p' "$folder/$1.knn.json" 2>/dev/null || true
 }
 
-rows=('same|student of the teacher'"'"'s size (width 64)' 'same-scratch|the same from scratch'
-    'large|larger student (width 128)' 'large-scratch|the same from scratch'
+rows=("teacher|the teachers: labels alone, $labels epochs"
+    'same|student of their size (width 48)'
+    "same-long|that size, labels alone, $total epochs" 'large|larger student (width 96)'
+    "large-short|that size, labels alone, $labels epochs"
+    "large-long|that size, labels alone, $total epochs"
     'no-mask|no mask: plain distillation' 'pixels|pixels as the teacher'
     'no-norm|no target normalisation' 'l2|L2 instead of smooth-L1' 'random-mask|random mask')
 {
     echo "run,seed,top1,knn"
-    echo "teacher,0,$(top1 teacher),"
     for row in "${rows[@]}"; do
         for seed in "${seeds[@]}"; do
             name=${row%%|*}-$seed
-            echo "${row%%|*},$seed,$(top1 "$name-tuned"),$(knn "$name")"
+            last=$name-tuned
+            [ -d "$folder/$last" ] || last=$name
+            echo "${row%%|*},$seed,$(top1 "$last"),$(knn "$name")"
         done
     done
 } >"$folder/table.csv"
@@ -141,7 +152,6 @@ rows=('same|student of the teacher'"'"'s size (width 64)' 'same-scratch|the same
 {
     echo "| run | fine-tuned, top-1 % | neighbours before, % |"
     echo "|---|---|---|"
-    printf '| teacher: labels alone, %s epochs | %.2f | |\n' "$(setting teacher epochs)" "$(top1 teacher)"
     for row in "${rows[@]}"; do
         awk -F, -v run="${row%%|*}" -v text="${row#*|}" '
             function spread(s, q, n) { return n > 1 ? sqrt((q - s * s / n > 0 ? q - s * s / n : 0) / (n - 1)) : 0 }
@@ -167,10 +177,9 @@ awk -F, -v rows="$(printf '%s;' "${rows[@]}")" '
     END {
         low = int(low) - 1; high = int(high) + 1
         count = split(rows, row, ";") - 1
-        printf "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"750\" height=\"%d\" font-family=\"sans-serif\" font-size=\"13\">\n", 24 * (count + 2) + 20
+        printf "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"750\" height=\"%d\" font-family=\"sans-serif\" font-size=\"13\">\n", 24 * (count + 1) + 20
         printf "<text x=\"250\" y=\"16\">top-1 of the test pictures, %d to %d %%; ticks are seeds</text>\n", low, high
-        bar("teacher", "teacher", 28)
-        for (r = 1; r <= count; r++) { split(row[r], part, "|"); bar(part[1], part[2], 28 + 24 * r) }
+        for (r = 1; r <= count; r++) { split(row[r], part, "|"); bar(part[1], part[2], 4 + 24 * r) }
         print "</svg>"
     }' "$folder/table.csv" >"$folder/plot.svg"
 
