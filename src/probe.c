@@ -195,12 +195,13 @@ static md_status judge_epoch(probe *p, int64_t epoch)
 
 static md_status train(probe *p)
 {
+    md_comm *world = p->a->topo->world;
     for (int64_t epoch = 0; epoch < p->a->rule.epochs; epoch++) {
         for (int64_t s = 0; s < p->steps; s++)
             MD_TRY(run_step(p, epoch * p->steps + s));
-        MD_TRY(judge_epoch(p, epoch));
+        MD_TRY(md_agree(world, judge_epoch(p, epoch)));
     }
-    return md_probe_heads_share(p->heads, p->a->topo->dp);
+    return md_agree(world, md_probe_heads_share(p->heads, p->a->topo->dp));
 }
 
 /* ---- judging ---- */

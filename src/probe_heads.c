@@ -394,7 +394,7 @@ md_status md_probe_heads_step(md_probe_heads *h, const float *feature, const int
 {
     const lent l = borrow(h);
     h->updates++;
-    md_status st = show_targets(h, label);
+    md_status st = h->own > 0 ? show_targets(h, label) : MD_OK;
     for (int k = h->a.rank; k < h->a.heads && st == MD_OK; k += h->a.ranks)
         st = learn(h, feature, k, lr);
     return give_back(h, l, st == MD_OK ? md_backend_sync(h->a.backend) : st);

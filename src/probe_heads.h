@@ -3,8 +3,9 @@
  * same images, each from values of its own.
  *
  * A step takes the features of the whole global batch on every rank, and each head is trained by
- * one rank alone, so that every sum has the same order on any number of ranks. To gather features
- * takes about as many bytes as the pictures have, and next to the encoder the heads cost nothing.
+ * one rank alone, so that every sum has the same order on any number of ranks. The price is that
+ * every rank receives them all, 335 MB a step for 1024 images and the 32 blocks of ViT-H: a probe
+ * is for a few ranks, whose own images take longer than that.
  * Arithmetic is f32 on the backend; statistics of batch norm are f64 on the host. */
 #ifndef MD_PROBE_HEADS_H
 #define MD_PROBE_HEADS_H

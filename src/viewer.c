@@ -41,12 +41,9 @@ static md_slot build_end(const md_viewer *v, md_graph *g, const md_vit_in *in)
 static void build_blocks(md_viewer *v, md_graph *g, const md_vit_in *in)
 {
     v->cls_rows = md_graph_input(g, "cls rows", MD_I32, 2, (int64_t[]){v->args.images, 1});
-    md_student_blocks(v->args.method, g, in, v->out); /* into the first half */
-    for (int k = v->outs / 2 - 1; k >= 0; k--) {
-        const md_slot x = v->out[k];
-        v->out[2 * k + 1] = md_n_mean_rows(g, md_n_gather_rows(g, x, v->rows));
-        v->out[2 * k] = md_n_mean_rows(g, md_n_gather_rows(g, x, v->cls_rows));
-    }
+    md_vit_in pooled = *in;
+    pooled.pooled = (md_slot[]){v->cls_rows, v->rows};
+    md_student_blocks(v->args.method, g, &pooled, v->out);
 }
 
 static md_status build(md_viewer *v)

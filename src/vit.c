@@ -228,6 +228,10 @@ void md_vit_build(const md_vit *v, md_graph *g, const md_vit_in *in, md_slot *ou
         if (place < 0)
             continue;
         bool whole = in->rows == MD_NO_SLOT || (in->chosen_last && k + 1 == s->layers);
-        out[place] = whole ? r.x : md_n_gather_rows(g, r.x, in->rows);
+        if (in->pooled)
+            for (int i = 0; i < 2; i++)
+                out[2 * place + i] = md_n_mean_rows(g, md_n_gather_rows(g, r.x, in->pooled[i]));
+        else
+            out[place] = whole ? r.x : md_n_gather_rows(g, r.x, in->rows);
     }
 }

@@ -80,14 +80,15 @@ typedef struct md_vit_in {
     const float *mean, *std;
     md_slot rows; /* i32 [B, M]: the rows, of all B*T tokens, that are wanted; MD_NO_SLOT: all */
     md_slot all_rows; /* the same for the images of all tensor-parallel ranks; else equal to rows */
-    bool chosen_last; /* run what follows the last block's attention at those rows only; not for all
-                       */
+    /* Two sets of rows i32 [B, M] whose means are wanted instead, each [B, C]; NULL: not so. */
+    const md_slot *pooled;
+    bool chosen_last; /* run what follows the last block's attention at `rows` only; not for all */
     int last;         /* how many of the last block outputs to give */
 } md_vit_in;
 
 /* Builds patch embedding, tokens and blocks. out[0 .. in->last) receives the outputs of the last
- * blocks at the wanted rows [B, M, C] (all: [B, T, C]), oldest first; no final norm. Errors stay in
- * the graph. */
+ * blocks at the wanted rows [B, M, C] (all: [B, T, C]), oldest first; with `pooled` two for each
+ * block. No final norm. Errors stay in the graph. */
 void md_vit_build(const md_vit *v, md_graph *g, const md_vit_in *in, md_slot *out);
 
 #endif

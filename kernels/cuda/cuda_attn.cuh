@@ -69,7 +69,9 @@ static inline int attn_blocks(const attn_dims &d)
 static inline bool attn_tensor_cores(const md_tensor *qkv, int heads)
 {
     const int64_t width = qkv->dim[2] / 3 / heads;
-    return cuda_is_bf16(qkv) && width % ATTN_BLOCK == 0 && width <= 128;
+#define IS_WIDTH(w) width == (w) ||
+    return cuda_is_bf16(qkv) && (ATTN_WIDTHS(IS_WIDTH) false);
+#undef IS_WIDTH
 }
 
 static inline bool attn_aligned(const md_tensor *t)

@@ -45,13 +45,23 @@ neighbours=(evaluate.kind=knn evaluate.knn_k=3 evaluate.split=train)
 [ "$(hits "$scratch/a.json")" = "$(hits "$scratch/b.json")" ] ||
     fail "neighbours: $(hits "$scratch/a.json"), on cuda $(hits "$scratch/b.json")"
 
+losses() {
+    sed -n 's/.*"train_loss": \([^,]*\).*/\1/p' "$1"
+}
+# LARS moves a weight by a thousandth of the rate, so MAE's is high enough to show whether it does.
 for recipe in beit mae; do
     probe=(evaluate.kind=probe "evaluate.probe_recipe=$recipe" evaluate.probe_epochs=3 evaluate.probe_batch=16
-        evaluate.split=train evaluate.batch=8)
+        "evaluate.probe_lr=$([ $recipe = mae ] && echo 4 || echo 0.01)" evaluate.split=train evaluate.batch=8)
     "$host" evaluate "$scratch/cpu" "${probe[@]}" "evaluate.output=$scratch/a" >"$log" 2>&1 ||
         fail "probe $recipe on the cpu"
     "$MPIRUN" -np 2 "$emu" evaluate "$scratch/cpu" "${probe[@]}" "evaluate.output=$scratch/b" \
         backend=cuda precision=fp32 parallel.comm=mpi >"$log" 2>&1 || fail "probe $recipe on cuda"
     [ "$(hits "$scratch/a.json")" = "$(hits "$scratch/b.json")" ] ||
         fail "probe $recipe: $(hits "$scratch/a.json"), on cuda $(hits "$scratch/b.json")"
+    "$emu" evaluate "$scratch/cpu" "${probe[@]}" "evaluate.output=$scratch/c" backend=cuda \
+        precision=bf16 >"$log" 2>&1 || fail "probe $recipe in bf16"
+    paste <(losses "$scratch/a.json") <(losses "$scratch/b.json") <(losses "$scratch/c.json") | awk '
+        function off(x, y) { return x > y ? x - y : y - x }
+        off($1, $2) > 1e-5 * $1 || off($1, $3) > 0.02 * $1 { print; bad = 1 }
+        END { exit bad || NR == 0 }' || fail "training losses of probe $recipe: cpu, fp32, bf16"
 done

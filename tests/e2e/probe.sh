@@ -49,6 +49,7 @@ losses() {
 # same_probe A B: the same bits; near_probe A B: the same counts and losses within 1e-6.
 same_probe() {
     [ "$(hits "$1")" = "$(hits "$2")" ] || fail "$1: $(hits "$1"), $2: $(hits "$2")"
+    [ -n "$(losses "$1")" ] || fail "$1 has no losses"
     diff <(losses "$1") <(losses "$2") || fail "training losses of $1 and $2"
     cmp "$scratch/$1.csv" "$scratch/$2.csv" || fail "classes of $1 and $2"
 }
