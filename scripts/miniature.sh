@@ -58,11 +58,16 @@ setting() {
 
 times() { awk -v a="$1" -v b="$2" 'BEGIN { print a * b }'; }
 
-# run NAME FILE [key=value...]: one run, to its end; its log beside it. A finished one is left alone.
-# $length: epochs, instead of the file's.
+# run NAME FILE [key=value...]: one run, to its end; its log beside it. One that finished with the same
+# configs and keys is left alone, one of others is made anew. $length: epochs, instead of the file's.
 run() {
-    local name=$1 file=$2
+    local name=$1 file=$2 recipe
     shift 2
+    recipe=$({ cat config/miniature/*.cfg && echo "$ranks $factor ${length:-}" "${common[@]}" "$@" "${keys[@]}"; } | cksum)
+    if [ "$recipe" != "$(cat "$folder/$name.recipe" 2>/dev/null)" ]; then
+        rm -rf "${folder:?}/$name" "$folder/$name.knn".*
+        echo "$recipe" >"$folder/$name.recipe"
+    fi
     grep -qs '"state": "finished"' "$folder/$name/status.json" && return
     printf '%5d s  %s\n' $((SECONDS - start)) "$name"
     "$mpirun" -np "$ranks" ./md_hpc "config/miniature/$file.cfg" "run.dir=$folder/$name" \
@@ -104,15 +109,18 @@ large=(model.width=96)
 labels=$(setting teacher epochs)
 total=$(awk -v a="$(setting distill epochs)" -v b="$(setting finetune epochs)" 'BEGIN { print a + b }')
 for seed in "${seeds[@]}"; do
-    scratch teacher "$seed" "$labels"
     teacher=$folder/teacher-$seed.h5
-    [ -f "$teacher" ] ||
-        ./md_hpc weights import --out "$teacher" "$folder/teacher-$seed" >"$folder/import.log"
+    scratch teacher "$seed" "$labels"
+    rm -f "$teacher"
+    ./md_hpc weights import --out "$teacher" "$folder/teacher-$seed" >"$folder/import.log"
     student same "$seed"
     scratch same-long "$seed" "$total"
     student large "$seed" "${large[@]}"
     scratch large-short "$seed" "$labels" "${large[@]}"
     scratch large-long "$seed" "$total" "${large[@]}"
+done
+for seed in "${seeds[@]}"; do
+    teacher=$folder/teacher-$seed.h5
     student no-mask "$seed" method.mask.kind=none method.loss.on=all
     student pixels "$seed" method.teacher.kind=pixel method.target.norm=patch_norm
     student no-norm "$seed" method.target.norm=none

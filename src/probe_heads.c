@@ -409,6 +409,8 @@ const double *md_probe_heads_loss(const md_probe_heads *h)
 
 static md_status fetch_value(md_probe_heads *h, int k)
 {
+    if (md_fault("probe.fetch"))
+        MD_FAIL(MD_ERR_DEVICE, "injected fault probe.fetch");
     MD_TRY(md_backend_download(h->a.backend, h->host_value, h->value + k * h->size,
                                (size_t)h->size * sizeof(float)));
     return md_backend_sync(h->a.backend);

@@ -50,7 +50,7 @@ static md_status vit_declare(md_method *m, md_tag *out)
         MD_FAIL(MD_ERR_CONFIG, "method.teacher.stage = ln_post_proj but %s holds no projection",
                 c->teacher_weights);
     t->final_norm = stage != STAGE_RAW;
-    t->init_std = (float)c->model_init_std; /* for measurements: a run has the file's weights */
+    t->init_std = 0.02f; /* for measurements: a run has the file's weights */
     MD_TRY(md_vit_declare(&m->teacher_vit, t, &m->teacher_params));
     int width = t->width;
     if (stage == STAGE_PROJ) {

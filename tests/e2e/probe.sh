@@ -104,6 +104,11 @@ says "injected fault loader.decode"
 MD_FAULT=loader.decode@rank0 probe 2 student many beit evaluate.probe_epochs=1
 [ "$rc" = 65 ] || fail "no pictures at all: exit code $rc"
 
+# A head that cannot be fetched ends all ranks, those too that share no data-parallel group with it.
+MD_FAULT=probe.fetch@rank3 probe 4 student unfetched beit evaluate.probe_epochs=1 parallel.tensor=2
+[ "$rc" = 69 ] || fail "a head that cannot be fetched: exit code $rc"
+says "injected fault probe.fetch"
+
 # What cannot be is refused with its reason and 78, everywhere.
 refused() { # WORDS RANKS RUN RECIPE [key=value...]
     local words=$1 n=$2 run=$3
