@@ -136,8 +136,9 @@ MD_DEV void query_logits(float (&s)[2][4], float (&dp)[2][4], const uint4 &word,
     }
 }
 
-/* N blocks of keys from block `at` of the stage, which is `block` of the head. With QUERY_AHEAD k.word
- * is of the bias of this block, then of the one after it: memory is slower than the products. */
+/* N blocks of keys from block `at` of the stage, which is `block` of the head. With QUERY_AHEAD
+ * k.word is of the bias of this block, then of the one after it: memory is slower than the
+ * products. */
 template <int W, bool REL, int N>
 MD_DEV void query_step(query_tile<W> &t, query_keys &k, int at, int block)
 {
