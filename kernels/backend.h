@@ -393,6 +393,20 @@ typedef struct md_backend_args {
     bool planning; /* no device is touched: shapes and scratch sizes only */
 } md_backend_args;
 
+/* Ops use another scratch from now on; gives the one they had, to be set again afterwards. Local.
+ */
+typedef struct md_scratch {
+    void *memory;
+    size_t size;
+} md_scratch;
+static inline md_scratch md_backend_scratch(md_backend *be, md_scratch next)
+{
+    const md_scratch was = {be->scratch, be->scratch_size};
+    be->scratch = next.memory;
+    be->scratch_size = next.size;
+    return was;
+}
+
 /* Makes a backend. MD_ERR_CONFIG for a name that this program has not, with those it has, for a
  * compute type that it cannot, and where no GPU can be used; MD_ERR_MEMORY. The backend is used by
  * one thread at a time (it starts its own OpenMP threads). Local. */

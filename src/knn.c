@@ -269,15 +269,11 @@ static md_status all_blocks(search *s, md_accuracy *out)
 static md_status judge(search *s, md_accuracy *out)
 {
     md_backend *be = s->args->backend;
-    void *const scratch = be->scratch;
-    const size_t size = be->scratch_size;
     md_status st = md_agree(s->args->topo->world, allocate(s));
-    be->scratch = s->scratch;
-    be->scratch_size = s->scratch_size;
+    const md_scratch was = md_backend_scratch(be, (md_scratch){s->scratch, s->scratch_size});
     if (st == MD_OK && s->args->topo->tp_rank == 0)
         st = all_blocks(s, out);
-    be->scratch = scratch;
-    be->scratch_size = size;
+    md_backend_scratch(be, was);
     return md_agree(s->args->topo->world, st);
 }
 

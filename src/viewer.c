@@ -212,14 +212,10 @@ int md_viewer_width(const md_viewer *v)
 static md_status forward(md_viewer *v)
 {
     md_backend *be = v->args.backend;
-    void *const scratch = be->scratch;
-    const size_t size = be->scratch_size;
     MD_TRY(md_backend_upload(be, v->image_operand, v->host_image, v->image_bytes));
-    be->scratch = v->scratch;
-    be->scratch_size = v->scratch_size;
+    const md_scratch was = md_backend_scratch(be, (md_scratch){v->scratch, v->scratch_size});
     md_status st = md_graph_forward(&v->graph, be);
-    be->scratch = scratch;
-    be->scratch_size = size;
+    md_backend_scratch(be, was);
     MD_TRY(st);
     MD_TRY(md_backend_download(be, v->host_out, v->out_operand, (size_t)v->outs * v->out_bytes));
     return md_backend_sync(be);
