@@ -45,7 +45,7 @@ PKG_CONFIG ?= pkg-config
 OPT        ?= $(if $(SAN),-O1,-O3) $(if $(MARCH),-march=$(MARCH)) -fno-math-errno -fno-trapping-math
 CFLAGS     ?= -g
 CSTD       := -std=c11 -D_GNU_SOURCE
-WARN       := -Wall -Wextra -Wshadow -Wconversion -Wno-missing-field-initializers
+WARN       := -Wall -Wextra -Wshadow -Wconversion -Wno-missing-field-initializers -Wno-psabi
 SANFLAGS   := $(if $(SAN),-fsanitize=$(SAN) -fno-omit-frame-pointer -fno-sanitize-recover=undefined)
 
 # ---- libraries: NAME_HOME, else pkg-config, else the compiler's own search path ----
