@@ -136,6 +136,19 @@ void md_comm_reduce_scatter(md_comm *c, const void *send, void *recv, int64_t n,
         WAITING("comm.reduce_scatter", c->ops->reduce_scatter(c, send, recv, n, dtype));
 }
 
+void md_comm_alltoallv(md_comm *c, const void *send, const int64_t *to, void *recv,
+                       const int64_t *from, int64_t row)
+{
+    int64_t rows = 0;
+    for (int r = 0; r < c->size; r++)
+        rows += to[r];
+    MD_ASSERT(c->ops->alltoallv, "no alltoallv over %s", c->ops->name);
+    /* Who sends nothing may still receive. */
+    if (comm_enter(c, "comm.alltoallv", rows * row, (double)((rows - to[c->rank]) * row)) ||
+        c->size > 1)
+        WAITING("comm.alltoallv", c->ops->alltoallv(c, send, to, recv, from, row));
+}
+
 int64_t md_comm_exscan(md_comm *c, int64_t value)
 {
     comm_enter(c, "comm.exscan", (int64_t)sizeof value, c->size > 1 ? sizeof value : 0);

@@ -64,6 +64,12 @@ void md_comm_allgather(md_comm *c, const void *send, void *recv, int64_t bytes);
 /* recv gets this rank's 1/size part of the sum of all send[n]; n divides by size. F32, BF16,
  * F64, I32 or I64. recv may not overlap send, except in a group of one. */
 void md_comm_reduce_scatter(md_comm *c, const void *send, void *recv, int64_t n, md_dtype dtype);
+/* Hands out rows of `row` bytes: the first to[0] rows of send go to rank 0, the next to[1] to rank
+ * 1 and so on; recv gets from[0] rows of rank 0, then from[1] of rank 1. to and from hold a number,
+ * below 2^31 in all, for every rank. Buffers in host memory only: not over comm_nccl and
+ * comm_staged. */
+void md_comm_alltoallv(md_comm *c, const void *send, const int64_t *to, void *recv,
+                       const int64_t *from, int64_t row);
 /* Exclusive prefix sum of one int64; rank 0 gets 0. */
 int64_t md_comm_exscan(md_comm *c, int64_t value);
 

@@ -113,6 +113,7 @@ static const md_comm_ops mpi_ops = {
     .bcast = md_mpi_bcast,
     .allgather = md_mpi_allgather,
     .reduce_scatter = md_mpi_reduce_scatter,
+    .alltoallv = md_mpi_alltoallv,
     .exscan = md_mpi_exscan,
     .allreduce_begin = md_mpi_allreduce_begin,
     .allgather_begin = md_mpi_allgather_begin,

@@ -169,6 +169,37 @@ void md_mpi_allreduce(md_comm *c, void *buf, int64_t n, md_dtype dtype, md_reduc
                       mpi_handle(c));
 }
 
+/* Counts and displacements as MPI takes them. */
+static void to_ints(const int64_t *rows, int size, int *count, int *at)
+{
+    int64_t sum = 0;
+    for (int r = 0; r < size; r++) {
+        at[r] = (int)sum;
+        count[r] = (int)rows[r];
+        sum += rows[r];
+    }
+    MD_ASSERT(sum <= INT32_MAX, "%lld rows in one alltoallv", (long long)sum);
+}
+
+void md_mpi_alltoallv(md_comm *c, const void *send, const int64_t *to, void *recv,
+                      const int64_t *from, int64_t row)
+{
+    const int size = c->size;
+    int *n = md_alloc(4 * (size_t)size * sizeof *n, "alltoallv");
+    MPI_Datatype type;
+    if (!n)
+        md_comm_die(c, "comm.alltoallv", md_error_text());
+    to_ints(to, size, n, n + size);
+    to_ints(from, size, n + 2 * (size_t)size, n + 3 * (size_t)size);
+    MD_ASSERT(row <= INT32_MAX, "rows of %lld bytes in one alltoallv", (long long)row);
+    MPI_Type_contiguous((int)row, MPI_BYTE, &type);
+    MPI_Type_commit(&type);
+    MPI_Alltoallv(send, n, n + size, type, recv, n + 2 * (size_t)size, n + 3 * (size_t)size, type,
+                  mpi_handle(c));
+    MPI_Type_free(&type);
+    md_free(n);
+}
+
 int64_t md_mpi_exscan(md_comm *c, int64_t value)
 {
     int64_t before = 0;

@@ -27,6 +27,8 @@ void md_mpi_allreduce(md_comm *c, void *buf, int64_t n, md_dtype dtype, md_reduc
 void md_mpi_bcast(md_comm *c, void *buf, int64_t bytes, int root);
 void md_mpi_allgather(md_comm *c, const void *send, void *recv, int64_t bytes);
 void md_mpi_reduce_scatter(md_comm *c, const void *send, void *recv, int64_t n, md_dtype dtype);
+void md_mpi_alltoallv(md_comm *c, const void *send, const int64_t *to, void *recv,
+                      const int64_t *from, int64_t row);
 int64_t md_mpi_exscan(md_comm *c, int64_t value);
 void md_mpi_allreduce_begin(md_comm *c, void *buf, int64_t n, md_dtype dtype, md_reduce op,
                             md_comm_request *req);

@@ -20,6 +20,9 @@ typedef struct md_comm_ops {
     void (*bcast)(md_comm *c, void *buf, int64_t bytes, int root);
     void (*allgather)(md_comm *c, const void *send, void *recv, int64_t bytes);
     void (*reduce_scatter)(md_comm *c, const void *send, void *recv, int64_t n, md_dtype dtype);
+    /* NULL where buffers are operands. */
+    void (*alltoallv)(md_comm *c, const void *send, const int64_t *to, void *recv,
+                      const int64_t *from, int64_t row);
     int64_t (*exscan)(md_comm *c, int64_t value);
     void (*allreduce_begin)(md_comm *c, void *buf, int64_t n, md_dtype dtype, md_reduce op,
                             md_comm_request *req);

@@ -44,6 +44,12 @@ static void plan_reduce_scatter(md_comm *c, const void *send, void *recv, int64_
     (void)c, (void)send, (void)recv, (void)n, (void)dtype;
 }
 
+static void plan_alltoallv(md_comm *c, const void *send, const int64_t *to, void *recv,
+                           const int64_t *from, int64_t row)
+{
+    (void)c, (void)send, (void)to, (void)recv, (void)from, (void)row;
+}
+
 static int64_t plan_exscan(md_comm *c, int64_t value)
 {
     (void)c, (void)value;
@@ -101,6 +107,7 @@ static const md_comm_ops plan_ops = {
     .bcast = plan_bcast,
     .allgather = plan_allgather,
     .reduce_scatter = plan_reduce_scatter,
+    .alltoallv = plan_alltoallv,
     .exscan = plan_exscan,
     .allreduce_begin = plan_allreduce_begin,
     .allgather_begin = plan_allgather_begin,

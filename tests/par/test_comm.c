@@ -124,6 +124,42 @@ static void check_allgather(md_comm *c)
     assert_int_equal(all[md_comm_size(c) * 11], '!');
 }
 
+/* Rank s sends (s + r) % 3 rows to rank r. */
+static void check_alltoallv(md_comm *c)
+{
+    enum { ROW = 5, ROWS = 2 * MAX_RANKS };
+    const int size = md_comm_size(c), rank = md_comm_rank(c);
+    int64_t to[MAX_RANKS], from[MAX_RANKS];
+    char send[ROWS * ROW], recv[ROWS * ROW + 1], *at = send;
+    for (int r = 0; r < size; r++) {
+        to[r] = from[r] = (rank + r) % 3;
+        for (int64_t i = 0; i < to[r] * ROW; i++)
+            *at++ = (char)(16 * rank + r + i);
+    }
+    memset(recv, '!', sizeof recv);
+    md_comm_alltoallv(c, send, to, recv, from, ROW);
+    at = recv;
+    for (int r = 0; r < size; r++)
+        for (int64_t i = 0; i < from[r] * ROW; i++)
+            assert_int_equal(*at++, (char)(16 * r + rank + i));
+    assert_int_equal(*at, '!');
+}
+
+/* Between host buffers alone. */
+static void test_alltoallv(void **state)
+{
+    (void)state;
+    md_comm *halves, *self;
+    assert_ok(
+        md_comm_split(par_world, md_comm_rank(par_world) % 2, -md_comm_rank(par_world), &halves));
+    assert_ok(md_comm_self(&self));
+    md_comm *const groups[] = {par_world, halves, self};
+    for (size_t i = 0; i < MD_COUNT(groups); i++)
+        check_alltoallv(groups[i]);
+    md_comm_free(halves);
+    md_comm_free(self);
+}
+
 #define CHECK_REDUCE_SCATTER(type, dtype)                                        \
     do {                                                                         \
         type send[MAX_RANKS * 33], recv[34] = {0};                               \
@@ -271,7 +307,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(test_collectives),         cmocka_unit_test(test_sliced),
     cmocka_unit_test(test_long_reduce_scatter), cmocka_unit_test(test_long_sum),
     cmocka_unit_test(test_split_order),         cmocka_unit_test(test_shared),
-    cmocka_unit_test(test_bf16_rounds),
+    cmocka_unit_test(test_bf16_rounds),         cmocka_unit_test(test_alltoallv),
 };
 
 PAR_MAIN(tests)
