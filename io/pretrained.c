@@ -18,6 +18,7 @@ struct md_pretrained {
     md_weights *w;     /* or that */
     bool ema;
     char path[PATH_SIZE], text[PATH_SIZE + 64]; /* the file, and what it is */
+    char identity[32];
 };
 
 /* ---- what a path is ---- */
@@ -111,6 +112,7 @@ static md_status source_open(md_comm *c, const source *s, md_pretrained *p)
         snprintf(p->path, sizeof p->path, "%s", s->path);
         snprintf(p->text, sizeof p->text, "weights %s (%s)", p->path,
                  md_weights_get_info(p->w)->dialect);
+        snprintf(p->identity, sizeof p->identity, "%s", md_weights_get_info(p->w)->hash);
     } else {
         MD_TRY(s->kind == FOLDER
                    ? md_checkpoint_find(c, s->path, md_checkpoint_warn_skipped, NULL, &p->ck)
@@ -118,6 +120,8 @@ static md_status source_open(md_comm *c, const source *s, md_pretrained *p)
         snprintf(p->path, sizeof p->path, "%s", md_checkpoint_path(p->ck));
         snprintf(p->text, sizeof p->text, "checkpoint %s at step %lld%s", p->path,
                  (long long)md_checkpoint_step(p->ck), p->ema ? ", moving averages" : "");
+        snprintf(p->identity, sizeof p->identity, "%016llx%s",
+                 (unsigned long long)md_checkpoint_state_hash(p->ck), p->ema ? " ema" : "");
     }
     /* All ranks know the names: this needs no agreement. */
     if (p->ema && !(p->ck && has_averages(p->ck)))
@@ -241,6 +245,11 @@ const char *md_pretrained_path(const md_pretrained *p)
 const char *md_pretrained_describe(const md_pretrained *p)
 {
     return p->text;
+}
+
+const char *md_pretrained_identity(const md_pretrained *p)
+{
+    return p->identity;
 }
 
 const char *md_pretrained_config(const md_pretrained *p)

@@ -12,6 +12,24 @@
 #include <time.h>
 #include <unistd.h>
 
+md_status md_run_dir_make(const char *dir)
+{
+    char path[4096];
+    if ((size_t)snprintf(path, sizeof path, "%s", dir) >= sizeof path)
+        MD_FAIL(MD_ERR_CREATE, "the path is too long: %s", dir);
+    for (char *p = path + 1;; p++) {
+        if (*p && *p != '/')
+            continue;
+        char end = *p;
+        *p = 0;
+        if (mkdir(path, 0777) != 0 && errno != EEXIST)
+            MD_FAIL(MD_ERR_CREATE, "cannot make the run directory %s: %s", path, strerror(errno));
+        if (!end)
+            return MD_OK;
+        *p = end;
+    }
+}
+
 struct md_run_lock {
     int fd;
     char path[4096];

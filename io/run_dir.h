@@ -12,6 +12,9 @@
 
 #define MD_RUN_SILENT 300
 
+/* Makes a directory and those above it; one that is there is fine. Local. MD_ERR_CREATE. */
+md_status md_run_dir_make(const char *dir);
+
 typedef struct md_run_lock md_run_lock;
 
 /* Takes an existing directory; one rank of a job does. Local. MD_ERR_PERM: in use, naming the

@@ -9,6 +9,7 @@
 #include "src/log.h"
 #include "src/probe.h"
 #include "src/setup.h"
+#include "src/signals.h"
 #include "src/watchdog.h"
 
 #include <errno.h>
@@ -39,6 +40,8 @@ typedef struct job {
     md_probe_result probe;
     char dir[MD_CONFIG_STR];    /* run directory */
     char output[MD_CONFIG_STR]; /* files without their ending */
+    char probe_dir[MD_CONFIG_STR];
+    char encoder[MD_START_IDENTITY]; /* kind probe */
     kind kind;
 } job;
 
@@ -71,6 +74,20 @@ static md_status load_config(job *j, int argc, char **argv)
     return MD_OK;
 }
 
+/* A probe is trained once for all splits that are judged, and may be stopped. */
+static md_status prepare_probe(job *j)
+{
+    const md_config *c = &j->config;
+    const char *recipe = c->evaluate_probe_recipe;
+    const int n = *c->evaluate_output
+                      ? snprintf(j->probe_dir, sizeof j->probe_dir, "%s.probe", c->evaluate_output)
+                      : snprintf(j->probe_dir, sizeof j->probe_dir, "%s/probe-%s", j->dir, recipe);
+    if ((size_t)n >= sizeof j->probe_dir)
+        MD_FAIL(MD_ERR_CREATE, "the path is too long: %s.probe", c->evaluate_output);
+    md_signals_catch();
+    return MD_OK;
+}
+
 /* What is measured decides which model is made: a classifier, or an encoder to take features from;
  * a classifier's own features where the run trained one. */
 static md_status choose(job *j)
@@ -99,7 +116,7 @@ static md_status choose(job *j)
     else if ((size_t)snprintf(j->output, sizeof j->output, "%s/evaluation-%s-%s", j->dir,
                               c->evaluate_kind, c->evaluate_split) >= sizeof j->output)
         MD_FAIL(MD_ERR_CREATE, "the path of the run directory is too long: %s", j->dir);
-    return MD_OK;
+    return j->kind == PROBE ? prepare_probe(j) : MD_OK;
 }
 
 static md_status make_model(job *j)
@@ -120,13 +137,15 @@ static md_status load_weights(job *j)
     const bool other = *c->evaluate_from != 0;
     if (strcmp(c->evaluate_from, "none") == 0) {
         md_params_initialise(&j->method.params, (uint64_t)c->run_seed);
+        snprintf(j->encoder, sizeof j->encoder, "none");
         return md_agree(j->world, md_params_store(&j->method.params));
     }
     return md_finetune_load(j->world,
                             &(md_start_args){.key = other ? "evaluate.from" : "run.dir",
                                              .path = other ? c->evaluate_from : j->dir,
                                              .whole = true,
-                                             .ema = c->evaluate_ema},
+                                             .ema = c->evaluate_ema,
+                                             .identity = j->encoder},
                             &j->method);
 }
 
@@ -242,6 +261,8 @@ static md_status measure(job *j)
                                                   .backend = j->be,
                                                   .topo = &j->topo,
                                                   .rule = j->rule,
+                                                  .dir = j->probe_dir,
+                                                  .encoder = j->encoder,
                                                   .train_images = j->probe_images},
                                  &j->probe);
     return md_knn_accuracy(&(md_knn_args){.train = j->train,
@@ -448,4 +469,5 @@ const md_verb md_verb_evaluate = {
     "data.train first, by a published recipe (evaluate.probe_recipe). evaluate.kind=features:\n"
     "writes what the model sees, as safetensors. Prints a table and writes a .json and a .csv\n"
     "with every class (evaluate.output). Every image is counted once, on any number of ranks.\n"
+    "A probe that is stopped by USR1, TERM or INT (exit code 75) goes on when called again.\n"
     "`md_hpc help evaluate.` lists the keys."};

@@ -167,6 +167,8 @@ md_status md_finetune_load(md_comm *world, const md_start_args *args, md_method 
     st = take_all(&t);
     if (st == MD_OK) {
         st = md_agree(world, md_params_store(&m->params));
+        if (args->identity)
+            snprintf(args->identity, MD_START_IDENTITY, "%s", md_pretrained_identity(t.p));
         md_log_info("%d of %d parameters from %s", t.taken, m->params.count,
                     md_pretrained_describe(t.p));
     }

@@ -3,6 +3,7 @@
 #include "mpi/agree.h"
 #include "src/bad_images.h"
 #include "src/log.h"
+#include "src/signals.h"
 #include "src/watchdog.h"
 
 #include <math.h>
@@ -14,10 +15,14 @@ typedef struct probe {
     md_probe_heads *heads;
     md_loader *loader;
     md_bad_images *bad;
+    md_probe_state state;
     int classes;
     int64_t width, own, steps; /* values of an image; images of a step here; steps of an epoch */
-    float *feature;            /* [batch, width] of all data-parallel ranks */
+    int64_t done;              /* steps */
+    float *share;              /* [own, width] of a step's images here, by the ranks they go to */
+    float *feature;            /* [batch, width of the heads that are trained here] */
     int32_t *label;            /* [batch] */
+    int64_t *to, *from;        /* [dp] rows of a head's width that go there, and come from there */
     double *loss; /* [heads + 1] sums of an epoch; then the images that were replaced */
     /* Images that wait to be judged. */
     float *seen;         /* [MD_PROBE_TILE, width] */
@@ -51,7 +56,8 @@ static md_status make_loader(probe *p)
                              .dp_size = t->dp_size,
                              .tp_rank = t->tp_rank,
                              .tp_size = t->tp_size,
-                             .micro_batch = a->train_images};
+                             .micro_batch = a->train_images,
+                             .start_step = p->done};
     md_loader_configure(&loader, a->config, 0);
     loader.batch = a->rule.batch;
     loader.rule = (md_augment_rule){.seed = loader.rule.seed,
@@ -80,6 +86,22 @@ static md_status make_heads(probe *p)
                                  &p->heads);
 }
 
+/* Head h is trained by rank h % ranks of dp. */
+static md_status make_exchange(probe *p)
+{
+    const int ranks = p->a->topo->dp_size, heads = p->out->heads;
+    const int trained = md_probe_heads_own(p->heads);
+    MD_NEW(p->to, ranks, "features");
+    MD_NEW(p->from, ranks, "features");
+    for (int r = 0; r < ranks; r++) {
+        p->to[r] = p->own * ((heads - r + ranks - 1) / ranks);
+        p->from[r] = p->own * trained;
+    }
+    MD_NEW(p->share, p->own * p->width, "features");
+    MD_NEW(p->feature, p->a->rule.batch * MD_MAX(trained, 1) * (p->width / heads), "features");
+    return MD_OK;
+}
+
 static md_status set_up(probe *p)
 {
     const md_probe_args *a = p->a;
@@ -94,12 +116,23 @@ static md_status set_up(probe *p)
     for (int k = 0; k < r->heads; k++)
         MD_TRY(md_accuracy_make(p->classes, &r->head[k]));
     MD_NEW(p->loss, r->heads + 1, "losses");
-    MD_NEW(p->feature, a->rule.batch * p->width, "features");
     MD_NEW(p->label, a->rule.batch, "labels");
     MD_NEW(p->seen, MD_PROBE_TILE * p->width, "features");
     MD_NEW(p->seen_label, MD_PROBE_TILE, "labels");
     MD_TRY(make_heads(p));
-    return make_loader(p);
+    MD_TRY(make_exchange(p));
+    p->state = (md_probe_state){.config = a->config,
+                                .topo = a->topo,
+                                .rule = &a->rule,
+                                .heads = p->heads,
+                                .n = r->heads,
+                                .dir = a->dir,
+                                .encoder = a->encoder,
+                                .data = md_dataset_hash(md_evaluator_data(a->train)),
+                                .loss = p->loss,
+                                .train_loss = r->train_loss,
+                                .lock = p->state.lock};
+    return MD_OK;
 }
 
 static void tear_down(probe *p)
@@ -108,6 +141,9 @@ static void tear_down(probe *p)
     md_loader_destroy(p->loader);
     md_probe_heads_free(p->heads);
     md_free(p->loss);
+    md_free(p->to);
+    md_free(p->from);
+    md_free(p->share);
     md_free(p->feature);
     md_free(p->label);
     md_free(p->seen);
@@ -116,7 +152,22 @@ static void tear_down(probe *p)
 
 /* ---- training ---- */
 
-/* Features and labels of one pass into their place in the batch. */
+/* Puts the values of image i of this rank's share where the ranks' rows begin that train them. */
+static void sort_out(probe *p, int64_t i, const float *values)
+{
+    const int ranks = p->a->topo->dp_size, heads = p->out->heads;
+    const int64_t width = p->width / heads;
+    float *rows = p->share;
+    for (int r = 0; r < ranks; r++) {
+        const int64_t n = p->to[r] / p->own; /* heads of rank r */
+        for (int64_t k = 0; k < n; k++)
+            memcpy(rows + (i * n + k) * width, values + (r + k * ranks) * width,
+                   (size_t)width * sizeof *rows);
+        rows += p->to[r] * width;
+    }
+}
+
+/* Features and labels of one pass. */
 static md_status look(probe *p, int64_t step, int64_t pass)
 {
     const md_probe_args *a = p->a;
@@ -133,8 +184,8 @@ static md_status look(probe *p, int64_t step, int64_t pass)
         st = md_viewer_run(md_evaluator_viewer(a->train), batch->image.data, &values);
     }
     if (st == MD_OK) {
-        memcpy(p->feature + at * p->width, values,
-               (size_t)(a->train_images * p->width) * sizeof *values);
+        for (int64_t i = 0; i < a->train_images; i++)
+            sort_out(p, pass * a->train_images + i, values + i * p->width);
         p->loss[p->out->heads] += (double)batch->bad;
     }
     if (taken)
@@ -145,12 +196,13 @@ static md_status look(probe *p, int64_t step, int64_t pass)
 static md_status run_step(probe *p, int64_t step)
 {
     md_comm *dp = p->a->topo->dp;
-    const int64_t row = p->width * (int64_t)sizeof *p->feature, first = md_comm_rank(dp) * p->own;
+    const int64_t first = md_comm_rank(dp) * p->own;
+    const int64_t row = p->width / p->out->heads * (int64_t)sizeof *p->feature;
     for (int64_t pass = 0; pass < p->own / p->a->train_images; pass++) {
         md_phase("probe");
         MD_TRY(look(p, step, pass));
     }
-    md_comm_allgather(dp, p->feature + first * p->width, p->feature, p->own * row);
+    md_comm_alltoallv(dp, p->share, p->to, p->feature, p->from, row);
     md_comm_allgather(dp, p->label + first, p->label, p->own * (int64_t)sizeof *p->label);
     MD_TRY(
         md_agree(p->a->topo->world, md_probe_heads_step(p->heads, p->feature, p->label,
@@ -193,14 +245,49 @@ static md_status judge_epoch(probe *p, int64_t epoch)
     return MD_OK;
 }
 
+static bool anyone_has_a_signal(const probe *p)
+{
+    int64_t came = md_signals_came();
+    md_comm_allreduce(p->a->topo->world, &came, 1, MD_I64, MD_MAX_OP);
+    return came != 0;
+}
+
+/* One step, and what is due behind it. */
+static md_status advance(probe *p)
+{
+    md_comm *world = p->a->topo->world;
+    const int64_t total = p->a->rule.epochs * p->steps;
+    MD_TRY(run_step(p, p->done));
+    p->done++;
+    const bool whole = p->done % p->steps == 0;
+    if (whole)
+        MD_TRY(md_agree(world, judge_epoch(p, p->done / p->steps - 1)));
+    const bool stop = anyone_has_a_signal(p) && p->done < total;
+    if (!whole && !stop)
+        return MD_OK;
+    md_phase("probe.save");
+    md_status st = md_probe_state_save(&p->state, p->done);
+    if (stop && st == MD_OK)
+        MD_FAIL(MD_STOPPED,
+                "the probe is stopped at step %lld of %lld: the same command goes on from there",
+                (long long)p->done, (long long)total);
+    if (stop)
+        return st;
+    if (st != MD_OK)
+        md_log_warn("the probe's state of step %lld is not kept, the older one stays: %s",
+                    (long long)p->done, md_error_text());
+    return MD_OK;
+}
+
 static md_status train(probe *p)
 {
     md_comm *world = p->a->topo->world;
-    for (int64_t epoch = 0; epoch < p->a->rule.epochs; epoch++) {
-        for (int64_t s = 0; s < p->steps; s++)
-            MD_TRY(run_step(p, epoch * p->steps + s));
-        MD_TRY(md_agree(world, judge_epoch(p, epoch)));
-    }
+    const int64_t total = p->a->rule.epochs * p->steps;
+    MD_TRY(md_probe_state_resume(&p->state, &p->done));
+    /* It also tells when there are too few images for a step. */
+    MD_TRY(md_agree(world, p->done < total || total == 0 ? make_loader(p) : MD_OK));
+    while (p->done < total)
+        MD_TRY(advance(p));
     return md_agree(world, md_probe_heads_share(p->heads, p->a->topo->dp));
 }
 
@@ -246,15 +333,18 @@ static md_status test(probe *p)
 md_status md_probe_accuracy(const md_probe_args *a, md_probe_result *out)
 {
     md_comm *world = a->topo->world;
-    probe p = {.a = a, .out = out};
+    probe p = {.a = a, .out = out, .state = {.topo = a->topo, .dir = a->dir}};
     *out = (md_probe_result){0};
     MD_TRY(md_agree(world, md_evaluator_same_classes(a->train, a->test)));
-    md_status st = md_agree(world, set_up(&p));
+    md_status st = md_probe_state_take(&p.state);
+    if (st == MD_OK)
+        st = md_agree(world, set_up(&p));
     if (st == MD_OK)
         st = train(&p);
     if (st == MD_OK)
         st = test(&p);
     tear_down(&p);
+    md_probe_state_release(&p.state);
     if (st != MD_OK)
         md_probe_result_free(out);
     return st;

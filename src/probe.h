@@ -6,7 +6,7 @@
 #define MD_PROBE_H
 
 #include "src/evaluate.h"
-#include "src/probe_heads.h"
+#include "src/probe_state.h"
 
 /* Images of a pass: the most, up to `images`, that a rank's share of rule->batch divides into.
  * Local. MD_ERR_CONFIG: the batch does not divide over the ranks. */
@@ -21,6 +21,8 @@ typedef struct md_probe_args {
     const md_topo *topo;
     md_probe_rule rule;
     int64_t train_images; /* of a pass of train: md_probe_images */
+    const char *dir;      /* where its state is kept */
+    const char *encoder;  /* which weights were loaded: md_start_args.identity */
 } md_probe_args;
 
 typedef struct md_probe_result {
@@ -33,7 +35,11 @@ typedef struct md_probe_result {
  * freed by md_probe_result_free. Errors of md_evaluator_run; MD_ERR_CONFIG: the stores' classes
  * differ in number, or there are fewer training images than a batch; MD_ERR_DATA: more training
  * images than data.max_bad of an epoch (and more than 10) have no picture; MD_ERR_NUMERICS: a loss
- * is no number; MD_ERR_MEMORY, MD_ERR_DEVICE. */
+ * is no number; MD_ERR_MEMORY, MD_ERR_DEVICE; errors of md_probe_state_take and _resume.
+ *
+ * The state is saved behind every epoch; where that fails, a warning is given and the older one
+ * stays. After a signal (src/signals.h) it is saved and MD_STOPPED returned: the same call, also on
+ * other ranks, goes on from there. One that is finished is judged again. */
 md_status md_probe_accuracy(const md_probe_args *args, md_probe_result *out);
 void md_probe_result_free(md_probe_result *r);
 

@@ -2,13 +2,12 @@
 #include "src/probe_heads.h"
 #include "kernels/plan/plan_backend.h"
 #include "mpi/agree.h"
+#include "src/probe_norm.h"
 #include "src/rng.h"
 
 #include <math.h>
 #include <string.h>
 
-#define NORM_EPS      1e-6
-#define NORM_MOMENTUM 0.1
 #define LARS_MOMENTUM 0.9
 #define LARS_TRUST    0.001
 #define INIT_STD      0.01f
@@ -16,7 +15,7 @@
 /* ---- memory ---- */
 
 /* A head's block of values: weight [classes, width], bias [classes] from `bias` on; moments and
- * gradients alike. */
+ * gradients alike. What belongs to the heads of this rank is indexed by their slots, 0 to own. */
 struct md_probe_heads {
     md_probe_heads_args a;
     int64_t bias, size; /* floats */
@@ -31,17 +30,34 @@ struct md_probe_heads {
     void *scratch;
     size_t scratch_size;
     /* The host. */
-    float *stage;                            /* [rows, width] */
-    float *one_hot;                          /* [batch, classes] */
-    float *answer;                           /* [MD_PROBE_TILE, classes] */
-    double *host_sums;                       /* as sums */
-    float *host_value;                       /* [size] */
-    double *loss;                            /* [heads] */
-    double *mean, *variance, *scale;         /* what batch norm goes by [width] */
-    double *running_mean, *running_variance; /* [heads, width] */
+    float *stage;       /* [rows, width] */
+    float *one_hot;     /* [batch, classes] */
+    float *answer;      /* [MD_PROBE_TILE, classes] */
+    double *host_sums;  /* as sums */
+    float *host_value;  /* [size] */
+    float *host_state;  /* [own, blocks, size]: value and moments as a checkpoint has them */
+    double *loss;       /* [heads] */
+    md_probe_norm norm; /* where the recipe has one */
 };
 
-enum { SUMS = 4 };
+enum { SUMS = 4, BLOCKS = 3 };
+
+/* Head k is trained here, in this slot. */
+static bool is_own(const md_probe_heads *h, int k)
+{
+    return k % h->a.ranks == h->a.rank;
+}
+
+static int slot_of(const md_probe_heads *h, int k)
+{
+    return k / h->a.ranks;
+}
+
+/* Value and moments. */
+static int blocks(const md_probe_heads *h)
+{
+    return h->a.rule.lars ? BLOCKS - 1 : BLOCKS;
+}
 
 static int64_t rounded(int64_t n)
 {
@@ -84,17 +100,9 @@ static md_status allocate(md_probe_heads *h)
     MD_TRY(pinned(be, MD_PROBE_TILE * (int64_t)a->classes, sizeof(float), "logits", &h->answer));
     MD_TRY(pinned(be, SUMS, sizeof(double), "sums", &h->host_sums));
     MD_TRY(pinned(be, h->size, sizeof(float), "probe", &h->host_value));
+    MD_TRY(pinned(be, own * blocks(h) * h->size, sizeof(float), "probe", &h->host_state));
     MD_NEW(h->loss, heads, "losses");
-    if (!a->rule.norm)
-        return MD_OK;
-    MD_NEW(h->mean, a->width, "statistics");
-    MD_NEW(h->variance, a->width, "statistics");
-    MD_NEW(h->scale, a->width, "statistics");
-    MD_NEW(h->running_mean, heads * a->width, "statistics");
-    MD_NEW(h->running_variance, heads * a->width, "statistics");
-    for (int64_t i = 0; i < heads * a->width; i++)
-        h->running_variance[i] = 1.0;
-    return MD_OK;
+    return a->rule.norm ? md_probe_norm_make(a->heads, a->width, &h->norm) : MD_OK;
 }
 
 /* The first weights of this rank's heads. */
@@ -154,7 +162,7 @@ static md_status differentiate(md_probe_heads *h, md_backend *be, int k)
 
 static md_status adamw(md_probe_heads *h, md_backend *be, int k, double lr)
 {
-    const int64_t own = k / h->a.ranks * h->size;
+    const int64_t own = slot_of(h, k) * h->size;
     md_tensor grad = MD_TENSOR(h->grad, MD_F32, h->size);
     md_tensor value = MD_TENSOR(h->value + k * h->size, MD_F32, h->size);
     md_tensor m = MD_TENSOR(h->m + own, MD_F32, h->size);
@@ -187,7 +195,7 @@ static md_status move(md_backend *be, const md_tensor *grad, md_tensor *m, md_te
 
 static md_status lars(md_probe_heads *h, md_backend *be, int k, double trust, double lr)
 {
-    float *value = h->value + k * h->size, *moment = h->m + k / h->a.ranks * h->size;
+    float *value = h->value + k * h->size, *moment = h->m + slot_of(h, k) * h->size;
     md_tensor w = weight_of(h, value), dw = weight_of(h, h->grad), mw = weight_of(h, moment);
     md_tensor b = bias_of(h, value), db = bias_of(h, h->grad), mb = bias_of(h, moment);
     MD_TRY(move(be, &dw, &mw, &w, trust, lr));
@@ -246,79 +254,33 @@ void md_probe_heads_free(md_probe_heads *h)
         return;
     void *const operands[] = {h->value,  h->m,      h->v,    h->grad,   h->x,
                               h->target, h->logits, h->sums, h->scratch};
-    void *const host[] = {h->stage, h->one_hot, h->answer, h->host_sums, h->host_value};
+    void *const host[] = {h->stage,     h->one_hot,    h->answer,
+                          h->host_sums, h->host_value, h->host_state};
     for (size_t i = 0; i < MD_COUNT(operands); i++)
         md_backend_free(h->a.backend, operands[i]);
     for (size_t i = 0; i < MD_COUNT(host); i++)
         md_backend_pinned_free(h->a.backend, host[i]);
     md_free(h->loss);
-    md_free(h->mean);
-    md_free(h->variance);
-    md_free(h->scale);
-    md_free(h->running_mean);
-    md_free(h->running_variance);
+    md_probe_norm_free(&h->norm);
     md_free(h);
 }
 
 /* ---- features on their way to a head ---- */
 
-/* Head k's values of row i. */
-static const float *row_of(const md_probe_heads *h, const float *feature, int k, int64_t i)
+/* What a head sees of its rows: behind batch norm where the recipe has one; up to `rows` rows are
+ * 0. */
+static md_status show(md_probe_heads *h, const md_probe_rows *in, int64_t rows)
 {
-    return feature + (i * h->a.heads + k) * h->a.width;
-}
-
-/* Mean and variance of the batch in columns [from, to), and what they do to the running ones, which
- * take the unbiased variance (torch's BatchNorm1d). */
-static void take_columns(md_probe_heads *h, const float *feature, int k, int from, int to)
-{
-    const int64_t n = h->a.rule.batch;
-    double *mean = h->mean, *variance = h->variance;
-    for (int c = from; c < to; c++)
-        mean[c] = variance[c] = 0;
-    for (int64_t i = 0; i < n; i++)
-        for (int c = from; c < to; c++)
-            mean[c] += (double)row_of(h, feature, k, i)[c];
-    for (int c = from; c < to; c++)
-        mean[c] /= (double)n;
-    for (int64_t i = 0; i < n; i++)
-        for (int c = from; c < to; c++) {
-            const double d = (double)row_of(h, feature, k, i)[c] - mean[c];
-            variance[c] += d * d;
-        }
-    for (int c = from; c < to; c++) {
-        const int64_t at = (int64_t)k * h->a.width + c;
-        const double unbiased = variance[c] / (double)MD_MAX(n - 1, 1);
-        variance[c] /= (double)n;
-        h->running_mean[at] += NORM_MOMENTUM * (mean[c] - h->running_mean[at]);
-        h->running_variance[at] += NORM_MOMENTUM * (unbiased - h->running_variance[at]);
-    }
-}
-
-static void take_statistics(md_probe_heads *h, const float *feature, int k)
-{
-    const int width = h->a.width, step = 64;
-#pragma omp parallel for num_threads(h->a.backend->threads)
-    for (int c = 0; c < width; c += step)
-        take_columns(h, feature, k, c, MD_MIN(c + step, width));
-}
-
-/* Rows that head k sees, behind batch norm by mean and variance where the recipe has one; the rest
- * up to `rows` becomes 0. */
-static md_status show(md_probe_heads *h, const float *feature, int k, int64_t n, int64_t rows)
-{
+    const int64_t n = in->count;
     const int width = h->a.width;
-    const bool norm = h->a.rule.norm;
-    for (int c = 0; norm && c < width; c++)
-        h->scale[c] = 1.0 / sqrt(h->variance[c] + NORM_EPS);
 #pragma omp parallel for num_threads(h->a.backend->threads)
     for (int64_t i = 0; i < n; i++) {
-        const float *from = row_of(h, feature, k, i);
+        const float *from = in->first + i * in->stride;
         float *to = h->stage + i * width;
-        if (!norm)
+        if (h->a.rule.norm)
+            md_probe_norm_apply(&h->norm, from, to);
+        else
             memcpy(to, from, (size_t)width * sizeof *to);
-        for (int c = 0; norm && c < width; c++)
-            to[c] = (float)(((double)from[c] - h->mean[c]) * h->scale[c]);
     }
     memset(h->stage + n * width, 0, (size_t)((rows - n) * width) * sizeof *h->stage);
     return md_backend_upload(h->a.backend, h->x, h->stage,
@@ -358,46 +320,36 @@ static md_status learn(md_probe_heads *h, const float *feature, int k, double lr
 {
     md_backend *be = h->a.backend;
     const int64_t batch = h->a.rule.batch;
+    const md_probe_rows rows = {.first = feature + slot_of(h, k) * h->a.width,
+                                .stride = (int64_t)h->own * h->a.width,
+                                .count = batch};
     if (h->a.rule.norm)
-        take_statistics(h, feature, k);
-    MD_TRY(show(h, feature, k, batch, batch));
+        md_probe_norm_learn(&h->norm, k, &rows, be->threads);
+    MD_TRY(show(h, &rows, batch));
     MD_TRY(differentiate(h, be, k));
     MD_TRY(fetch_sums(h));
     h->loss[k] = h->host_sums[0];
     return update(h, k, lr);
 }
 
-/* Scratch of the backend is the heads' own meanwhile. */
-typedef struct lent {
-    void *scratch;
-    size_t size;
-} lent;
-
-static lent borrow(const md_probe_heads *h)
+int md_probe_heads_own(const md_probe_heads *h)
 {
-    md_backend *be = h->a.backend;
-    const lent l = {be->scratch, be->scratch_size};
-    be->scratch = h->scratch;
-    be->scratch_size = h->scratch_size;
-    return l;
-}
-
-static md_status give_back(const md_probe_heads *h, lent l, md_status st)
-{
-    h->a.backend->scratch = l.scratch;
-    h->a.backend->scratch_size = l.size;
-    return st;
+    return h->own;
 }
 
 md_status md_probe_heads_step(md_probe_heads *h, const float *feature, const int32_t *label,
                               double lr)
 {
-    const lent l = borrow(h);
+    md_backend *be = h->a.backend;
+    const md_scratch was = md_backend_scratch(be, (md_scratch){h->scratch, h->scratch_size});
     h->updates++;
     md_status st = h->own > 0 ? show_targets(h, label) : MD_OK;
     for (int k = h->a.rank; k < h->a.heads && st == MD_OK; k += h->a.ranks)
         st = learn(h, feature, k, lr);
-    return give_back(h, l, st == MD_OK ? md_backend_sync(h->a.backend) : st);
+    if (st == MD_OK)
+        st = md_backend_sync(be);
+    md_backend_scratch(be, was);
+    return st;
 }
 
 const double *md_probe_heads_loss(const md_probe_heads *h)
@@ -428,13 +380,12 @@ md_status md_probe_heads_share(md_probe_heads *h, md_comm *c)
     const int64_t width = h->a.width;
     for (int k = 0; k < h->a.heads; k++) {
         const int root = k % h->a.ranks;
-        const bool mine = root == h->a.rank;
+        const bool mine = is_own(h, k);
         MD_TRY(md_agree(c, mine ? fetch_value(h, k) : MD_OK));
         md_comm_bcast(c, h->host_value, h->size * (int64_t)sizeof(float), root);
         if (h->a.rule.norm) {
-            md_comm_bcast(c, h->running_mean + k * width, width * (int64_t)sizeof(double), root);
-            md_comm_bcast(c, h->running_variance + k * width, width * (int64_t)sizeof(double),
-                          root);
+            md_comm_bcast(c, h->norm.mean + k * width, width * (int64_t)sizeof(double), root);
+            md_comm_bcast(c, h->norm.variance + k * width, width * (int64_t)sizeof(double), root);
         }
         MD_TRY(md_agree(c, mine ? MD_OK : store_value(h, k)));
     }
@@ -453,13 +404,14 @@ md_status md_probe_heads_logits(md_probe_heads *h, int head, const float *featur
                                 const float **out)
 {
     md_backend *be = h->a.backend;
-    const int64_t at = (int64_t)head * h->a.width;
-    const lent l = borrow(h);
-    if (h->a.rule.norm) {
-        memcpy(h->mean, h->running_mean + at, (size_t)h->a.width * sizeof *h->mean);
-        memcpy(h->variance, h->running_variance + at, (size_t)h->a.width * sizeof *h->variance);
-    }
-    md_status st = show(h, feature, head, n, MD_PROBE_TILE);
+    const int64_t width = h->a.width;
+    const md_scratch was = md_backend_scratch(be, (md_scratch){h->scratch, h->scratch_size});
+    if (h->a.rule.norm)
+        md_probe_norm_use(&h->norm, head);
+    md_status st = show(
+        h,
+        &(md_probe_rows){.first = feature + head * width, .stride = h->a.heads * width, .count = n},
+        MD_PROBE_TILE);
     if (st == MD_OK)
         st = answer(h, be, head, MD_PROBE_TILE);
     if (st == MD_OK)
@@ -467,6 +419,69 @@ md_status md_probe_heads_logits(md_probe_heads *h, int head, const float *featur
                                  (size_t)n * (size_t)h->a.classes * sizeof *h->answer);
     if (st == MD_OK)
         st = md_backend_sync(be);
+    md_backend_scratch(be, was);
     *out = h->answer;
-    return give_back(h, l, st);
+    return st;
+}
+
+/* ---- the state of training ---- */
+
+/* Device memory of a block of a head in a slot. */
+static float *block_of(const md_probe_heads *h, int k, int block)
+{
+    float *const moment[] = {h->m, h->v};
+    return block == 0 ? h->value + k * h->size : moment[block - 1] + slot_of(h, k) * h->size;
+}
+
+static float *host_block_of(const md_probe_heads *h, int k, int block)
+{
+    return h->host_state + ((int64_t)slot_of(h, k) * blocks(h) + block) * h->size;
+}
+
+md_status md_probe_heads_fetch(md_probe_heads *h)
+{
+    const size_t bytes = (size_t)h->size * sizeof(float);
+    for (int k = h->a.rank; k < h->a.heads; k += h->a.ranks)
+        for (int i = 0; i < blocks(h); i++)
+            MD_TRY(md_backend_download(h->a.backend, host_block_of(h, k, i), block_of(h, k, i),
+                                       bytes));
+    return md_backend_sync(h->a.backend);
+}
+
+md_status md_probe_heads_store(md_probe_heads *h, int64_t updates)
+{
+    const size_t bytes = (size_t)h->size * sizeof(float);
+    h->updates = updates;
+    for (int k = h->a.rank; k < h->a.heads; k += h->a.ranks)
+        for (int i = 0; i < blocks(h); i++)
+            MD_TRY(
+                md_backend_upload(h->a.backend, block_of(h, k, i), host_block_of(h, k, i), bytes));
+    return md_backend_sync(h->a.backend);
+}
+
+int md_probe_heads_arrays(const md_probe_heads *h)
+{
+    return 2 * blocks(h) + (h->a.rule.norm ? 2 : 0);
+}
+
+md_probe_array md_probe_heads_array(const md_probe_heads *h, int head, int i)
+{
+    static const char *const adamw_groups[] = {"param", "adam_m", "adam_v"};
+    static const char *const lars_groups[] = {"param", "momentum"};
+    const int64_t width = h->a.width;
+    const bool mine = is_own(h, head);
+    const int block = i / 2;
+    if (block < blocks(h)) {
+        float *data = mine ? host_block_of(h, head, block) : NULL;
+        return (md_probe_array){
+            .group = (h->a.rule.lars ? lars_groups : adamw_groups)[block],
+            .name = i % 2 ? "bias" : "weight",
+            .value = i % 2 ? bias_of(h, data) : weight_of(h, data),
+        };
+    }
+    double *const statistic = i % 2 ? h->norm.variance : h->norm.mean;
+    return (md_probe_array){.group = "batch_norm",
+                            .name = i % 2 ? "variance" : "mean",
+                            .value =
+                                MD_TENSOR(mine ? statistic + head * width : NULL, MD_F64, width)};
 }

@@ -2,11 +2,9 @@
  * head sees `width` values of an image and answers with its logits; several heads learn from the
  * same images, each from values of its own.
  *
- * A step takes the features of the whole global batch on every rank, and each head is trained by
- * one rank alone, so that every sum has the same order on any number of ranks. The price is that
- * every rank receives them all, 335 MB a step for 1024 images and the 32 blocks of ViT-H: a probe
- * is for a few ranks, whose own images take longer than that.
- * Arithmetic is f32 on the backend; statistics of batch norm are f64 on the host. */
+ * Each head is trained by one rank alone, from the features of the whole global batch, so that
+ * every sum has the same order on any number of ranks. Arithmetic is f32 on the backend; statistics
+ * of batch norm are f64 on the host. */
 #ifndef MD_PROBE_HEADS_H
 #define MD_PROBE_HEADS_H
 
@@ -31,8 +29,10 @@ typedef struct md_probe_heads md_probe_heads;
 md_status md_probe_heads_create(const md_probe_heads_args *args, md_probe_heads **out);
 void md_probe_heads_free(md_probe_heads *h);
 
-/* One step of this rank's heads: feature f32 [rule.batch, heads, width] and label [rule.batch] of
- * the global batch, the same on every rank. Local. MD_ERR_DEVICE. */
+/* How many heads this rank trains: rank, rank + ranks, ... Local. */
+int md_probe_heads_own(const md_probe_heads *h);
+/* One step of them: feature f32 [rule.batch, own, width] and label [rule.batch] of the global
+ * batch. Local. MD_ERR_DEVICE. */
 md_status md_probe_heads_step(md_probe_heads *h, const float *feature, const int32_t *label,
                               double lr);
 /* Mean cross entropy of each head in the last step; 0 of those that others train. Local. */
@@ -50,5 +50,20 @@ md_status md_probe_heads_logits(md_probe_heads *h, int head, const float *featur
 /* The values of a head: weight f32 [classes, width] and bias f32 [classes] into host memory. Local.
  * MD_ERR_DEVICE. */
 md_status md_probe_heads_read(md_probe_heads *h, int head, float *weight, float *bias);
+
+/* An array of a head while it is trained: "param", a moment ("adam_m", "adam_v" or "momentum"), or
+ * a statistic of "batch_norm". */
+typedef struct md_probe_array {
+    const char *group, *name; /* "adam_m", "weight" */
+    md_tensor value;          /* in host memory; no data where another rank trains the head */
+} md_probe_array;
+
+/* Arrays a head has, the same for all. Local. */
+int md_probe_heads_arrays(const md_probe_heads *h);
+md_probe_array md_probe_heads_array(const md_probe_heads *h, int head, int i);
+/* Brings the arrays' memory up to date, or takes it over after so many steps; of this rank's heads.
+ * Local. MD_ERR_DEVICE. */
+md_status md_probe_heads_fetch(md_probe_heads *h);
+md_status md_probe_heads_store(md_probe_heads *h, int64_t updates);
 
 #endif

@@ -1,31 +1,12 @@
 /* train: the loop of a run: steps, checkpoints, signals, the end. */
 #include "mpi/comm_mpi.h"
 #include "src/cli.h"
+#include "src/signals.h"
 #include "src/train_run.h"
 #include "src/watchdog.h"
 
-#include <signal.h>
 #include <stdio.h>
 #include <string.h>
-
-/* ---- signals: a flag that travels in the step's reduction ---- */
-
-static volatile sig_atomic_t stop_signal;
-
-static void on_signal(int number)
-{
-    stop_signal = number;
-    if (number == SIGINT)
-        signal(SIGINT, SIG_DFL); /* a second Ctrl-C ends the program at once */
-}
-
-static void catch_signals(void)
-{
-    struct sigaction a = {.sa_handler = on_signal, .sa_flags = SA_RESTART};
-    sigaction(SIGUSR1, &a, NULL);
-    sigaction(SIGTERM, &a, NULL);
-    sigaction(SIGINT, &a, NULL);
-}
 
 /* ---- loop ---- */
 
@@ -112,7 +93,7 @@ static md_status one_step(md_run *r, bool *stop)
     md_metrics metrics;
     double start = md_now();
     const int64_t step = r->state.step + 1; /* in logs, steps count from 1 */
-    md_status st = md_step_run(r->stepper, &r->state, stop_signal != 0, &result);
+    md_status st = md_step_run(r->stepper, &r->state, md_signals_came(), &result);
     if (result.bad > 0)
         md_bad_images_tell(r->bad, step, r->log);
     if (st == MD_ERR_DATA && r->state.step > 0)
@@ -179,7 +160,7 @@ static void close_logs(md_run *r, md_status st)
 static md_status cmd_train(int argc, char **argv)
 {
     md_run r = {0};
-    catch_signals(); /* first: one that comes during setup stops the run after its first step */
+    md_signals_catch(); /* first: one that comes during setup stops the run after its first step */
     MD_TRY(md_mpi_start(&argc, &argv, &r.world));
     md_status st = md_run_set_up(&r, argc, argv);
     if (st == MD_OK)

@@ -14,7 +14,6 @@
 #include <errno.h>
 #include <stdio.h>
 #include <string.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 static md_status load_config(md_run *r, int argc, char **argv)
@@ -77,30 +76,12 @@ static md_status open_data(md_run *r)
     return MD_OK;
 }
 
-/* mkdir -p. */
-static md_status make_dirs(const char *dir)
-{
-    char path[MD_CONFIG_STR];
-    snprintf(path, sizeof path, "%s", dir);
-    for (char *p = path + 1;; p++) {
-        if (*p && *p != '/')
-            continue;
-        char end = *p;
-        *p = 0;
-        if (mkdir(path, 0777) != 0 && errno != EEXIST)
-            MD_FAIL(MD_ERR_CREATE, "cannot make the run directory %s: %s", path, strerror(errno));
-        if (!end)
-            return MD_OK;
-        *p = end;
-    }
-}
-
 /* Collective(world). Rank 0 makes and locks the run directory. */
 static md_status take_dir(md_run *r)
 {
     md_status st = MD_OK;
     if (md_comm_rank(r->world) == 0) {
-        st = make_dirs(r->dir);
+        st = md_run_dir_make(r->dir);
         if (st == MD_OK)
             st = md_run_lock_take(r->dir, &r->lock);
         if (st == MD_OK)

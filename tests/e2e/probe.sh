@@ -1,6 +1,7 @@
 #!/bin/bash
 # The linear probe of a pretrained student and of a classifier: both recipes, with the same steps and
-# counts on any layout, every image judged once; what is replaced, and what is refused.
+# counts on any layout, every image judged once; stopped and killed ones go on to the same heads; what
+# is replaced, and what is refused.
 set -eu
 cd "$(dirname "$0")/../.."
 . tests/tiny_run.sh
@@ -108,6 +109,58 @@ MD_FAULT=loader.decode@rank0 probe 2 student many beit evaluate.probe_epochs=1
 MD_FAULT=probe.fetch@rank3 probe 4 student unfetched beit evaluate.probe_epochs=1 parallel.tensor=2
 [ "$rc" = 69 ] || fail "a head that cannot be fetched: exit code $rc"
 says "injected fault probe.fetch"
+
+# ---- going on ----
+
+# stopped RECIPE OUTPUT [key=value...]: as mpirun passes a scheduler's signal on.
+stopped() {
+    local recipe=$1 out=$2 pid end=$((SECONDS + 60))
+    shift 2
+    rm -f "$log"
+    probe 2 student "$out" "$recipe" "$@" &
+    pid=$!
+    until grep -q 'probe: epoch 3 of' "$log" 2>/dev/null; do
+        [ $SECONDS -lt $end ] || fail "no third epoch"
+        sleep 0.02
+    done
+    pkill -USR1 -f "^$MD_HPC evaluate .*evaluate.output=$scratch/$out " || fail "nobody to stop"
+    wait "$pid"
+    says 'the same command goes on from there'
+}
+epochs=40
+for recipe in beit mae; do
+    keys=("evaluate.probe_epochs=$epochs" "${more[$recipe]#* }")
+    probes_well 1 student "$recipe-whole" "$recipe" "${keys[@]}"
+    stopped "$recipe" "$recipe-stopped" "${keys[@]}"
+    [ ! -e "$scratch/$recipe-stopped.json" ] || fail "$recipe: it was not stopped"
+    MD_FAULT=loader.decode@rank1#100:kill probe 2 student "$recipe-stopped" "$recipe" "${keys[@]}"
+    [ "$rc" = 137 ] || fail "a killed probe: exit code $rc"
+    says 'probe: goes on from'
+    probes_well 4 student "$recipe-stopped" "$recipe" "${keys[@]}"
+    says 'probe: goes on from'
+    same_probe "$recipe-whole" "$recipe-stopped"
+    # One that is finished is judged again, also on another split.
+    probes_well 2 student "$recipe-stopped" "$recipe" "${keys[@]}"
+    ! grep -q 'probe: epoch' "$log" || fail "$recipe: a finished probe learns again"
+    same_probe "$recipe-whole" "$recipe-stopped"
+done
+"$MD_HPC" checkpoint verify "$scratch/beit-whole.probe" >"$log" 2>&1 || fail "the kept heads"
+
+# Another probe takes the place of what is there, and says so.
+probes_well 2 student "beit-1" beit evaluate.probe_epochs=2 evaluate.probe_lr=0.01
+says 'is of another probe, which it takes the place of: epochs was 20 and is now 2'
+says 'probe: epoch 2 of 2'
+probes_well 2 student "beit-1" beit evaluate.probe_epochs=2 evaluate.probe_lr=0.01 evaluate.from=none
+says 'encoder was'
+
+# What cannot be kept is a warning; two probes in one place are refused.
+MD_FAULT=ckpt.create#1 probes_well 2 student unkept beit evaluate.probe_epochs=2
+says "the older one stays"
+exec 9>"$scratch/unkept.probe/LOCK"
+flock 9
+probe 2 student unkept beit evaluate.probe_epochs=2
+exec 9>&-
+[ "$rc" = 77 ] || fail "two at once: exit code $rc"
 
 # What cannot be is refused with its reason and 78, everywhere.
 refused() { # WORDS RANKS RUN RECIPE [key=value...]

@@ -12,13 +12,14 @@ typedef struct run {
     md_backend *backend;
     md_probe_heads *heads;
     int n, steps, width, classes; /* heads; steps of an epoch */
+    int rank, ranks;
     float *feature;
 } run;
 
 /* As rank `rank` of `ranks`. */
 static void set_up(run *r, const char *file, const char *backend, int rank, int ranks)
 {
-    *r = (run){.file = golden_open(file)};
+    *r = (run){.file = golden_open(file), .rank = rank, .ranks = ranks};
     const md_safetensors *f = r->file;
     golden_overrides o = {.n = 0};
     golden_override(&o, "evaluate.probe_recipe=%s", golden_text(f, "recipe"));
@@ -62,6 +63,16 @@ static void fill_features(run *r, const char *name, int64_t rows)
                 rows * r->n * r->width, r->feature);
 }
 
+/* Of a batch, those of the heads that are trained here. */
+static void keep_own_features(run *r)
+{
+    float *to = r->feature;
+    for (int64_t i = 0; i < r->rule.batch; i++)
+        for (int k = r->rank; k < r->n; k += r->ranks, to += r->width)
+            memmove(to, r->feature + (i * r->n + k) * r->width, (size_t)r->width * sizeof *to);
+    assert_int_equal(to - r->feature, r->rule.batch * md_probe_heads_own(r->heads) * r->width);
+}
+
 /* All epochs; loss f32 [steps in all, heads]. factor: on the rates. */
 static void learn(run *r, double factor, float *loss)
 {
@@ -74,6 +85,7 @@ static void learn(run *r, double factor, float *loss)
         assert_true(fabs(lr - ((const double *)rate.data)[step]) <= 1e-12 * r->rule.lr);
         snprintf(name, sizeof name, "feature.%d", step);
         fill_features(r, name, batch);
+        keep_own_features(r);
         GOLDEN_OK(md_probe_heads_step(r->heads, r->feature,
                                       (const int32_t *)label.data + step * batch, factor * lr));
         for (int k = 0; k < r->n; k++)
