@@ -68,6 +68,7 @@ typedef struct plan {
     md_model model;
     md_backend *be;
     md_stepper_bytes step;
+    md_viewer_bytes evaluation;
     double nominal, executed; /* FLOP of one image: the whole model, and what is really run */
     int64_t per_epoch, steps;
 } plan;
@@ -147,6 +148,11 @@ static md_status work_out(plan *p, const options *o)
     if (p->images < c->train_batch)
         MD_FAIL(MD_ERR_CONFIG, "train.batch = %lld is more than the %lld images there are",
                 (long long)c->train_batch, (long long)p->images);
+    if (c->evaluate_every > 0) {
+        const md_evaluator_args args =
+            md_evaluator_of_run(c, &p->model.method, p->be, &p->topo, p->layout.micro);
+        MD_TRY(md_evaluator_plan(&args, &p->loader.source, &p->evaluation));
+    }
     p->per_epoch = md_epoch_steps(p->images, c->train_batch);
     p->steps = md_total_steps(c, p->per_epoch);
     return MD_OK;
@@ -209,13 +215,15 @@ static void report_memory(const plan *p, double limit_gib)
 {
     char text[2048];
     md_footprint f;
-    md_footprint_make(&(md_footprint_args){.model = &p->model,
-                                           .topo = &p->topo,
-                                           .be = p->be,
-                                           .step = &p->step,
-                                           .loader = &p->loader,
-                                           .index_bytes = p->index_bytes},
-                      &f);
+    md_footprint_make(
+        &(md_footprint_args){.model = &p->model,
+                             .topo = &p->topo,
+                             .be = p->be,
+                             .step = &p->step,
+                             .loader = &p->loader,
+                             .index_bytes = p->index_bytes,
+                             .evaluation = p->config.evaluate_every > 0 ? &p->evaluation : NULL},
+        &f);
     if (f.device) {
         md_memory_map_print(&f.operands, "memory of a GPU", text, sizeof text);
         fputs(text, stdout);
@@ -235,7 +243,8 @@ static void report(const plan *p, const options *o)
     double step_flops = p->nominal * (double)p->layout.batch / (double)p->layout.ranks;
     report_work(p);
     report_traffic(p);
-    printf("checkpoint                 %.0f bytes (%.3f GB)\n", 12.0 * params, 12e-9 * params);
+    const double bytes = (p->config.optim_ema > 0 ? 16.0 : 12.0) * params; /* values and moments */
+    printf("checkpoint                 %.0f bytes (%.3f GB)\n", bytes, 1e-9 * bytes);
     report_memory(p, o->memory_gib);
     report_advice(p);
     if (o->tflops > 0)

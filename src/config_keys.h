@@ -113,7 +113,7 @@ X(train_micro_batch, "train.micro_batch", INT, "0", 0, 65536, "images", "Images 
 /* evaluation */
 X(evaluate_kind, "evaluate.kind", CHOICE, "accuracy", 0, 0, "accuracy,knn,features,probe", "What `md_hpc evaluate` does: measure a classifier's accuracy, or that of nearest neighbours among the features of data.train, or that of a linear classifier of frozen features, trained on data.train; or write what the model sees in every image.")
 X(evaluate_from, "evaluate.from", STR, "", 0, 0, "path", "What it evaluates: a checkpoint, a run directory or a weights file; empty = the run directory; none = the model as it is before its first step.")
-X(evaluate_ema, "evaluate.ema", BOOL, "false", 0, 0, "", "Evaluate the moving average of the parameters (optim.ema).")
+X(evaluate_ema, "evaluate.ema", BOOL, "false", 0, 0, "", "Evaluate the moving average of the parameters (optim.ema), while training (evaluate.every) too.")
 X(evaluate_output, "evaluate.output", STR, "", 0, 0, "path", "Where it writes PATH.json and PATH.csv (hits of every class); empty = evaluation-KIND-SPLIT in the run directory. A probe is kept in PATH.probe, or in probe-RECIPE of the run directory.")
 X(evaluate_data, "evaluate.data", STR, "", 0, 0, "path", "Image store to evaluate on; empty = data.train.")
 X(evaluate_split, "evaluate.split", STR, "test", 0, 0, "", "Split of that store.")

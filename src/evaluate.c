@@ -26,6 +26,20 @@ int64_t md_evaluator_images(const md_topo *topo, int64_t images)
     return (images + topo->tp_size - 1) / topo->tp_size * topo->tp_size;
 }
 
+md_evaluator_args md_evaluator_of_run(const md_config *c, const md_method *m, md_backend *be,
+                                      const md_topo *topo, int64_t micro)
+{
+    return (md_evaluator_args){
+        .config = c,
+        .method = m,
+        .backend = be,
+        .topo = topo,
+        .data = *c->evaluate_data ? c->evaluate_data : c->data_train,
+        .split = c->evaluate_split,
+        .sight = MD_SIGHT_LOGITS,
+        .images = md_evaluator_images(topo, c->evaluate_batch ? c->evaluate_batch : micro)};
+}
+
 md_status md_labels_check(const md_dataset *d, const char *path, const char *split)
 {
     const int classes = md_dataset_classes(d);
@@ -116,11 +130,10 @@ md_status md_evaluator_same_classes(const md_evaluator *train, const md_evaluato
 
 /* ---- looking at all images ---- */
 
-static md_status make_loader(const md_evaluator *e, md_loader **out)
+static md_loader_args loader_of(const md_evaluator_args *a, const md_source *images)
 {
-    const md_evaluator_args *a = &e->args;
     const md_topo *t = a->topo;
-    md_loader_args loader = {.source = md_evaluator_source(e),
+    md_loader_args loader = {.source = *images,
                              .dp_rank = t->dp_rank,
                              .dp_size = t->dp_size,
                              .tp_rank = t->tp_rank,
@@ -130,7 +143,28 @@ static md_status make_loader(const md_evaluator *e, md_loader **out)
     loader.batch = a->images * t->dp_size;
     loader.sequential = true;
     loader.rule.eval_resize = resize_of(a->config);
+    return loader;
+}
+
+static md_status make_loader(const md_evaluator *e, md_loader **out)
+{
+    const md_source images = md_evaluator_source(e);
+    const md_loader_args loader = loader_of(&e->args, &images);
     return md_loader_create(out, &loader);
+}
+
+md_status md_evaluator_plan(const md_evaluator_args *a, const md_source *images,
+                            md_viewer_bytes *out)
+{
+    const md_loader_args loader = loader_of(a, images);
+    MD_TRY(md_viewer_plan(&(md_viewer_args){.method = a->method,
+                                            .backend = a->backend,
+                                            .topo = a->topo,
+                                            .sight = a->sight,
+                                            .images = a->images},
+                          out));
+    out->host += md_loader_bytes(&loader);
+    return MD_OK;
 }
 
 /* One pass. Labels of the other ranks of tp are read from the index. */

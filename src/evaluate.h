@@ -23,6 +23,14 @@ typedef struct md_evaluator_args {
 } md_evaluator_args;
 /* The next number of images that does. Local. */
 int64_t md_evaluator_images(const md_topo *topo, int64_t images);
+/* The evaluation of a run while it trains (evaluate.every), in passes of evaluate.batch or of
+ * `micro` images. Local. */
+md_evaluator_args md_evaluator_of_run(const md_config *c, const md_method *m, md_backend *be,
+                                      const md_topo *topo, int64_t micro);
+/* Bytes of an evaluator of these images, loader included, from shapes alone. Local. Errors of
+ * md_viewer_plan. */
+md_status md_evaluator_plan(const md_evaluator_args *args, const md_source *images,
+                            md_viewer_bytes *out);
 
 typedef struct md_evaluator md_evaluator;
 

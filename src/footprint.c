@@ -79,6 +79,8 @@ static void add_operands(const md_footprint_args *a, md_memory_map *m)
         add(m, "moving average", shard);
     add(m, "teacher", (1.0 + rounded) * teacher);
     add(m, "activations", (double)a->step->activations);
+    if (a->evaluation)
+        add(m, "evaluation", (double)a->evaluation->operands);
 }
 
 /* What the host keeps of a device's blocks: checkpoints are written from there. */
@@ -104,6 +106,8 @@ void md_footprint_make(const md_footprint_args *a, md_footprint *out)
     add(host, out->device ? "batch buffers" : "op scratch and batch buffers",
         buffers + (double)a->step->host_batch);
     add(host, "loader", (double)md_loader_bytes(a->loader));
+    if (a->evaluation)
+        add(host, "evaluation, on the host", (double)a->evaluation->host);
     add(host, "image index (one a node)", (double)a->index_bytes);
     if (!out->device)
         add(host, "messages under way", mpi_copies(a));
@@ -131,6 +135,7 @@ static bool plan(const md_config *c, const md_teacher_info *info, int ranks, md_
     md_model model = {0};
     md_backend *be = NULL;
     md_stepper_bytes step;
+    md_viewer_bytes evaluation = {0};
     const md_loader_args loader = {
         .source = {.count = 1}, .dp_size = 1, .tp_size = 1, .micro_batch = 1};
     md_status st = md_batch_layout_make(c, ranks, &layout);
@@ -145,11 +150,20 @@ static bool plan(const md_config *c, const md_teacher_info *info, int ranks, md_
                              &be);
     if (st == MD_OK)
         st = md_stepper_plan(&model.method, be, &step);
+    if (st == MD_OK && c->evaluate_every > 0) {
+        const md_evaluator_args args =
+            md_evaluator_of_run(c, &model.method, be, &topo, layout.micro);
+        st = md_evaluator_plan(&args, &loader.source, &evaluation);
+    }
     if (st == MD_OK) {
         md_footprint f;
         md_footprint_make(
-            &(md_footprint_args){
-                .model = &model, .topo = &topo, .be = be, .step = &step, .loader = &loader},
+            &(md_footprint_args){.model = &model,
+                                 .topo = &topo,
+                                 .be = be,
+                                 .step = &step,
+                                 .loader = &loader,
+                                 .evaluation = c->evaluate_every > 0 ? &evaluation : NULL},
             &f);
         *out = f.operands;
     }

@@ -4,6 +4,7 @@
 #define MD_FOOTPRINT_H
 
 #include "io/prefetch.h"
+#include "src/evaluate.h"
 #include "src/setup.h"
 #include "src/step.h"
 
@@ -12,7 +13,7 @@ typedef struct md_family {
     double bytes;
 } md_family;
 
-enum { MD_FAMILIES = 12 };
+enum { MD_FAMILIES = 14 };
 
 /* A table of memory. */
 typedef struct md_memory_map {
@@ -35,6 +36,7 @@ typedef struct md_footprint_args {
     const md_stepper_bytes *step;
     const md_loader_args *loader;
     size_t index_bytes;
+    const md_viewer_bytes *evaluation; /* NULL: the run does not evaluate while it trains */
 } md_footprint_args;
 
 /* Local. */

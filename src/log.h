@@ -52,8 +52,8 @@ typedef struct md_metrics {
 #undef MD_METRICS_FIELD
 } md_metrics;
 
-/* X(type, key): a line of evaluations.jsonl. Top-1 and top-5 as images and in per cent; seconds it
- * took. */
+/* X(type, key): a line of evaluations.jsonl. Top-1 and top-5 as images and in per cent; ema:
+ * 1 where the moving averages were evaluated; seconds it took. */
 #define MD_EVALUATION(X)  \
     X(int64_t, step)      \
     X(double, epoch)      \
@@ -63,6 +63,7 @@ typedef struct md_metrics {
     X(double, top1)       \
     X(double, top5)       \
     X(double, loss)       \
+    X(int64_t, ema)       \
     X(double, seconds)
 
 typedef struct md_evaluation {

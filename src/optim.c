@@ -96,6 +96,30 @@ md_status md_optim_ema_start(md_backend *be, md_params *p, const md_piece *piece
     return md_backend_sync(be);
 }
 
+/* `count` elements by way of a block of memory. */
+static md_status swap_range(md_backend *be, float *value, float *ema, float *between, int64_t count)
+{
+    md_tensor a = range(value, 0, count), b = range(ema, 0, count), c = range(between, 0, count);
+    MD_TRY(MD_OP(be, axpy, .x = &a, .y = &c, .alpha = 1.0f));
+    MD_TRY(MD_OP(be, axpy, .x = &b, .y = &a, .alpha = 1.0f));
+    return MD_OP(be, axpy, .x = &c, .y = &b, .alpha = 1.0f);
+}
+
+md_status md_optim_ema_swap(md_backend *be, md_params *p, const md_piece *piece, int n)
+{
+    enum { BLOCK = 1 << 20 }; /* elements */
+    void *between;
+    md_status st = md_backend_alloc(be, BLOCK * sizeof(float), "moving average", &between);
+    for (int i = 0; i < n && st == MD_OK; i++)
+        for (int64_t at = 0; at < piece[i].count && st == MD_OK; at += BLOCK)
+            st = swap_range(be, p->value + piece[i].offset + at, p->ema + piece[i].moment + at,
+                            between, MD_MIN(BLOCK, piece[i].count - at));
+    if (st == MD_OK)
+        st = md_backend_sync(be);
+    md_backend_free(be, between);
+    return st;
+}
+
 md_status md_optim_update(md_backend *be, md_params *p, const md_piece *piece, int n,
                           const md_optim_args *a)
 {

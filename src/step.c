@@ -207,6 +207,19 @@ md_status md_step_parameters(md_stepper *t)
     return round_parameters(t);
 }
 
+md_status md_step_swap_averages(md_stepper *t)
+{
+    const md_shard *s = t->args.shard;
+    md_params *p = &t->args.method->params;
+    md_step_settle(t);
+    MD_TRY(md_agree(t->args.topo->world,
+                    md_optim_ema_swap(t->args.backend, p, s->update, s->updates)));
+    if (s->zero)
+        md_grad_reduce_gather(t->reduce, p->value);
+    t->unrounded = true;
+    return md_agree(t->args.topo->world, md_step_parameters(t));
+}
+
 /* Before the first gradient of a step: the reducer is done with the step before. */
 static void collect_gradients(md_stepper *t)
 {

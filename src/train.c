@@ -64,9 +64,12 @@ static md_status evaluate(md_run *r)
 {
     const double start = md_now();
     const md_part part = md_phase_part(MD_PART_CHECKPOINT);
+    const bool average = r->config.evaluate_ema;
     md_accuracy a;
-    MD_TRY(md_step_parameters(r->stepper));
+    MD_TRY(average ? md_step_swap_averages(r->stepper) : md_step_parameters(r->stepper));
     MD_TRY(md_evaluate_accuracy(r->evaluator, NULL, &a));
+    if (average)
+        MD_TRY(md_step_swap_averages(r->stepper));
     md_phase_part(part);
     const md_evaluation line = {.step = r->state.step,
                                 .epoch = (double)r->state.step / (double)r->steps_per_epoch,
@@ -76,13 +79,15 @@ static md_status evaluate(md_run *r)
                                 .top1 = md_percent(a.all.top1, a.all.images),
                                 .top5 = md_percent(a.all.top5, a.all.images),
                                 .loss = a.loss,
+                                .ema = average,
                                 .seconds = md_now() - start};
     md_accuracy_free(&a);
     md_runlog_evaluation(r->log, &line);
-    md_log_info("evaluation after epoch %.4g: top-1 %.2f %% (%lld of %lld), top-5 %.2f %%, loss "
+    md_log_info("evaluation%s after epoch %.4g: top-1 %.2f %% (%lld of %lld), top-5 %.2f %%, loss "
                 "%.4f, %.1f s",
-                line.epoch, line.top1, (long long)line.top1_hits, (long long)line.images, line.top5,
-                line.loss, line.seconds);
+                average ? " of the moving average" : "", line.epoch, line.top1,
+                (long long)line.top1_hits, (long long)line.images, line.top5, line.loss,
+                line.seconds);
     return MD_OK;
 }
 

@@ -149,19 +149,13 @@ static md_status make_stepper(md_run *r)
 static md_status make_evaluator(md_run *r)
 {
     const md_config *c = &r->config;
-    const int64_t images = c->evaluate_batch ? c->evaluate_batch : r->layout.micro;
     if (c->evaluate_every == 0)
         return MD_OK;
-    return md_evaluator_create(
-        &(md_evaluator_args){.config = c,
-                             .method = &r->model.method,
-                             .backend = r->be,
-                             .topo = &r->topo,
-                             .data = *c->evaluate_data ? c->evaluate_data : c->data_train,
-                             .split = c->evaluate_split,
-                             .sight = MD_SIGHT_LOGITS,
-                             .images = md_evaluator_images(&r->topo, images)},
-        &r->evaluator);
+    if (c->evaluate_ema && c->optim_ema == 0)
+        MD_FAIL(MD_ERR_CONFIG, "evaluate.ema needs a moving average: set optim.ema");
+    const md_evaluator_args args =
+        md_evaluator_of_run(c, &r->model.method, r->be, &r->topo, r->layout.micro);
+    return md_evaluator_create(&args, &r->evaluator);
 }
 
 /* The file's text, NULL where there is none. Freed by md_free. */

@@ -13,7 +13,8 @@ struct md_viewer {
     md_slot *out;                             /* [outs], each [images, part] */
     int outs, part;                           /* values of an image in one of them */
     int chosen, width; /* rows of an image that are looked at; values of an image */
-    size_t image_bytes, out_bytes, scratch_size; /* out_bytes: from one output to the next */
+    size_t image_bytes, out_bytes, rows_bytes, index_bytes, scratch_size; /* out_bytes: from one
+                                                                             output to the next */
     void *region, *scratch, *image_operand, *rows_operand, *index_operand, *out_operand;
     uint8_t *host_image; /* of all ranks of tp */
     char *host_out;      /* in the compute type */
@@ -122,18 +123,24 @@ static md_status fill_inputs(md_viewer *v, int32_t *rows, size_t bytes, int32_t 
     return md_backend_sync(be);
 }
 
+static void size_up(md_viewer *v)
+{
+    const md_graph *g = &v->graph;
+    v->image_bytes = md_tensor_bytes(md_graph_tensor(g, v->image));
+    v->out_bytes = (md_tensor_bytes(md_graph_tensor(g, v->out[0])) + 63) / 64 * 64;
+    v->rows_bytes = 4 * (size_t)(v->args.images * (v->chosen + 1));
+    v->index_bytes =
+        v->rel_index == MD_NO_SLOT ? 0 : md_tensor_bytes(md_graph_tensor(g, v->rel_index));
+}
+
 static md_status allocate(md_viewer *v)
 {
     md_backend *be = v->args.backend;
     md_graph *g = &v->graph;
-    const int64_t tokens = md_vit_tokens(&v->args.method->student_vit.spec);
     const size_t chosen = (size_t)(v->args.images * v->chosen);
-    const size_t rows = 4 * (chosen + (size_t)v->args.images);
-    const size_t index = v->rel_index == MD_NO_SLOT ? 0 : 4 * (size_t)(tokens * tokens);
-    void *p;
-    v->image_bytes = md_tensor_bytes(md_graph_tensor(g, v->image));
-    v->out_bytes = (md_tensor_bytes(md_graph_tensor(g, v->out[0])) + 63) / 64 * 64;
+    const size_t rows = v->rows_bytes, index = v->index_bytes;
     const size_t outs = (size_t)v->outs * v->out_bytes;
+    void *p;
     MD_TRY(md_backend_alloc(be, g->region_bytes, "activations", &v->region));
     MD_TRY(md_backend_alloc(be, v->scratch_size, "scratch", &v->scratch));
     MD_TRY(md_backend_alloc(be, v->image_bytes, "images", &v->image_operand));
@@ -160,7 +167,8 @@ static md_status allocate(md_viewer *v)
     return st;
 }
 
-md_status md_viewer_create(const md_viewer_args *args, md_viewer **out)
+/* All but memory for operands. */
+static md_status make(const md_viewer_args *args, md_viewer **out)
 {
     md_viewer *v;
     *out = NULL;
@@ -171,18 +179,37 @@ md_status md_viewer_create(const md_viewer_args *args, md_viewer **out)
         MD_FAIL(MD_ERR_CONFIG, "a classifier with model.pool = \"mean\" has no norm for its cls "
                                "token: look at the mean of the patch tokens");
     MD_NEW(v, 1, "viewer");
-    v->args = *args;
-    md_status st = build(v);
-    if (st == MD_OK)
-        st = plan_scratch(v);
-    if (st == MD_OK)
-        st = allocate(v);
-    if (st != MD_OK) {
-        md_viewer_free(v);
-        return st;
-    }
     *out = v;
-    return MD_OK;
+    v->args = *args;
+    MD_TRY(build(v));
+    size_up(v);
+    return plan_scratch(v);
+}
+
+md_status md_viewer_create(const md_viewer_args *args, md_viewer **out)
+{
+    md_status st = make(args, out);
+    if (st == MD_OK)
+        st = allocate(*out);
+    if (st != MD_OK) {
+        md_viewer_free(*out);
+        *out = NULL;
+    }
+    return st;
+}
+
+md_status md_viewer_plan(const md_viewer_args *args, md_viewer_bytes *out)
+{
+    md_viewer *v;
+    md_status st = make(args, &v);
+    if (st == MD_OK) {
+        const size_t outs = (size_t)v->outs * v->out_bytes;
+        out->operands = v->graph.region_bytes + v->scratch_size + v->image_bytes + v->rows_bytes +
+                        v->index_bytes + outs;
+        out->host = v->image_bytes + outs + (size_t)(v->args.images * v->width) * sizeof *v->values;
+    }
+    md_viewer_free(v);
+    return st;
 }
 
 void md_viewer_free(md_viewer *v)

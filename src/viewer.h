@@ -27,6 +27,11 @@ typedef struct md_viewer md_viewer;
  * Freed by md_viewer_free (NULL is fine), before backend and method. */
 md_status md_viewer_create(const md_viewer_args *args, md_viewer **out);
 void md_viewer_free(md_viewer *v);
+/* Bytes of a viewer, from shapes alone. Local. Errors of md_viewer_create. */
+typedef struct md_viewer_bytes {
+    size_t operands, host;
+} md_viewer_bytes;
+md_status md_viewer_plan(const md_viewer_args *args, md_viewer_bytes *out);
 /* Values of an image in what run gives. */
 int md_viewer_width(const md_viewer *v);
 

@@ -21,6 +21,7 @@ hits() {
 }
 
 done_well 1 cpu "${keys[@]}"
+done_well 1 cpu-average "${keys[@]}" evaluate.ema=true
 [ "$(counts cpu | cut -d' ' -f1)" = 96 ] || fail "evaluations: $(counts cpu)"
 MD_HPC=$emu
 keys+=(backend=cuda)
@@ -31,6 +32,10 @@ for run in fp32 grid; do
     near cpu "$run"
     [ "$(counts cpu)" = "$(counts "$run")" ] || fail "cpu: $(counts cpu), $run: $(counts "$run")"
 done
+done_well 2 average "${keys[@]}" precision=fp32 parallel.zero=1 parallel.comm=mpi evaluate.ema=true
+near cpu average
+[ "$(counts cpu-average)" = "$(counts average)" ] ||
+    fail "moving average: $(counts cpu-average), on cuda $(counts average)"
 done_well 2 bf16 "${keys[@]}" parallel.zero=1 parallel.comm=mpi
 paste <(curve cpu) <(curve bf16) | awk '
     { d = $2 > $6 ? $2 - $6 : $6 - $2 }

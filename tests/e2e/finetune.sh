@@ -68,6 +68,24 @@ evaluate 1 scratch evaluate.ema=true
 [ "$rc" = 0 ] || fail "evaluate the moving average"
 says "moving averages"
 
+# Evaluated while it trains, the moving average has the counts that it has afterwards, and the run goes
+# on as if nobody had looked.
+averaged() { # RANKS BASE [key=value...]
+    local n=$1 base=$2 run=averaged-$2
+    shift 2
+    done_well "$n" "$run" "${classify[@]}" evaluate.every=1 evaluate.ema=true "$@"
+    says "evaluation of the moving average after epoch"
+    same "$base" "$run"
+    [ "$(state "$base")" = "$(state "$run")" ] || fail "$run: another state than $base"
+    evaluate 2 "$run" # its config says which
+    says "moving averages"
+    [ "$(counts "$run" | tail -n 1 | cut -d' ' -f2-) " = "$(hits "$run/evaluation-accuracy-train.json")" ] ||
+        fail "$run: $(counts "$run" | tail -n 1), afterwards $(hits "$run/evaluation-accuracy-train.json")"
+}
+averaged 1 scratch
+averaged 2 two parallel.zero=1
+! diff <(counts scratch) <(counts averaged-scratch) >"$log" || fail "averages are the values"
+
 # From a student: tables shared in pretraining are copied, the rest goes by name.
 done_well 2 student
 done_well 2 tuned "${classify[@]}" "finetune.from=$scratch/student"
@@ -94,6 +112,7 @@ refused() { # CODE WORDS RANKS RUN [key=value...]
 refused 78 "have 10 classes: set model.classes=10" 2 bad "${classify[@]}" model.classes=9
 refused 78 "model.width" 2 bad "${classify[@]}" "finetune.from=$scratch/student" model.width=48 model.heads=3
 refused 66 "finetune.from" 2 bad "${classify[@]}" "finetune.from=$scratch/nothing"
+refused 78 "set optim.ema" 2 bad "${classify[@]}" evaluate.every=1 evaluate.ema=true optim.ema=0
 refused 78 "needs task" 1 bad augment.mixup=0.8
 refused 78 "augment.mix_group" 2 bad "${classify[@]}" augment.mix_group=16
 evaluate 2 student

@@ -34,6 +34,9 @@ plan vit_h.cfg '^ranks +64 = data 8 x tensor 8, sequence, ZeRO-1$' '^parameters 
     '^batch +2048 = 8 data-parallel ranks x 1 passes x 256 images' 'activations 74\.389,' \
     '^  Adam moments +0\.074 GiB' '^advice +parallel\.tensor = 1 ' '^compute +1166\.6 GFLOP' \
     -- --ranks 64 parallel.tensor=8 parallel.sequence=true parallel.zero=1
+# A classifier that is evaluated while it trains, and keeps a moving average.
+plan finetune_b.cfg '^checkpoint +1384495744 bytes' '^  moving average +0\.3' '^  evaluation +0\.[0-9]+ GiB' \
+    '^  evaluation, on the host +0\.[0-9]+ GiB' -- --ranks 8 optim.ema=0.999 evaluate.every=1
 rc=0
 "$MD_HPC" plan vit_h.cfg --ranks 63 >"$scratch/out" 2>&1 || rc=$?
 if [ $rc != 78 ] || ! grep -q 'does not divide over 63 data-parallel ranks' "$scratch/out"; then
