@@ -47,6 +47,22 @@ near cpu nccl
 MD_EMU_DEVICES=2 done_well 2 zero "${cuda[@]}" precision=fp32 parallel.zero=1
 near cpu zero
 
+# ---- demo.cfg, as its user types it ----
+"$host" weights import --out "$scratch/classifier.h5" config/miniature/teacher >"$log"
+# demo RUN RANKS PROGRAM [key=value...]
+demo() {
+    local run=$1 n=$2 program=$3
+    shift 3
+    "$MPIRUN" -np "$n" "$program" config/demo.cfg "run.dir=$scratch/$run" data.train="$scratch/tiny.h5" \
+        method.teacher.weights="$scratch/classifier.h5" train.epochs=2 train.max_steps=2 \
+        optim.warmup_epochs=0 "$@" >"$log" 2>&1 </dev/null || fail "demo.cfg $*: exit code $?"
+}
+demo demo 1 "$host"
+demo demo_fp32 1 "$emu" backend=cuda precision=fp32
+demo demo_grid 4 "$emu" backend=cuda precision=fp32 "${grid[@]}"
+near demo demo_fp32
+near demo demo_grid
+
 # ---- gone on, here and on the cpu ----
 done_well 1 stopped "${cuda[@]}" train.max_steps=3
 done_well 1 stopped "${cuda[@]}"
