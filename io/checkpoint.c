@@ -224,7 +224,7 @@ static void warn_untidy(const md_checkpoint_args *args, md_status st)
 static void tidy(const md_checkpoint_args *args)
 {
     warn_untidy(args, md_ckpt_latest(args->dir, args->step));
-    md_status st = md_ckpt_abandon(args->dir, args->step);
+    md_status st = md_checkpoint_abandon(args->dir, args->step);
     warn_untidy(args, st);
     if (st == MD_OK) /* else later steps would stay in place of this one */
         warn_untidy(args, md_checkpoint_prune(args->dir, args->keep, args->keep_every, NULL));

@@ -123,6 +123,9 @@ uint64_t md_checkpoint_state_hash(const md_checkpoint *ck);
 md_status md_checkpoint_list(const char *dir, int64_t **steps, int *n);
 /* Path of a step's file. Local. */
 void md_checkpoint_name(char *buf, size_t size, const char *dir, int64_t step);
+/* Gives the checkpoints beyond a step (-1: all) ".abandoned" behind their names. Local. MD_ERR_IO.
+ */
+md_status md_checkpoint_abandon(const char *dir, int64_t step);
 /* Deletes all but the newest `keep` and the multiples of keep_every (0: none), and of the abandoned
  * ones all but the `keep` of the highest steps. Local. *removed may be NULL. MD_ERR_IO. */
 md_status md_checkpoint_prune(const char *dir, int keep, int64_t keep_every, int *removed);

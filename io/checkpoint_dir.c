@@ -146,7 +146,7 @@ md_status md_ckpt_latest(const char *dir, int64_t step)
     return md_publish(part, path);
 }
 
-md_status md_ckpt_abandon(const char *dir, int64_t step)
+md_status md_checkpoint_abandon(const char *dir, int64_t step)
 {
     int64_t *steps;
     int n;

@@ -119,9 +119,8 @@ md_status md_ckpt_fd(const char *path, bool write, int *fd);
 
 /* Local, rank 0: gives the finished file its name and makes that durable, or removes it. */
 md_status md_ckpt_rename(const char *part, const char *path);
-/* Local, rank 0: removes what killed writers left, sets aside later steps, LATEST. */
+/* Local, rank 0: removes what killed writers left; LATEST. */
 void md_ckpt_sweep(const char *dir);
 md_status md_ckpt_latest(const char *dir, int64_t step);
-md_status md_ckpt_abandon(const char *dir, int64_t step);
 
 #endif

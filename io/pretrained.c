@@ -18,7 +18,7 @@ struct md_pretrained {
     md_weights *w;     /* or that */
     bool ema;
     char path[PATH_SIZE], text[PATH_SIZE + 64]; /* the file, and what it is */
-    char identity[32];
+    char identity[MD_PRETRAINED_IDENTITY];
 };
 
 /* ---- what a path is ---- */

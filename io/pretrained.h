@@ -37,8 +37,9 @@ const md_weights_info *md_pretrained_weights(const md_pretrained *p);
 const char *md_pretrained_path(const md_pretrained *p);
 /* "checkpoint PATH at step N" (and ", moving averages") or "weights PATH (DIALECT)". Local. */
 const char *md_pretrained_describe(const md_pretrained *p);
-/* A hash of all that is in it, and "ema" for moving averages: other weights have another one.
- * Local. */
+/* A hash of all that is in it, and "ema" for moving averages: other weights have another one. At
+ * most MD_PRETRAINED_IDENTITY bytes, the NUL included. Local. */
+#define MD_PRETRAINED_IDENTITY 32
 const char *md_pretrained_identity(const md_pretrained *p);
 /* The configuration that a checkpoint was written with; "" when there is none. Local. */
 const char *md_pretrained_config(const md_pretrained *p);

@@ -23,7 +23,7 @@ md_status md_run_dir_make(const char *dir)
         char end = *p;
         *p = 0;
         if (mkdir(path, 0777) != 0 && errno != EEXIST)
-            MD_FAIL(MD_ERR_CREATE, "cannot make the run directory %s: %s", path, strerror(errno));
+            MD_FAIL(MD_ERR_CREATE, "cannot make the directory %s: %s", path, strerror(errno));
         if (!end)
             return MD_OK;
         *p = end;
@@ -33,6 +33,7 @@ md_status md_run_dir_make(const char *dir)
 struct md_run_lock {
     int fd;
     char path[4096];
+    const char *key;
 };
 
 typedef struct holder {
@@ -81,9 +82,9 @@ static bool may_live(const holder *h, const holder *me, bool locks_work, time_t 
 static md_status in_use(const md_run_lock *lock, const holder *h, time_t silent)
 {
     MD_FAIL(MD_ERR_PERM,
-            "%s: the run directory is in use by process %ld on %s, last seen %ld s ago; choose "
-            "another run.dir, or delete that file if the run is dead",
-            lock->path, h->pid, h->host, (long)silent);
+            "%s: the directory is in use by process %ld on %s, last seen %ld s ago; choose another "
+            "%s, or delete that file if the process is dead",
+            lock->path, h->pid, h->host, (long)silent, lock->key);
 }
 
 static md_status take(md_run_lock *lock)
@@ -99,7 +100,7 @@ static md_status take(md_run_lock *lock)
     time_t silent = fstat(lock->fd, &info) == 0 ? time(NULL) - info.st_mtime : 0;
     bool known = read_holder(lock->fd, &h);
     if (taken && !known) /* it is just being taken */
-        MD_FAIL(MD_ERR_PERM, "%s: the run directory is in use by another process", lock->path);
+        MD_FAIL(MD_ERR_PERM, "%s: the directory is in use by another process", lock->path);
     if (taken || (known && may_live(&h, &me, locked, silent)))
         return in_use(lock, &h, MD_MAX(silent, 0));
     if (ftruncate(lock->fd, 0) != 0 ||
@@ -108,10 +109,11 @@ static md_status take(md_run_lock *lock)
     return MD_OK;
 }
 
-md_status md_run_lock_take(const char *dir, md_run_lock **out)
+md_status md_run_lock_take(const char *dir, const char *key, md_run_lock **out)
 {
     md_run_lock *lock;
     MD_NEW(lock, 1, "run lock");
+    lock->key = key;
     snprintf(lock->path, sizeof lock->path, "%s/LOCK", dir);
     md_status st = take(lock);
     if (st != MD_OK) {

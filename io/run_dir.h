@@ -18,8 +18,9 @@ md_status md_run_dir_make(const char *dir);
 typedef struct md_run_lock md_run_lock;
 
 /* Takes an existing directory; one rank of a job does. Local. MD_ERR_PERM: in use, naming the
- * holder; MD_ERR_CREATE: the directory cannot be written. */
-md_status md_run_lock_take(const char *dir, md_run_lock **out);
+ * holder; MD_ERR_CREATE: the directory cannot be written. key: of the config, by which another one
+ * is chosen; a constant. */
+md_status md_run_lock_take(const char *dir, const char *key, md_run_lock **out);
 /* Shows that the holder lives; at least every MD_RUN_SILENT / 2 seconds. Local, microseconds. */
 void md_run_lock_touch(md_run_lock *lock);
 /* Gives the directory back. NULL is fine. A process that just ends gives it back too. Local. */

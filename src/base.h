@@ -39,7 +39,7 @@ MD_C_BEGIN
     X(MD_ERR_IO, 74, "reading or writing a file failed")                               \
     X(MD_STOPPED, 75, "stopped with a checkpoint written: run the same command again") \
     X(MD_ERR_HANG, 76, "a rank stopped answering")                                     \
-    X(MD_ERR_PERM, 77, "not permitted, or the run directory is in use")                \
+    X(MD_ERR_PERM, 77, "not permitted, or a directory is in use")                      \
     X(MD_ERR_CONFIG, 78, "configuration error")                                        \
     X(MD_ERR_NUMERICS, 79, "loss or gradients stayed non-finite")
 

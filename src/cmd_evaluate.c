@@ -41,7 +41,7 @@ typedef struct job {
     char dir[MD_CONFIG_STR];    /* run directory */
     char output[MD_CONFIG_STR]; /* files without their ending */
     char probe_dir[MD_CONFIG_STR];
-    char encoder[MD_START_IDENTITY]; /* kind probe */
+    char encoder[MD_PRETRAINED_IDENTITY]; /* kind probe */
     kind kind;
 } job;
 

@@ -73,8 +73,21 @@ typedef struct plan {
     int64_t per_epoch, steps;
 } plan;
 
-/* ImageNet-1k's largest file and picture (bytes and pixels), where the store is not at hand. */
-enum { ASSUMED_BYTES = 15800000, ASSUMED_PIXELS = 32000000 };
+/* ImageNet-1k's largest file and picture (bytes and pixels), and its validation images, where the
+ * store is not at hand. */
+enum { ASSUMED_BYTES = 15800000, ASSUMED_PIXELS = 32000000, ASSUMED_JUDGED = 50000 };
+
+/* A split where its store is at hand; else *out stays as it is. */
+static md_status look_at_split(const char *path, const char *split, bool hdf5, md_source *out)
+{
+    md_dataset *d;
+    if (!*path || access(path, R_OK) != 0)
+        return MD_OK;
+    MD_TRY(md_dataset_open(path, split, NULL, &d));
+    *out = md_dataset_source(d, hdf5);
+    md_dataset_close(d);
+    return MD_OK;
+}
 
 static md_status look_at_data(plan *p, const options *o)
 {
@@ -85,12 +98,8 @@ static md_status look_at_data(plan *p, const options *o)
         .dp_size = p->layout.dp,
         .tp_size = p->layout.tp,
         .micro_batch = p->layout.micro};
-    if (*c->data_train && access(c->data_train, R_OK) == 0) {
-        md_dataset *d;
-        MD_TRY(md_dataset_open(c->data_train, c->data_split, NULL, &d));
-        a->source = md_dataset_source(d, strcmp(c->data_reader, "hdf5") == 0);
-        md_dataset_close(d);
-    }
+    MD_TRY(look_at_split(c->data_train, c->data_split, strcmp(c->data_reader, "hdf5") == 0,
+                         &a->source));
     md_loader_configure(a, c, p->model.method.teacher_image);
     p->images = a->source.count;
     p->index_bytes = md_dataset_index_bytes(p->images);
@@ -151,7 +160,12 @@ static md_status work_out(plan *p, const options *o)
     if (c->evaluate_every > 0) {
         const md_evaluator_args args =
             md_evaluator_of_run(c, &p->model.method, p->be, &p->topo, p->layout.micro);
-        MD_TRY(md_evaluator_plan(&args, &p->loader.source, &p->evaluation));
+        md_source judged = {
+
+            .count = ASSUMED_JUDGED, .max_bytes = ASSUMED_BYTES, .max_pixels = ASSUMED_PIXELS};
+        MD_TRY(look_at_split(args.data, args.split, false, &judged));
+        MD_TRY(md_evaluator_plan(&args, &judged, &p->evaluation));
+        p->index_bytes += md_dataset_index_bytes(judged.count);
     }
     p->per_epoch = md_epoch_steps(p->images, c->train_batch);
     p->steps = md_total_steps(c, p->per_epoch);

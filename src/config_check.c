@@ -114,6 +114,8 @@ static void check_task(const md_config *c, md_config_errors *e)
     for (size_t i = 0; i < MD_COUNT(keys); i++)
         RULE(labels || !keys[i].set, keys[i].key, "task", "%s needs task = \"finetune\"",
              keys[i].key);
+    RULE(c->evaluate_every == 0 || !c->evaluate_ema || c->optim_ema > 0, "evaluate.ema",
+         "optim.ema", "evaluate.ema while training needs a moving average: set optim.ema");
     if (!labels || (c->augment_mixup <= 0 && c->augment_cutmix <= 0))
         return;
     RULE(c->train_batch % c->augment_mix_group == 0, "augment.mix_group", "train.batch",

@@ -10,6 +10,7 @@ struct md_evaluator {
     md_evaluator_args args;
     md_dataset *data;
     md_viewer *viewer;
+    md_run_lock *lock;
 };
 
 /* 224 of 256, as the published numbers were made; whole pictures from 384 pixels on
@@ -107,6 +108,11 @@ int md_evaluator_width(const md_evaluator *e)
     return md_viewer_width(e->viewer);
 }
 
+void md_evaluator_hold(md_evaluator *e, md_run_lock *lock)
+{
+    e->lock = lock;
+}
+
 md_source md_evaluator_source(const md_evaluator *e)
 {
     return md_dataset_source(e->data, false);
@@ -202,6 +208,7 @@ md_status md_evaluator_run(md_evaluator *e, md_evaluator_see see, void *context)
     md_status st = md_agree(world, make_loader(e, &l));
     for (int64_t step = 0; step * batch < n && st == MD_OK; step++) {
         md_phase("evaluate");
+        md_run_lock_touch(e->lock);
         st = look(e, l, step, see, context);
     }
     md_loader_destroy(l);

@@ -4,6 +4,7 @@
 #define MD_EVALUATE_H
 
 #include "io/prefetch.h"
+#include "io/run_dir.h"
 #include "mpi/topo.h"
 #include "src/method.h"
 #include "src/viewer.h"
@@ -52,6 +53,8 @@ int64_t md_evaluator_count(const md_evaluator *e);
 /* Most images that run shows one rank. Local. */
 int64_t md_evaluator_share(const md_evaluator *e);
 int md_evaluator_width(const md_evaluator *e);
+/* Run shows at every pass that the holder of a directory lives (NULL: of none). Local. */
+void md_evaluator_hold(md_evaluator *e, md_run_lock *lock);
 
 /* What was seen of one image: its index in the split, its label, the viewer's values, and the
  * picture u8 [S, S, 3] itself. */

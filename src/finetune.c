@@ -1,6 +1,5 @@
 /* finetune: see finetune.h. */
 #include "src/finetune.h"
-#include "io/pretrained.h"
 #include "io/weights.h"
 #include "mpi/agree.h"
 #include "src/log.h"
@@ -168,7 +167,7 @@ md_status md_finetune_load(md_comm *world, const md_start_args *args, md_method 
     if (st == MD_OK) {
         st = md_agree(world, md_params_store(&m->params));
         if (args->identity)
-            snprintf(args->identity, MD_START_IDENTITY, "%s", md_pretrained_identity(t.p));
+            snprintf(args->identity, MD_PRETRAINED_IDENTITY, "%s", md_pretrained_identity(t.p));
         md_log_info("%d of %d parameters from %s", t.taken, m->params.count,
                     md_pretrained_describe(t.p));
     }

@@ -3,16 +3,14 @@
 #ifndef MD_FINETUNE_H
 #define MD_FINETUNE_H
 
-#include "mpi/comm.h"
+#include "io/pretrained.h"
 #include "src/method.h"
-
-#define MD_START_IDENTITY 32
 
 typedef struct md_start_args {
     const char *key, *path; /* of the config, and what it says: as md_pretrained_open takes it */
     bool whole;             /* every parameter of the model has to be there */
     bool ema;               /* the moving averages instead */
-    char *identity; /* [MD_START_IDENTITY] gets a text that other weights do not have; or NULL */
+    char *identity;         /* [MD_PRETRAINED_IDENTITY] gets md_pretrained_identity; or NULL */
 } md_start_args;
 
 /* Collective(world). Fills the allocated registry of m and tells on the terminal what it took.

@@ -105,19 +105,16 @@ static md_status swap_range(md_backend *be, float *value, float *ema, float *bet
     return MD_OP(be, axpy, .x = &c, .y = &b, .alpha = 1.0f);
 }
 
-md_status md_optim_ema_swap(md_backend *be, md_params *p, const md_piece *piece, int n)
+md_status md_optim_ema_swap(md_backend *be, md_params *p, const md_piece *piece, int n,
+                            md_scratch between)
 {
-    enum { BLOCK = 1 << 20 }; /* elements */
-    void *between;
-    md_status st = md_backend_alloc(be, BLOCK * sizeof(float), "moving average", &between);
-    for (int i = 0; i < n && st == MD_OK; i++)
-        for (int64_t at = 0; at < piece[i].count && st == MD_OK; at += BLOCK)
-            st = swap_range(be, p->value + piece[i].offset + at, p->ema + piece[i].moment + at,
-                            between, MD_MIN(BLOCK, piece[i].count - at));
-    if (st == MD_OK)
-        st = md_backend_sync(be);
-    md_backend_free(be, between);
-    return st;
+    const int64_t most = (int64_t)(between.size / sizeof(float)) / MD_PARAM_ALIGN * MD_PARAM_ALIGN;
+    MD_ASSERT(most > 0, "%zu bytes to swap by", between.size);
+    for (int i = 0; i < n; i++)
+        for (int64_t at = 0; at < piece[i].count; at += most)
+            MD_TRY(swap_range(be, p->value + piece[i].offset + at, p->ema + piece[i].moment + at,
+                              between.memory, MD_MIN(most, piece[i].count - at)));
+    return md_backend_sync(be);
 }
 
 md_status md_optim_update(md_backend *be, md_params *p, const md_piece *piece, int n,

@@ -34,8 +34,10 @@ md_status md_optim_update(md_backend *be, md_params *p, const md_piece *piece, i
                           const md_optim_args *a);
 /* The moving average begins with the values as they are. Local. */
 md_status md_optim_ema_start(md_backend *be, md_params *p, const md_piece *piece, int n);
-/* Values and moving averages of n pieces change places; a second call gives the same bits back. The
- * rounded copy stays as it is. Local. MD_ERR_MEMORY, MD_ERR_DEVICE. */
-md_status md_optim_ema_swap(md_backend *be, md_params *p, const md_piece *piece, int n);
+/* Values and moving averages of n pieces change places by way of `between`, operand memory whose
+ * values are lost; a second call gives the same bits back. The rounded copy stays as it is. Local.
+ * MD_ERR_DEVICE. */
+md_status md_optim_ema_swap(md_backend *be, md_params *p, const md_piece *piece, int n,
+                            md_scratch between);
 
 #endif

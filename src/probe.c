@@ -42,6 +42,10 @@ md_status md_probe_images(const md_probe_rule *rule, const md_topo *t, int64_t i
     for (int64_t n = t->tp_size; n <= MD_MIN(images, share); n += t->tp_size)
         if (share % n == 0)
             *out = n;
+    if (*out < MD_MIN(images, share) / 4)
+        md_log_warn("evaluate.probe_batch = %lld leaves a data-parallel rank %lld images, which "
+                    "passes of more than %lld do not divide: another batch would be faster",
+                    (long long)rule->batch, (long long)share, (long long)*out);
     return MD_OK;
 }
 
@@ -252,33 +256,39 @@ static bool anyone_has_a_signal(const probe *p)
     return came != 0;
 }
 
+static md_status stopped(const probe *p)
+{
+    MD_FAIL(MD_STOPPED,
+            "the probe is stopped at step %lld of %lld: the same command goes on from there",
+            (long long)p->done, (long long)(p->a->rule.epochs * p->steps));
+}
+
 /* One step, and what is due behind it. */
 static md_status advance(probe *p)
 {
     md_comm *world = p->a->topo->world;
-    const int64_t total = p->a->rule.epochs * p->steps;
     MD_TRY(run_step(p, p->done));
     p->done++;
+    md_run_lock_touch(p->state.lock);
     const bool whole = p->done % p->steps == 0;
     if (whole)
         MD_TRY(md_agree(world, judge_epoch(p, p->done / p->steps - 1)));
-    const bool stop = anyone_has_a_signal(p) && p->done < total;
+    const bool stop = anyone_has_a_signal(p);
     if (!whole && !stop)
         return MD_OK;
+    if (!whole) /* the names of what was replaced go with the loader */
+        md_bad_images_tell(p->bad, p->done - 1, NULL);
     md_phase("probe.save");
     md_status st = md_probe_state_save(&p->state, p->done);
-    if (stop && st == MD_OK)
-        MD_FAIL(MD_STOPPED,
-                "the probe is stopped at step %lld of %lld: the same command goes on from there",
-                (long long)p->done, (long long)total);
     if (stop)
-        return st;
+        return st == MD_OK ? stopped(p) : st;
     if (st != MD_OK)
-        md_log_warn("the probe's state of step %lld is not kept, the older one stays: %s",
-                    (long long)p->done, md_error_text());
+        md_log_warn("the probe's state of step %lld is not kept: %s", (long long)p->done,
+                    md_error_text());
     return MD_OK;
 }
 
+/* What comes behind it may be done again: there a signal ends the program. */
 static md_status train(probe *p)
 {
     md_comm *world = p->a->topo->world;
@@ -288,6 +298,9 @@ static md_status train(probe *p)
     MD_TRY(md_agree(world, p->done < total || total == 0 ? make_loader(p) : MD_OK));
     while (p->done < total)
         MD_TRY(advance(p));
+    if (anyone_has_a_signal(p))
+        return stopped(p);
+    md_signals_release();
     return md_agree(world, md_probe_heads_share(p->heads, p->a->topo->dp));
 }
 
@@ -318,6 +331,7 @@ static md_status test(probe *p)
 {
     md_comm *world = p->a->topo->world;
     md_probe_result *r = p->out;
+    md_evaluator_hold(p->a->test, p->state.lock);
     md_status st = md_evaluator_run(p->a->test, judge, p);
     if (st == MD_OK)
         flush(p);

@@ -9,7 +9,7 @@
 #include "src/probe_state.h"
 
 /* Images of a pass: the most, up to `images`, that a rank's share of rule->batch divides into.
- * Local. MD_ERR_CONFIG: the batch does not divide over the ranks. */
+ * Warns where these are few. Local. MD_ERR_CONFIG: the batch does not divide over the ranks. */
 md_status md_probe_images(const md_probe_rule *rule, const md_topo *topo, int64_t images,
                           int64_t *out);
 
@@ -22,7 +22,7 @@ typedef struct md_probe_args {
     md_probe_rule rule;
     int64_t train_images; /* of a pass of train: md_probe_images */
     const char *dir;      /* where its state is kept */
-    const char *encoder;  /* which weights were loaded: md_start_args.identity */
+    const char *encoder;  /* which weights were loaded: md_pretrained_identity */
 } md_probe_args;
 
 typedef struct md_probe_result {

@@ -17,7 +17,7 @@ md_status md_probe_state_take(md_probe_state *s)
     if (md_comm_rank(s->topo->world) == 0) {
         st = md_run_dir_make(s->dir);
         if (st == MD_OK)
-            st = md_run_lock_take(s->dir, &s->lock);
+            st = md_run_lock_take(s->dir, "evaluate.output", &s->lock);
     }
     return md_agree(s->topo->world, st);
 }
@@ -30,7 +30,10 @@ void md_probe_state_release(md_probe_state *s)
 
 /* ---- what a probe is ---- */
 
-enum { FACTS = 8, FACT_SIZE = 32 };
+/* The newest one may turn out to be damaged. */
+#define KEPT 2
+
+enum { FACTS = 9, FACT_SIZE = 32 };
 
 typedef struct fact_list {
     md_fact fact[FACTS];
@@ -62,6 +65,7 @@ static void facts_make(const md_probe_state *s, fact_list *l)
     add_text(l, "rate", l->number[l->count]);
     add_text(l, "feature", s->rule->blocks ? "blocks" : c->evaluate_feature);
     add_text(l, "encoder", s->encoder);
+    add_text(l, "precision", md_dtype_name(md_config_compute(c)));
     snprintf(l->number[l->count], FACT_SIZE, "%016" PRIx64, s->data);
     add_text(l, "images", l->number[l->count]);
     add_text(l, "program", "md_hpc " MD_VERSION);
@@ -72,27 +76,35 @@ typedef struct difference {
     char text[256];
 } difference;
 
-static void note(void *arg, bool experiment, const char *key, const char *was, const char *now)
+static void differs(difference *d, const char *name, const char *was, const char *now)
 {
-    difference *d = arg;
-    /* What trained the encoder does not matter, and is no choice of the key when it is asked for
-     * its features. */
-    if (experiment && !*d->text && strcmp(key, "task") != 0)
-        snprintf(d->text, sizeof d->text, "%s was %s and is now %s", key, was, now);
+    if (!*d->text)
+        snprintf(d->text, sizeof d->text, "%s was %s and is now %s", name, was, now);
 }
 
-/* Local, the same on all ranks. */
+/* Keys that a probe's features and first weights come from, beside its facts. */
+static void note_key(void *arg, bool experiment, const char *key, const char *was, const char *now)
+{
+    static const char *const begin[] = {"model.", "image.", "run.seed", "data.split"};
+    (void)experiment;
+    for (size_t i = 0; i < MD_COUNT(begin); i++)
+        if (strncmp(key, begin[i], strlen(begin[i])) == 0)
+            differs(arg, key, was, now);
+}
+
+/* Local. */
 static md_status compare(const md_probe_state *s, const md_checkpoint *ck, difference *d)
 {
     fact_list now;
     d->text[0] = 0;
     facts_make(s, &now);
-    for (int i = 0; i < now.count - 1; i++) { /* the program may be another one */
-        const char *was = md_checkpoint_fact(ck, now.fact[i].name);
-        if (!was || strcmp(was, now.fact[i].value) != 0)
-            note(d, true, now.fact[i].name, was ? was : "none", now.fact[i].value);
+    for (int i = 0; i < now.count; i++) {
+        const md_fact *f = &now.fact[i];
+        const char *was = md_checkpoint_fact(ck, f->name);
+        if (strcmp(f->name, "program") != 0 && (!was || strcmp(was, f->value) != 0))
+            differs(d, f->name, was ? was : "none", f->value);
     }
-    return *d->text ? MD_OK : md_config_compare(s->config, md_checkpoint_config(ck), note, d);
+    return md_config_compare(s->config, md_checkpoint_config(ck), note_key, d);
 }
 
 /* ---- its arrays ---- */
@@ -172,22 +184,28 @@ static md_status read_state(md_probe_state *s, md_checkpoint *ck)
     return st;
 }
 
+/* Whatever step it was at, it may not be taken for this one's later. */
+static md_status leave_aside(const md_probe_state *s, const char *path, const char *how)
+{
+    md_comm *world = s->topo->world;
+    md_log_warn("%s is of another probe, which this one takes the place of: %s", path, how);
+    return md_agree(world, md_comm_rank(world) == 0 ? md_checkpoint_abandon(s->dir, -1) : MD_OK);
+}
+
 md_status md_probe_state_resume(md_probe_state *s, int64_t *step)
 {
+    md_comm *world = s->topo->world;
     md_checkpoint *ck;
     difference d;
     *step = 0;
-    md_status st =
-        md_checkpoint_find(s->topo->world, s->dir, md_checkpoint_warn_skipped, NULL, &ck);
+    md_status st = md_checkpoint_find(world, s->dir, md_checkpoint_warn_skipped, NULL, &ck);
     if (st == MD_ERR_NOINPUT)
         return MD_OK;
     MD_TRY(st);
-    st = compare(s, ck, &d);
+    st = md_agree(world, compare(s, ck, &d));
     if (st == MD_OK && *d.text) {
-        md_log_warn("%s is of another probe, which it takes the place of: %s",
-                    md_checkpoint_path(ck), d.text);
-    } else if (st == MD_OK) {
-        st = read_state(s, ck);
+        st = leave_aside(s, md_checkpoint_path(ck), d.text);
+    } else if (st == MD_OK && (st = read_state(s, ck)) == MD_OK) {
         *step = md_checkpoint_step(ck);
         md_log_info("probe: goes on from %s", md_checkpoint_path(ck));
     }
@@ -222,10 +240,8 @@ md_status md_probe_state_save(md_probe_state *s, int64_t step)
                                                        .config = text,
                                                        .fact = facts.fact,
                                                        .facts = facts.count,
-                                                       .keep = 1});
+                                                       .keep = KEPT});
     }
-    if (s->lock)
-        md_run_lock_touch(s->lock);
     items_free(&items);
     md_free(sum);
     free(text);

@@ -16,7 +16,7 @@ typedef struct md_probe_state {
     md_probe_heads *heads;
     int n; /* heads */
     const char *dir;
-    const char *encoder; /* which weights the features are made with: md_start_args.identity */
+    const char *encoder; /* which weights the features are made with: md_pretrained_identity */
     uint64_t data;       /* md_dataset_hash of what is learned from */
     double *loss;        /* [n + 1] this rank's sums of the epoch under way: of the heads that it
                             trains, then of the images that were replaced here */
@@ -31,8 +31,9 @@ md_status md_probe_state_take(md_probe_state *s);
 void md_probe_state_release(md_probe_state *s);
 
 /* Collective(world). *step: how many steps the state has; 0, and nothing is changed, where there is
- * none. A state of another probe (recipe, length, batch, rate, feature, encoder, images) is warned
- * about and left aside. Errors of md_checkpoint_find and md_checkpoint_read, MD_ERR_DEVICE. */
+ * none. A state of another probe (recipe, length, batch, rate, feature, encoder, precision, images,
+ * seed) is warned about and set aside as ".abandoned". Errors of md_checkpoint_find and
+ * md_checkpoint_read, MD_ERR_DEVICE. */
 md_status md_probe_state_resume(md_probe_state *s, int64_t *step);
 /* Collective(world). Errors of md_checkpoint_write; MD_ERR_DEVICE. The older state then stays. */
 md_status md_probe_state_save(md_probe_state *s, int64_t step);

@@ -12,12 +12,22 @@ static void on_signal(int number)
         signal(SIGINT, SIG_DFL);
 }
 
-void md_signals_catch(void)
+static void handle_by(void (*handler)(int))
 {
-    struct sigaction a = {.sa_handler = on_signal, .sa_flags = SA_RESTART};
+    struct sigaction a = {.sa_handler = handler, .sa_flags = SA_RESTART};
     sigaction(SIGUSR1, &a, NULL);
     sigaction(SIGTERM, &a, NULL);
     sigaction(SIGINT, &a, NULL);
+}
+
+void md_signals_catch(void)
+{
+    handle_by(on_signal);
+}
+
+void md_signals_release(void)
+{
+    handle_by(SIG_DFL);
 }
 
 bool md_signals_came(void)

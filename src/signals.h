@@ -8,6 +8,8 @@
 /* From now on the three only raise a flag; a second INT (Ctrl-C) ends the program at once. Local.
  */
 void md_signals_catch(void);
+/* From now on they do again what they do to any program. Local. */
+void md_signals_release(void);
 /* Whether one of them has come. Local: ranks have to agree on it. */
 bool md_signals_came(void);
 

@@ -204,20 +204,24 @@ static md_status round_parameters(md_stepper *t)
 md_status md_step_parameters(md_stepper *t)
 {
     md_step_settle(t);
-    return round_parameters(t);
+    return md_agree(t->args.topo->world, round_parameters(t));
 }
 
 md_status md_step_swap_averages(md_stepper *t)
 {
     const md_shard *s = t->args.shard;
     md_params *p = &t->args.method->params;
+    const md_scratch between = {t->region, region_bytes(t->args.method)};
     md_step_settle(t);
+    const double settled = t->settled;
     MD_TRY(md_agree(t->args.topo->world,
-                    md_optim_ema_swap(t->args.backend, p, s->update, s->updates)));
+                    md_optim_ema_swap(t->args.backend, p, s->update, s->updates, between)));
     if (s->zero)
         md_grad_reduce_gather(t->reduce, p->value);
     t->unrounded = true;
-    return md_agree(t->args.topo->world, md_step_parameters(t));
+    md_status st = md_step_parameters(t);
+    t->settled = settled; /* no step waits for this */
+    return st;
 }
 
 /* Before the first gradient of a step: the reducer is done with the step before. */

@@ -78,7 +78,7 @@ double md_step_settle(md_stepper *t);
 md_status md_step_parameters(md_stepper *t);
 
 /* Collective(world). The same, with parameters and their moving averages in each other's place; a
- * second call undoes it to the bit. The same status on every rank: MD_ERR_MEMORY, MD_ERR_DEVICE. */
+ * second call undoes it to the bit. The same status on every rank: MD_ERR_DEVICE. */
 md_status md_step_swap_averages(md_stepper *t);
 
 /* The reducer, for traces. */

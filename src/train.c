@@ -68,8 +68,7 @@ static md_status evaluate(md_run *r)
     md_accuracy a;
     MD_TRY(average ? md_step_swap_averages(r->stepper) : md_step_parameters(r->stepper));
     MD_TRY(md_evaluate_accuracy(r->evaluator, NULL, &a));
-    if (average)
-        MD_TRY(md_step_swap_averages(r->stepper));
+    md_status st = average ? md_step_swap_averages(r->stepper) : MD_OK;
     md_phase_part(part);
     const md_evaluation line = {.step = r->state.step,
                                 .epoch = (double)r->state.step / (double)r->steps_per_epoch,
@@ -82,6 +81,7 @@ static md_status evaluate(md_run *r)
                                 .ema = average,
                                 .seconds = md_now() - start};
     md_accuracy_free(&a);
+    MD_TRY(st);
     md_runlog_evaluation(r->log, &line);
     md_log_info("evaluation%s after epoch %.4g: top-1 %.2f %% (%lld of %lld), top-5 %.2f %%, loss "
                 "%.4f, %.1f s",

@@ -83,7 +83,7 @@ static md_status take_dir(md_run *r)
     if (md_comm_rank(r->world) == 0) {
         st = md_run_dir_make(r->dir);
         if (st == MD_OK)
-            st = md_run_lock_take(r->dir, &r->lock);
+            st = md_run_lock_take(r->dir, "run.dir", &r->lock);
         if (st == MD_OK)
             md_hang_clear(r->dir);
     }
@@ -151,11 +151,11 @@ static md_status make_evaluator(md_run *r)
     const md_config *c = &r->config;
     if (c->evaluate_every == 0)
         return MD_OK;
-    if (c->evaluate_ema && c->optim_ema == 0)
-        MD_FAIL(MD_ERR_CONFIG, "evaluate.ema needs a moving average: set optim.ema");
     const md_evaluator_args args =
         md_evaluator_of_run(c, &r->model.method, r->be, &r->topo, r->layout.micro);
-    return md_evaluator_create(&args, &r->evaluator);
+    MD_TRY(md_evaluator_create(&args, &r->evaluator));
+    md_evaluator_hold(r->evaluator, r->lock);
+    return MD_OK;
 }
 
 /* The file's text, NULL where there is none. Freed by md_free. */

@@ -94,14 +94,14 @@ bad 78 'step-00000006.h5 was trained with another image store' data.train="$scra
 bad 65 'step-00000006.h5: ' data.train="$scratch/kept/checkpoints/step-00000006.h5"
 bad 65 'step-00000006.h5: ' $teacher $weights="$scratch/kept/checkpoints/step-00000006.h5"
 rm -rf "$scratch/dir" && mkdir "$scratch/dir" && echo >"$scratch/dir/file"
-bad 73 'cannot make the run directory .*file/run' run.dir="$scratch/dir/file/run"
+bad 73 'cannot make the directory .*file/run' run.dir="$scratch/dir/file/run"
 [ "$before" = "$(ls -l "$scratch/kept/checkpoints")" ] || fail "the checkpoints were touched"
 run=x
 
 MD_FAULT=log.write@rank0#3:stop start 2 kept
 until_true 60 asleep
 run=kept first_log=$log log=$scratch/second
-bad 77 "kept/LOCK: the run directory is in use by process $(ranks_of "$job" | head -n 1)"
+bad 77 "kept/LOCK: the directory is in use by process $(ranks_of "$job" | head -n 1)"
 log=$first_log run=x
 wake
 ended 0

@@ -22,7 +22,7 @@ fail() {
 }
 
 for r in 0 1; do
-    for site in barrier allreduce bcast allgather reduce_scatter exscan allreduce_begin \
+    for site in barrier allreduce bcast allgather reduce_scatter alltoallv exscan allreduce_begin \
         allgather_begin reduce_scatter_begin wait; do
         case $site in
         *_begin | wait) program=test_comm_begin ;;

@@ -36,6 +36,19 @@ done_well 2 average "${keys[@]}" precision=fp32 parallel.zero=1 parallel.comm=mp
 near cpu average
 [ "$(counts cpu-average)" = "$(counts average)" ] ||
     fail "moving average: $(counts cpu-average), on cuda $(counts average)"
+# Another look at the averages, in the middle, leaves no trace: with recorded steps and their rounded
+# copies of the values, and where these have to be gathered again.
+looks() { # RANKS RUN [key=value...]
+    done_well "$1" "$2" "${keys[@]}" train.max_steps=8 evaluate.every=1 "${@:3}"
+    done_well "$1" "$2-average" "${keys[@]}" train.max_steps=8 evaluate.every=1 evaluate.ema=true "${@:3}"
+    same "$2" "$2-average"
+    diff <(state "$2") <(state "$2-average") || fail "$2: another state"
+}
+state() {
+    "$host" checkpoint info "$scratch/$1/checkpoints/step-00000008.h5" | grep 'state hash'
+}
+looks 1 alone
+looks 2 zero parallel.zero=1 parallel.comm=mpi
 done_well 2 bf16 "${keys[@]}" parallel.zero=1 parallel.comm=mpi
 paste <(curve cpu) <(curve bf16) | awk '
     { d = $2 > $6 ? $2 - $6 : $6 - $2 }
@@ -59,8 +72,16 @@ for recipe in beit mae; do
         "evaluate.probe_lr=$([ $recipe = mae ] && echo 4 || echo 0.01)" evaluate.split=train evaluate.batch=8)
     "$host" evaluate "$scratch/cpu" "${probe[@]}" "evaluate.output=$scratch/a" >"$log" 2>&1 ||
         fail "probe $recipe on the cpu"
-    "$MPIRUN" -np 2 "$emu" evaluate "$scratch/cpu" "${probe[@]}" "evaluate.output=$scratch/b" \
-        backend=cuda precision=fp32 parallel.comm=mpi >"$log" 2>&1 || fail "probe $recipe on cuda"
+    cuda=("$MPIRUN" -np 2 "$emu" evaluate "$scratch/cpu" "${probe[@]}" backend=cuda precision=fp32
+        parallel.comm=mpi)
+    "${cuda[@]}" "evaluate.output=$scratch/b" >"$log" 2>&1 || fail "probe $recipe on cuda"
+    rc=0
+    MD_FAULT=comm.alltoallv@rank1#10:kill "${cuda[@]}" "evaluate.output=$scratch/d" >"$log" 2>&1 || rc=$?
+    [ "$rc" = 137 ] || fail "probe $recipe killed on cuda: exit code $rc"
+    "${cuda[@]}" "evaluate.output=$scratch/d" >"$log" 2>&1 || fail "probe $recipe goes on on cuda"
+    says "probe: goes on from $scratch/d.probe/step-00000006.h5"
+    diff <(losses "$scratch/b.json") <(losses "$scratch/d.json") || fail "probe $recipe went on elsewhere"
+    [ "$(hits "$scratch/b.json")" = "$(hits "$scratch/d.json")" ] || fail "probe $recipe: other hits"
     [ "$(hits "$scratch/a.json")" = "$(hits "$scratch/b.json")" ] ||
         fail "probe $recipe: $(hits "$scratch/a.json"), on cuda $(hits "$scratch/b.json")"
     "$emu" evaluate "$scratch/cpu" "${probe[@]}" "evaluate.output=$scratch/c" backend=cuda \

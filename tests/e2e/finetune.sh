@@ -84,6 +84,7 @@ averaged() { # RANKS BASE [key=value...]
 }
 averaged 1 scratch
 averaged 2 two parallel.zero=1
+averaged 4 four parallel.tensor=2 parallel.sequence=true
 ! diff <(counts scratch) <(counts averaged-scratch) >"$log" || fail "averages are the values"
 
 # From a student: tables shared in pretraining are copied, the rest goes by name.

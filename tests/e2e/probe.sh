@@ -26,15 +26,18 @@ grey "$scratch/learn.h5" 100 10
 grey "$scratch/judge.h5" 53 10
 grey "$scratch/few.h5" 53 9
 
+# compose RANKS RUN OUTPUT RECIPE [key=value...]: $command is a probe.
+compose() {
+    command=(timeout -k 5 60 "$MPIRUN" -np "$1" "$MD_HPC" evaluate "$scratch/$2" evaluate.kind=probe
+        evaluate.probe_recipe="$4" evaluate.probe_batch=16 evaluate.batch=4
+        data.train="$scratch/learn.h5" evaluate.data="$scratch/judge.h5" evaluate.split=train
+        evaluate.output="$scratch/$3" "${@:5}")
+}
 # probe RANKS RUN OUTPUT RECIPE [key=value...]
 probe() {
-    local n=$1 run=$2 out=$3 recipe=$4
-    shift 4
+    compose "$@"
     rc=0
-    timeout -k 5 60 "$MPIRUN" -np "$n" "$MD_HPC" evaluate "$scratch/$run" evaluate.kind=probe \
-        evaluate.probe_recipe="$recipe" evaluate.probe_batch=16 evaluate.batch=4 \
-        data.train="$scratch/learn.h5" evaluate.data="$scratch/judge.h5" evaluate.split=train \
-        evaluate.output="$scratch/$out" "$@" >"$log" 2>&1 </dev/null || rc=$?
+    "${command[@]}" >"$log" 2>&1 </dev/null || rc=$?
 }
 probes_well() {
     probe "$@"
@@ -89,6 +92,8 @@ best=$(sed -n 's/.*"best_block": \([0-9]*\).*/\1/p' "$scratch/beit-1.json")
 top1=$(awk -v b="\"block\": $best," 'index($0, b) { found = 1 }
     found && /top1_hits/ { gsub(/[^0-9 ]/, "", $2); print $2; exit }' "$scratch/beit-1.json")
 [ "$(hits beit-1 | cut -d' ' -f2)" = "$top1" ] || fail "the best block has $top1 hits"
+probes_well 1 student awkward beit evaluate.probe_epochs=1 evaluate.probe_batch=31 evaluate.batch=16
+says "passes of more than 1 do not divide"
 probes_well 2 student cls mae evaluate.probe_epochs=2 evaluate.feature=cls
 probes_well 1 student checked beit evaluate.probe_epochs=2 backend=check
 probes_well 1 student untrained beit evaluate.probe_epochs=2 evaluate.from=none
@@ -112,55 +117,89 @@ says "injected fault probe.fetch"
 
 # ---- going on ----
 
-# stopped RECIPE OUTPUT [key=value...]: as mpirun passes a scheduler's signal on.
-stopped() {
-    local recipe=$1 out=$2 pid end=$((SECONDS + 60))
-    shift 2
-    rm -f "$log"
-    probe 2 student "$out" "$recipe" "$@" &
-    pid=$!
-    until grep -q 'probe: epoch 3 of' "$log" 2>/dev/null; do
-        [ $SECONDS -lt $end ] || fail "no third epoch"
-        sleep 0.02
-    done
-    pkill -USR1 -f "^$MD_HPC evaluate .*evaluate.output=$scratch/$out " || fail "nobody to stop"
-    wait "$pid"
-    says 'the same command goes on from there'
+epochs_of() { # what the log says of every epoch
+    sed -n 's/.*probe: epoch \([0-9]*\) of [0-9]*, loss \(.*\)/\1 \2/p' "$log"
 }
-epochs=40
+# stopped STEP SIGNAL RANKS OUTPUT RECIPE [key=value...]: one rank gets a signal while all are in that
+# step, in the middle of an epoch. $faults: others.
+stopped() {
+    local step=$1 signal=$2 out=$4
+    compose "$3" student "${@:4}"
+    MD_FAULT=${faults:+$faults,}comm.alltoallv@rank0#$step:stop "${command[@]}" >"$log" 2>&1 </dev/null &
+    job=$!
+    until_true 60 asleep
+    ranks_of "$job" | tail -n 1 | send "$signal"
+    wake
+    ended 75
+    says "the probe is stopped at step $step of" "the same command goes on from there"
+    [ -e "$scratch/$out.probe/step-$(printf %08d "$step").h5" ] || fail "no state of step $step"
+    [ ! -e "$scratch/$out.json" ] || fail "a stopped probe has a result"
+}
+heads() { # the last state of a probe of 12 epochs
+    "$MD_HPC" checkpoint info "$scratch/$1.probe/step-00000072.h5" | grep 'state hash'
+}
 for recipe in beit mae; do
-    keys=("evaluate.probe_epochs=$epochs" "${more[$recipe]#* }")
+    keys=(evaluate.probe_epochs=12 "${more[$recipe]#* }")
+    out=$recipe-stopped
     probes_well 1 student "$recipe-whole" "$recipe" "${keys[@]}"
-    stopped "$recipe" "$recipe-stopped" "${keys[@]}"
-    [ ! -e "$scratch/$recipe-stopped.json" ] || fail "$recipe: it was not stopped"
-    MD_FAULT=loader.decode@rank1#100:kill probe 2 student "$recipe-stopped" "$recipe" "${keys[@]}"
+    epochs_of >"$scratch/whole"
+    stopped 20 USR1 2 "$out" "$recipe" "${keys[@]}"
+    epochs_of >"$scratch/parts"
+    # Killed in the middle of an epoch, and on to the end on other ranks.
+    MD_FAULT=comm.alltoallv@rank1#9:kill probe 2 student "$out" "$recipe" "${keys[@]}"
     [ "$rc" = 137 ] || fail "a killed probe: exit code $rc"
-    says 'probe: goes on from'
-    probes_well 4 student "$recipe-stopped" "$recipe" "${keys[@]}"
-    says 'probe: goes on from'
-    same_probe "$recipe-whole" "$recipe-stopped"
-    # One that is finished is judged again, also on another split.
-    probes_well 2 student "$recipe-stopped" "$recipe" "${keys[@]}"
+    says "probe: goes on from $scratch/$out.probe/step-00000020.h5"
+    epochs_of >>"$scratch/parts"
+    probes_well 4 student "$out" "$recipe" "${keys[@]}"
+    says "probe: goes on from $scratch/$out.probe/step-00000024.h5"
+    epochs_of >>"$scratch/parts"
+    diff "$scratch/whole" "$scratch/parts" || fail "$recipe: epochs of a probe that was stopped"
+    same_probe "$recipe-whole" "$out"
+    [ "$(heads "$recipe-whole")" = "$(heads "$out")" ] || fail "$recipe: other heads"
+    # One that is finished is judged again, also on other images.
+    probes_well 2 student "$out" "$recipe" "${keys[@]}"
     ! grep -q 'probe: epoch' "$log" || fail "$recipe: a finished probe learns again"
-    same_probe "$recipe-whole" "$recipe-stopped"
+    same_probe "$recipe-whole" "$out"
+    probes_well 2 student "$out" "$recipe" "${keys[@]}" evaluate.data="$scratch/learn.h5"
+    ! grep -q 'probe: epoch' "$log" || fail "$recipe: other images make it learn again"
+    [ "$(hits "$out" | cut -d' ' -f1)" = 100 ] || fail "$recipe: $(hits "$out") of 100 other images"
 done
 "$MD_HPC" checkpoint verify "$scratch/beit-whole.probe" >"$log" 2>&1 || fail "the kept heads"
+# A damaged one gives way to the one before.
+printf 'x' | dd of="$scratch/mae-stopped.probe/step-00000072.h5" bs=1 seek=6000 conv=notrunc 2>"$log"
+probes_well 2 student mae-stopped mae evaluate.probe_epochs=12 "${more[mae]#* }"
+says 'step-00000066.h5' 'probe: epoch 12 of 12'
+same_probe mae-whole mae-stopped
+
+# On a grid; and what was replaced before the stop still counts: 6 images here and 6 there are too many.
+keys=(evaluate.probe_epochs=12 "${more[mae]#* }" parallel.tensor=2)
+stopped 20 TERM 4 grid-stopped mae "${keys[@]}"
+probes_well 2 student grid-stopped mae "${keys[@]}"
+near_probe mae-whole grid-stopped
+six='loader.decode@rank0#1,loader.decode@rank0#3,loader.decode@rank0#5,loader.decode@rank0#7,loader.decode@rank0#9,loader.decode@rank0#11'
+faults=$six stopped 5 TERM 2 counted beit evaluate.probe_epochs=2
+says 'injected fault loader.decode'
+MD_FAULT=$six probe 2 student counted beit evaluate.probe_epochs=2
+[ "$rc" = 65 ] || fail "12 replaced images over a stop: exit code $rc"
+says '12 of the 96 images of epoch 0'
 
 # Another probe takes the place of what is there, and says so.
 probes_well 2 student "beit-1" beit evaluate.probe_epochs=2 evaluate.probe_lr=0.01
-says 'is of another probe, which it takes the place of: epochs was 20 and is now 2'
+says 'is of another probe, which this one takes the place of: epochs was 20 and is now 2'
+[ -e "$scratch/beit-1.probe/step-00000120.h5.abandoned" ] || fail "the other probe is gone"
 says 'probe: epoch 2 of 2'
 probes_well 2 student "beit-1" beit evaluate.probe_epochs=2 evaluate.probe_lr=0.01 evaluate.from=none
 says 'encoder was'
 
 # What cannot be kept is a warning; two probes in one place are refused.
 MD_FAULT=ckpt.create#1 probes_well 2 student unkept beit evaluate.probe_epochs=2
-says "the older one stays"
+says "is not kept"
 exec 9>"$scratch/unkept.probe/LOCK"
 flock 9
 probe 2 student unkept beit evaluate.probe_epochs=2
 exec 9>&-
 [ "$rc" = 77 ] || fail "two at once: exit code $rc"
+says "unkept.probe/LOCK: the directory is in use"
 
 # What cannot be is refused with its reason and 78, everywhere.
 refused() { # WORDS RANKS RUN RECIPE [key=value...]

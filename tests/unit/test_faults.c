@@ -35,6 +35,7 @@ static void collectives(void)
         _exit(1);
     md_comm_reduce_scatter(c, x, y, 2, MD_F32);
     md_comm_exscan(c, 3);
+    md_comm_alltoallv(c, x, (int64_t[]){2}, y, (int64_t[]){2}, sizeof *x);
 }
 
 static void a_dead_collective_ends_the_job(void **state)
@@ -43,6 +44,7 @@ static void a_dead_collective_ends_the_job(void **state)
     assert_int_equal(in_child("", collectives), 0);
     assert_int_equal(in_child("comm.reduce_scatter", collectives), MD_ERR_DEVICE);
     assert_int_equal(in_child("comm.exscan", collectives), MD_ERR_DEVICE);
+    assert_int_equal(in_child("comm.alltoallv", collectives), MD_ERR_DEVICE);
     assert_int_equal(in_child("comm.exscan:kill", collectives), 128 + 9);
 }
 

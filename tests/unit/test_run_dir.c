@@ -29,17 +29,17 @@ static void test_take_and_give_back(void **st)
 {
     (void)st;
     md_run_lock *lock, *other;
-    assert_ok(md_run_lock_take(dir, &lock));
-    assert_int_equal(md_run_lock_take(dir, &other), MD_ERR_PERM);
+    assert_ok(md_run_lock_take(dir, "run.dir", &lock));
+    assert_int_equal(md_run_lock_take(dir, "run.dir", &other), MD_ERR_PERM);
     char pid[32];
     snprintf(pid, sizeof pid, "process %ld", (long)getpid());
     assert_non_null(strstr(md_error_text(), pid));
     md_run_lock_touch(lock);
     md_run_lock_release(lock);
-    assert_ok(md_run_lock_take(dir, &lock));
+    assert_ok(md_run_lock_take(dir, "run.dir", &lock));
     md_run_lock_release(lock);
     md_run_lock_release(NULL);
-    assert_int_equal(md_run_lock_take("/nonexistent", &lock), MD_ERR_CREATE);
+    assert_int_equal(md_run_lock_take("/nonexistent", "run.dir", &lock), MD_ERR_CREATE);
 }
 
 /* A process of this host that was killed leaves no lock. */
@@ -50,11 +50,11 @@ static void test_dead_process(void **st)
     pid_t pid = fork();
     assert_true(pid >= 0);
     if (pid == 0)
-        _exit(md_run_lock_take(dir, &lock));
+        _exit(md_run_lock_take(dir, "run.dir", &lock));
     int status;
     assert_int_equal(waitpid(pid, &status, 0), pid);
     assert_int_equal(status, 0);
-    assert_ok(md_run_lock_take(dir, &lock));
+    assert_ok(md_run_lock_take(dir, "run.dir", &lock));
     md_run_lock_release(lock);
 }
 
@@ -73,16 +73,16 @@ static void test_other_host(void **st)
     (void)st;
     md_run_lock *lock;
     hold("elsewhere 1234 77\n");
-    assert_int_equal(md_run_lock_take(dir, &lock), MD_ERR_PERM);
+    assert_int_equal(md_run_lock_take(dir, "run.dir", &lock), MD_ERR_PERM);
     assert_non_null(strstr(md_error_text(), "process 1234 on elsewhere"));
     setenv("SLURM_JOB_ID", "77", 1);
-    assert_ok(md_run_lock_take(dir, &lock));
+    assert_ok(md_run_lock_take(dir, "run.dir", &lock));
     md_run_lock_release(lock);
     unsetenv("SLURM_JOB_ID");
     hold("elsewhere 1234 -\n");
     struct timespec long_ago[2] = {{.tv_sec = 1000}, {.tv_sec = 1000}};
     assert_int_equal(utimensat(AT_FDCWD, path, long_ago, 0), 0);
-    assert_ok(md_run_lock_take(dir, &lock));
+    assert_ok(md_run_lock_take(dir, "run.dir", &lock));
     md_run_lock_release(lock);
 }
 
