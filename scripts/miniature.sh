@@ -12,7 +12,9 @@
 # Environment: MPIRUN, MD_MINIATURE_RANKS (2), MD_MINIATURE_SEEDS ("0 1 2"), MD_MINIATURE_EPOCHS
 # (factor on all lengths, 1), MD_MINIATURE_KEYS (keys for every run and evaluation, "backend=cuda"; with
 # MD_MINIATURE_RANKS=1 a GPU does it all), MD_DEMO_DATA (folder with Fashion-MNIST's files),
-# MD_MINIATURE_CIFAR (folder with cifar10-train.tar and cifar10-test.tar: these instead).
+# MD_MINIATURE_CIFAR (folder with cifar10-train.tar and cifar10-test.tar, picture files in folders of
+# classes: the same on these too, cropped and mirrored, with as many steps). An argument, fashion or
+# cifar10, does one of the two.
 set -eu
 cd "$(dirname "$0")/.."
 # shellcheck source=scripts/mpi_env.sh
@@ -27,15 +29,24 @@ fail() {
     exit 1
 }
 
+if [ $# = 0 ]; then
+    "$0" fashion
+    [ -z "${MD_MINIATURE_CIFAR:-}" ] || "$0" cifar10
+    exit
+fi
+
 # ---- data ----
 
-common=()
-if [ -n "${MD_MINIATURE_CIFAR:-}" ]; then
+common=() lengths=1
+if [ "$1" = cifar10 ]; then
+    [ -n "${MD_MINIATURE_CIFAR:-}" ] || fail 'cifar10: set MD_MINIATURE_CIFAR'
     folder=runs/miniature/cifar10 store=runs/cifar10.h5
     sources=(--val "$MD_MINIATURE_CIFAR/cifar10-test.tar" "$MD_MINIATURE_CIFAR/cifar10-train.tar")
     common=(image.size=32 model.patch=8 evaluate.split=val evaluate.resize=32 "image.mean=0.4914,0.4822,0.4465"
-        "image.std=0.247,0.2435,0.2616")
-else
+        "image.std=0.247,0.2435,0.2616" augment.flip=0.5
+        augment.crop_min=0.6 augment.ratio_min=0.75 augment.ratio_max=1.3333)
+    lengths=$(tar tf "$MD_MINIATURE_CIFAR/cifar10-train.tar" | grep -c '[^/]$' | awk '{ print 60000 / $1 }')
+elif [ "$1" = fashion ]; then
     folder=runs/miniature/fashion store=runs/fashion_mnist.h5
     data=${MD_DEMO_DATA:-}
     if [ -z "$data" ]; then
@@ -44,6 +55,8 @@ else
     fi
     [ -d "$data" ] || fail 'no Fashion-MNIST: apt-get install dataset-fashion-mnist, or set MD_DEMO_DATA'
     sources=("$data")
+else
+    fail "fashion or cifar10, not $1"
 fi
 mkdir -p "$folder"
 [ -f "$store" ] || "$mpirun" -np "$ranks" ./md_hpc convert --out "$store" "${sources[@]}"
@@ -56,7 +69,8 @@ setting() {
     sed -n "s/^ *$2 = \([0-9.]*\);.*/\1/p" "config/miniature/$1.cfg"
 }
 
-times() { awk -v a="$1" -v b="$2" 'BEGIN { print a * b }'; }
+# stretched EPOCHS: as long as the runs are.
+stretched() { awk -v a="$1" -v b="$lengths" -v c="$factor" 'BEGIN { print a * b * c }'; }
 
 # run NAME FILE [key=value...]: one run, to its end; its log beside it. One that finished with the same
 # configs and keys is left alone, one of others is made anew. $length: epochs, instead of the file's.
@@ -71,8 +85,8 @@ run() {
     grep -qs '"state": "finished"' "$folder/$name/status.json" && return
     printf '%5d s  %s\n' $((SECONDS - start)) "$name"
     "$mpirun" -np "$ranks" ./md_hpc "config/miniature/$file.cfg" "run.dir=$folder/$name" \
-        "${common[@]}" "train.epochs=$(times "${length:-$(setting "$file" epochs)}" "$factor")" \
-        "optim.warmup_epochs=$(times "$(setting "$file" warmup_epochs)" "$factor")" \
+        "${common[@]}" "train.epochs=$(stretched "${length:-$(setting "$file" epochs)}")" \
+        "optim.warmup_epochs=$(stretched "$(setting "$file" warmup_epochs)")" \
         "$@" "${keys[@]}" >"$folder/$name.log" 2>&1 ||
         fail "$name ended with $?; its log: $folder/$name.log"
 }
@@ -137,11 +151,12 @@ knn() {
     sed -n 's/.*"top1": *\([0-9.]*\).*/\1/p' "$folder/$1.knn.json" 2>/dev/null || true
 }
 
-rows=("teacher|the teachers: labels alone, $labels epochs"
+short="$(stretched "$labels") epochs of labels" long="$(stretched "$total") epochs of labels"
+rows=("teacher|the teachers: $short"
     'same|student of their size (width 48)'
-    "same-long|that size, labels alone, $total epochs" 'large|larger student (width 96)'
-    "large-short|that size, labels alone, $labels epochs"
-    "large-long|that size, labels alone, $total epochs"
+    "same-long|that size, $long" 'large|larger student (width 96)'
+    "large-short|that size, $short"
+    "large-long|that size, $long"
     'no-mask|no mask: plain distillation' 'pixels|pixels as the teacher'
     'no-norm|no target normalisation' 'l2|L2 instead of smooth-L1' 'random-mask|random mask')
 {
