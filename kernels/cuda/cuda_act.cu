@@ -137,6 +137,13 @@ template <class T> struct md_colsum_pass {
 
 /* ---- column sums ---- */
 
+/* Rows of a chunk at least, and chunks at most: the partial rows stay small beside the matrix. Of
+ * blocks, as many as run at once: were there a few more, they would run alone at the end. */
+#define COLUMN_ROWS   64
+#define COLUMN_CHUNKS 256
+#define COLUMN_PER_SM 4
+#define COLUMN_BLOCKS (COLUMN_PER_SM * VEC_SMS)
+
 struct md_matrix {
     float *part; /* [chunks, cols] */
     int64_t rows, cols;
@@ -144,7 +151,9 @@ struct md_matrix {
 
 /* A pass over a matrix that adds up the columns of its terms. A block has 32 W columns of one chunk
  * of rows: blockIdx.x tile of columns, blockIdx.y chunk; its warps take the rows in turn. */
-template <class Op, int W, int U> MD_KERNEL(VEC_BLOCK) md_columns(Op op, md_matrix m)
+template <class Op, int W, int U>
+MD_KERNEL_OF(VEC_BLOCK, COLUMN_PER_SM)
+md_columns(Op op, md_matrix m)
 {
     const int lane = (int)threadIdx.x % MD_WARP, warp = (int)threadIdx.x / MD_WARP;
     const int64_t tile = (int64_t)blockIdx.x * MD_WARP * W, col = tile + lane * W;
@@ -189,12 +198,6 @@ MD_KERNEL(VEC_BLOCK) md_reduce(cuda_sums k)
     }
     md_add_warps(sum, reinterpret_cast<float *>(md_smem()), out, first, k.width, accumulate);
 }
-
-/* Rows of a chunk at least, chunks at most (the partial rows stay small beside the matrix), and
- * about so many blocks. */
-#define COLUMN_ROWS   64
-#define COLUMN_CHUNKS 256
-#define COLUMN_BLOCKS (16 * VEC_SMS)
 
 int64_t column_chunks(const md_tensor *x)
 {

@@ -309,6 +309,7 @@ static md_status open_device(md_backend *be, cuda_state *s, const md_backend_arg
         CUDA_TRY(cudaEventCreateWithFlags(&s->used[i], cudaEventDisableTiming));
     }
     MD_TRY(cuda_attn_setup());
+    MD_TRY(cuda_norm_setup());
     return cuda_gemm_open(s);
 }
 

@@ -32,8 +32,10 @@ struct md_bf16 {
 #include "tests/emu/emu_device.h"
 #else
 
-#define MD_DEV       __device__ __forceinline__
-#define MD_KERNEL(n) __global__ void __launch_bounds__(n)
+#define MD_DEV                  __device__ __forceinline__
+#define MD_KERNEL(n)            __global__ void __launch_bounds__(n)
+/* A kernel of which at least so many blocks are to fit on a multiprocessor. */
+#define MD_KERNEL_OF(n, blocks) __global__ void __launch_bounds__(n, blocks)
 
 /* The error of a launch stays in cudaGetLastError, which cuda_launched() reads. */
 #define MD_LAUNCH(kernel, grid, block, smem, stream, ...) \

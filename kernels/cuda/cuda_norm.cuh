@@ -12,11 +12,11 @@
 #define LN_ROWS 4
 /* Threads of a block at most. */
 #define LN_BLOCK 512
-/* Threads of a multiprocessor, forward and backward: with LN_ROWS rows of two operands, or four,
- * these have 64 to 80 KiB of reads under way. As many fit, whatever registers LN_BLOCK lets a
- * thread have; so all blocks run at once, with equal shares of the rows. */
+/* Threads of a multiprocessor, forward and backward: with LN_ROWS rows of two operands, or two of
+ * four by copies, these have 60 KiB of reads under way at any time. As many fit, by registers and
+ * shared memory; so all blocks run at once, with equal shares of the rows. */
 #define LN_THREADS     512
-#define LN_BWD_THREADS 320
+#define LN_BWD_THREADS 480
 
 /* A vector of parameters, or ones or zeros in its place. */
 template <int N>

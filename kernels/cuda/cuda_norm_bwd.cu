@@ -1,7 +1,14 @@
 /* cuda_norm_bwd: backward of the residual step with its LayerNorm. Blocks have chunks of rows; the
  * sums of a chunk for the gradients of parameters go to the scratch, [3][chunks][C]: dgamma,
- * dweight, dbias. */
+ * dweight, dbias. While a batch of rows is worked on, the next one is on its way to shared memory:
+ * each thread copies what it alone will read. */
 #include "kernels/cuda/cuda_norm.cuh"
+
+/* Batches of rows whose copies may be under way, of so many operands. */
+#define BWD_STAGES   2
+#define BWD_OPERANDS 4
+/* Shared memory begins with the sums of two batches of R rows, in bytes; the stages follow. */
+#define BWD_SUMS(R, threads) (2 * 2 * (R) * ((threads) / MD_WARP) * (int)sizeof(float))
 
 namespace
 {
@@ -22,23 +29,65 @@ template <int N> struct md_ln_columns {
     float dgamma[N], dweight[N], dbias[N];
 };
 
-/* One batch of rows: vectors, statistics, and the sums over a row that LN' needs, of dy weight and
+/* What a batch of rows has for each row, and the sums over a row that LN' needs, of dy weight and
  * of dy weight xhat. */
+template <int R> struct md_ln_rows_of {
+    float mean[R], rstd[R], keep[R];
+};
 template <int R> struct md_ln_batch {
     uint4 r[R], branch[R], dr[R], dy[R];
-    float mean[R], rstd[R], keep[R], sums[2 * R];
+    md_ln_rows_of<R> row;
+    float sums[2 * R];
 };
 
+/* Sends the vectors of the rows [row, end) of R to this thread's slots of a stage, which lie
+ * blockDim.x apart, and reads the statistics. Rows that are not there become zeros. */
 template <class T, int R>
-MD_DEV void md_ln_bwd_sums(const md_ln_bwd<T> &k, int64_t row, int64_t end, md_ln_batch<R> &b,
-                           const float (&weight)[md_vec<T>::N])
+MD_DEV void md_ln_bwd_fetch(const md_ln_bwd<T> &k, int64_t row, int64_t end, int64_t col,
+                            uint4 *slot, md_ln_rows_of<R> &of)
+{
+    const T *const from[BWD_OPERANDS] = {k.dr, k.branch, k.dy ? k.r : nullptr, k.dy};
+#pragma unroll
+    for (int o = 0; o < BWD_OPERANDS; o++) {
+#pragma unroll
+        for (int i = 0; i < R && from[o]; i++) {
+            const bool there = row + i < end;
+            const T *src = from[o] + (there ? (row + i) * k.cols + col : 0);
+            md_async_copy16(slot + (o * R + i) * blockDim.x, src, there);
+        }
+    }
+    md_async_commit();
+    md_keep_of(k.keep, row, end, k.tokens, of.keep);
+#pragma unroll
+    for (int i = 0; i < R; i++) {
+        const bool there = k.dy && row + i < end;
+        of.mean[i] = there ? k.mean[row + i] : 0.0f;
+        of.rstd[i] = there ? k.rstd[row + i] : 0.0f;
+    }
+}
+
+/* The vectors that have come; zeros of an operand that is not there. */
+template <class T, int R>
+MD_DEV void md_ln_bwd_take(const md_ln_bwd<T> &k, const uint4 *slot, md_ln_batch<R> &b)
+{
+    const int step = (int)blockDim.x;
+    const uint4 zero = make_uint4(0, 0, 0, 0);
+#pragma unroll
+    for (int i = 0; i < R; i++) {
+        b.dr[i] = k.dr ? slot[i * step] : zero;
+        b.branch[i] = k.branch ? slot[(R + i) * step] : zero;
+        b.r[i] = k.dy ? slot[(2 * R + i) * step] : zero;
+        b.dy[i] = k.dy ? slot[(3 * R + i) * step] : zero;
+    }
+}
+
+template <class T, int R>
+MD_DEV void md_ln_bwd_sums(md_ln_batch<R> &b, const float (&weight)[md_vec<T>::N])
 {
     enum { N = md_vec<T>::N };
 #pragma unroll
     for (int i = 0; i < R; i++) {
         float r[N], dy[N];
-        b.mean[i] = row + i < end ? k.mean[row + i] : 0.0f;
-        b.rstd[i] = row + i < end ? k.rstd[row + i] : 0.0f;
         md_raw<T>::unpack(b.r[i], r);
         md_raw<T>::unpack(b.dy[i], dy);
         b.sums[2 * i] = b.sums[2 * i + 1] = 0.0f;
@@ -46,7 +95,7 @@ MD_DEV void md_ln_bwd_sums(const md_ln_bwd<T> &k, int64_t row, int64_t end, md_l
         for (int j = 0; j < N; j++) {
             const float g = dy[j] * weight[j];
             b.sums[2 * i] += g;
-            b.sums[2 * i + 1] += g * ((r[j] - b.mean[i]) * b.rstd[i]);
+            b.sums[2 * i + 1] += g * ((r[j] - b.row.mean[i]) * b.row.rstd[i]);
         }
     }
 }
@@ -66,8 +115,8 @@ MD_DEV void md_ln_bwd_row(const md_ln_bwd<T> &k, const md_ln_batch<R> &b, int i,
         md_raw<T>::unpack(b.dy[i], dy);
 #pragma unroll
         for (int j = 0; j < N; j++) {
-            const float xhat = (r[j] - b.mean[i]) * b.rstd[i];
-            g[j] += b.rstd[i] * (dy[j] * c.weight[j] - s1 - xhat * s2);
+            const float xhat = (r[j] - b.row.mean[i]) * b.row.rstd[i];
+            g[j] += b.row.rstd[i] * (dy[j] * c.weight[j] - s1 - xhat * s2);
             c.dweight[j] += dy[j] * xhat;
             c.dbias[j] += dy[j];
         }
@@ -78,12 +127,12 @@ MD_DEV void md_ln_bwd_row(const md_ln_bwd<T> &k, const md_ln_batch<R> &b, int i,
         md_raw<T>::unpack(b.branch[i], branch);
 #pragma unroll
         for (int j = 0; j < N; j++)
-            c.dgamma[j] += b.keep[i] * branch[j] * g[j];
+            c.dgamma[j] += b.row.keep[i] * branch[j] * g[j];
     }
     if (k.dbranch) {
 #pragma unroll
         for (int j = 0; j < N; j++)
-            g[j] *= b.keep[i] * c.gamma[j];
+            g[j] *= b.row.keep[i] * c.gamma[j];
         md_vec<T>::store(k.dbranch + at, g);
     }
 }
@@ -102,32 +151,34 @@ MD_DEV void md_ln_bwd_begin(md_ln_columns<md_vec<T>::N> &c, const md_ln_bwd<T> &
 template <class T, int THREADS, int R> MD_KERNEL(THREADS) md_ln_bwd_rows(md_ln_bwd<T> k)
 {
     enum { N = md_vec<T>::N };
+    const int threads = (int)blockDim.x, stage = BWD_OPERANDS * R * threads;
     const int64_t col = (int64_t)threadIdx.x * N;
     const bool there = col < k.cols;
     const int64_t stop = k.rows * (blockIdx.x + 1) / gridDim.x, end = there ? stop : 0;
     float *smem = reinterpret_cast<float *>(md_smem());
-    int turn = 0; /* two calls of md_block_sums in a row need two places */
+    uint4 *slot = reinterpret_cast<uint4 *>(md_smem() + BWD_SUMS(R, threads)) + threadIdx.x;
+    int turn = 0; /* of the stages; and two calls of md_block_sums in a row need two places */
     md_ln_columns<N> c;
+    md_ln_batch<R> b;
+    md_ln_rows_of<R> coming;
     md_ln_bwd_begin(c, k, col, there);
-    for (int64_t row = k.rows * blockIdx.x / gridDim.x; row < stop; row += R, turn ^= 1) {
-        const int64_t at = row * k.cols + col;
-        md_ln_batch<R> b;
-        md_read_rows(k.dr, row, end, at, k.cols, b.dr);
-        md_read_rows(k.branch, row, end, at, k.cols, b.branch);
+    int64_t row = k.rows * blockIdx.x / gridDim.x;
+    md_ln_bwd_fetch(k, row, end, col, slot, coming);
+    for (; row < stop; row += R, turn ^= 1) {
+        b.row = coming;
+        md_ln_bwd_fetch(k, row + R, end, col, slot + (turn ^ 1) * stage, coming);
+        md_async_wait<BWD_STAGES - 1>();
+        md_ln_bwd_take(k, slot + turn * stage, b);
         if (k.dy) {
-            md_read_rows(k.r, row, end, at, k.cols, b.r);
-            md_read_rows(k.dy, row, end, at, k.cols, b.dy);
-        }
-        md_keep_of(k.keep, row, end, k.tokens, b.keep);
-        if (k.dy) {
-            md_ln_bwd_sums(k, row, end, b, c.weight);
-            md_block_sums(b.sums, smem + turn * 2 * R * (int)(blockDim.x / MD_WARP));
+            md_ln_bwd_sums<T>(b, c.weight);
+            md_block_sums(b.sums, smem + turn * 2 * R * (threads / MD_WARP));
         }
 #pragma unroll
         for (int i = 0; i < R; i++)
             if (row + i < end)
-                md_ln_bwd_row(k, b, i, at + i * k.cols, c);
+                md_ln_bwd_row(k, b, i, (row + i) * k.cols + col, c);
     }
+    md_async_wait<0>();
     if (!k.part || !there)
         return;
     float *part = k.part + blockIdx.x * k.cols + col;
@@ -202,18 +253,27 @@ int64_t bwd_chunks(const md_tensor *dx)
     return ln_blocks(md_tensor_rows(dx), LN_ROWS, per_sm > 4 ? 4 : per_sm);
 }
 
-template <class T> struct ln_bwd_launch;
+/* Up to 256 threads, and up to LN_BLOCK, which have fewer rows in the same shared memory. */
+template <class T> struct ln_bwd_launch {
+    enum { NARROW = 256, NARROW_ROWS = 2, WIDE_ROWS = 1 };
+    static constexpr auto narrow = md_ln_bwd_rows<T, NARROW, NARROW_ROWS>;
+    static constexpr auto wide = md_ln_bwd_rows<T, LN_BLOCK, WIDE_ROWS>;
 
-/* Up to 256 threads, and up to LN_BLOCK, which have fewer registers each. */
-template <> struct ln_bwd_launch<float> {
-    static constexpr auto narrow = md_ln_bwd_rows<float, 256, LN_ROWS>;
-    static constexpr auto wide = md_ln_bwd_rows<float, LN_BLOCK, LN_ROWS>;
+    static size_t smem(int threads)
+    {
+        const bool is_narrow = threads <= NARROW;
+        const int rows = is_narrow ? NARROW_ROWS : WIDE_ROWS;
+        const int stages = BWD_STAGES * BWD_OPERANDS * rows * threads;
+        return (size_t)BWD_SUMS(rows, threads) + (size_t)stages * sizeof(uint4);
+    }
 };
 
-template <> struct ln_bwd_launch<md_bf16> {
-    static constexpr auto narrow = md_ln_bwd_rows<md_bf16, 256, LN_ROWS>;
-    static constexpr auto wide = md_ln_bwd_rows<md_bf16, LN_BLOCK, 2>;
-};
+template <class T> md_status allow_smem(void)
+{
+    typedef ln_bwd_launch<T> l;
+    MD_TRY(cuda_ok(MD_ALLOW_SMEM(l::narrow, l::smem(l::NARROW)), "shared memory"));
+    return cuda_ok(MD_ALLOW_SMEM(l::wide, l::smem(LN_BLOCK)), "shared memory");
+}
 
 template <class T> md_ln_bwd<T> bwd_operands(const md_residual_ln_bwd_args *a, float *part)
 {
@@ -243,16 +303,16 @@ void bwd_run(md_backend *be, const md_residual_ln_bwd_args *a, int64_t chunks, f
     const md_ln_bwd<T> k = bwd_operands<T>(a, part);
     const int threads =
         ln_threads<T>(k.cols, cuda_aligned(k.r, k.branch, k.dr, k.dy, k.dx, k.dbranch));
-    const size_t warps = (size_t)(threads > 0 ? threads / MD_WARP : VEC_WARPS);
-    const size_t smem = 2 * 2 * LN_ROWS * warps * sizeof(float);
+    typedef ln_bwd_launch<T> l;
     if (threads == 0)
-        MD_LAUNCH(md_ln_bwd_any<T>, (unsigned)chunks, VEC_BLOCK, smem, cuda_stream(be), k);
-    else if (threads <= 256)
-        MD_LAUNCH(ln_bwd_launch<T>::narrow, (unsigned)chunks, (unsigned)threads, smem,
+        MD_LAUNCH(md_ln_bwd_any<T>, (unsigned)chunks, VEC_BLOCK, 2 * 2 * VEC_WARPS * sizeof(float),
                   cuda_stream(be), k);
+    else if (threads <= l::NARROW)
+        MD_LAUNCH(l::narrow, (unsigned)chunks, (unsigned)threads, l::smem(threads), cuda_stream(be),
+                  k);
     else
-        MD_LAUNCH(ln_bwd_launch<T>::wide, (unsigned)chunks, (unsigned)threads, smem,
-                  cuda_stream(be), k);
+        MD_LAUNCH(l::wide, (unsigned)chunks, (unsigned)threads, l::smem(threads), cuda_stream(be),
+                  k);
 }
 
 md_status bwd_check(const md_residual_ln_bwd_args *a)
@@ -269,6 +329,12 @@ md_status bwd_check(const md_residual_ln_bwd_args *a)
 }
 
 } // namespace
+
+md_status cuda_norm_setup(void)
+{
+    MD_TRY(allow_smem<float>());
+    return allow_smem<md_bf16>();
+}
 
 size_t cuda_residual_ln_bwd_scratch(md_backend *be, const md_residual_ln_bwd_args *a)
 {

@@ -14,9 +14,10 @@
 #define __global__
 #define __device__
 #define __host__
-#define __forceinline__ inline
-#define MD_DEV          inline
-#define MD_KERNEL(n)    inline void
+#define __forceinline__         inline
+#define MD_DEV                  inline
+#define MD_KERNEL(n)            inline void
+#define MD_KERNEL_OF(n, blocks) inline void
 
 #define threadIdx (emu_self()->thread)
 #define blockIdx  (emu_self()->block)
