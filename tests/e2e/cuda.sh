@@ -54,7 +54,7 @@ demo() {
     local run=$1 n=$2 program=$3
     shift 3
     "$MPIRUN" -np "$n" "$program" config/demo.cfg "run.dir=$scratch/$run" data.train="$scratch/tiny.h5" \
-        method.teacher.weights="$scratch/classifier.h5" train.epochs=2 train.max_steps=2 \
+        method.teacher.weights="$scratch/classifier.h5" train.epochs=2 train.max_steps=1 \
         optim.warmup_epochs=0 "$@" >"$log" 2>&1 </dev/null || fail "demo.cfg $*: exit code $?"
 }
 demo demo 1 "$host"

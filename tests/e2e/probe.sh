@@ -66,8 +66,8 @@ near_probe() {
 }
 
 done_well 2 student
-declare -A more=([beit]='evaluate.probe_epochs=20 evaluate.probe_lr=0.05'
-    [mae]='evaluate.probe_epochs=18 evaluate.probe_lr=4')
+declare -A more=([beit]='evaluate.probe_epochs=12 evaluate.probe_lr=0.05'
+    [mae]='evaluate.probe_epochs=12 evaluate.probe_lr=4')
 for recipe in beit mae; do
     read -ra keys <<<"${more[$recipe]}"
     for n in 1 2 4; do
@@ -185,8 +185,8 @@ says '12 of the 96 images of epoch 0'
 
 # Another probe takes the place of what is there, and says so.
 probes_well 2 student "beit-1" beit evaluate.probe_epochs=2 evaluate.probe_lr=0.01
-says 'is of another probe, which this one takes the place of: epochs was 20 and is now 2'
-[ -e "$scratch/beit-1.probe/step-00000120.h5.abandoned" ] || fail "the other probe is gone"
+says 'is of another probe, which this one takes the place of: epochs was 12 and is now 2'
+[ -e "$scratch/beit-1.probe/step-00000072.h5.abandoned" ] || fail "the other probe is gone"
 says 'probe: epoch 2 of 2'
 probes_well 2 student "beit-1" beit evaluate.probe_epochs=2 evaluate.probe_lr=0.01 evaluate.from=none
 says 'encoder was'
