@@ -36,6 +36,18 @@ typedef struct md_state_item {
     void *data;        /* the block, dense, element lo first; host memory, the caller's */
 } md_state_item;
 
+/* Items that are made one by one, with memory for their names. */
+typedef struct md_state_list {
+    md_state_item *item;
+    char (*name)[MD_STATE_NAME];
+    int count;
+} md_state_list;
+
+/* Room for `most` of them. Local. MD_ERR_MEMORY. Freed by md_state_list_free, which takes any part.
+ */
+md_status md_state_list_make(int most, md_state_list *out);
+void md_state_list_free(md_state_list *l);
+
 /* A whole array as an item. */
 md_state_item md_state_item_make(const char *name, const md_tensor *t);
 /* Narrows whole arrays (others are a bug) to part `part` of `parts` of all their bytes in this

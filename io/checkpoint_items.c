@@ -21,6 +21,21 @@ int64_t md_ckpt_item_bytes(const md_state_item *item)
     return elements(item) * (int64_t)md_dtype_bytes(item->dtype);
 }
 
+md_status md_state_list_make(int most, md_state_list *out)
+{
+    *out = (md_state_list){0};
+    MD_NEW(out->item, most, "checkpoint items");
+    out->name = md_alloc((size_t)most * sizeof *out->name, "checkpoint items");
+    return out->name ? MD_OK : MD_ERR_MEMORY;
+}
+
+void md_state_list_free(md_state_list *l)
+{
+    md_free(l->item);
+    md_free(l->name);
+    *l = (md_state_list){0};
+}
+
 md_state_item md_state_item_make(const char *name, const md_tensor *t)
 {
     md_state_item item = {.name = name, .dtype = (md_dtype)t->dtype, .rank = t->rank};

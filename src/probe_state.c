@@ -109,20 +109,8 @@ static md_status compare(const md_probe_state *s, const md_checkpoint *ck, diffe
 
 /* ---- its arrays ---- */
 
-typedef struct item_list {
-    md_state_item *item;
-    char (*name)[MD_STATE_NAME];
-    int count;
-} item_list;
-
-static void items_free(item_list *l)
-{
-    md_free(l->item);
-    md_free(l->name);
-}
-
 /* `has`: this rank has the values, or takes them. */
-static void add_item(item_list *l, const char *name, const md_tensor *t, bool has)
+static void add_item(md_state_list *l, const char *name, const md_tensor *t, bool has)
 {
     md_state_item *item = &l->item[l->count];
     snprintf(l->name[l->count], MD_STATE_NAME, "%s", name);
@@ -133,18 +121,14 @@ static void add_item(item_list *l, const char *name, const md_tensor *t, bool ha
 }
 
 /* Every array is written by one rank, and read by those that train its head. */
-static md_status items_make(const md_probe_state *s, bool writing, double *loss, item_list *l)
+static md_status items_make(const md_probe_state *s, bool writing, double *loss, md_state_list *l)
 {
     const md_topo *t = s->topo;
     const int arrays = md_probe_heads_arrays(s->heads), all = s->n * arrays + 2;
     const bool first = t->dp_rank == 0 && t->tp_rank == 0;
     const md_tensor sums = MD_TENSOR(loss, MD_F64, s->n + 1);
     const md_tensor epoch = MD_TENSOR(s->train_loss, MD_F64, s->n);
-    *l = (item_list){0};
-    MD_NEW(l->item, all, "checkpoint items");
-    l->name = md_alloc((size_t)all * sizeof *l->name, "checkpoint items");
-    if (!l->name)
-        return MD_ERR_MEMORY;
+    MD_TRY(md_state_list_make(all, l));
     for (int k = 0; k < s->n; k++)
         for (int i = 0; i < arrays; i++) {
             const md_probe_array a = md_probe_heads_array(s->heads, k, i);
@@ -169,7 +153,7 @@ static void keep_own(const md_probe_state *s, const double *sum)
 static md_status read_state(md_probe_state *s, md_checkpoint *ck)
 {
     md_comm *world = s->topo->world;
-    item_list items = {0};
+    md_state_list items = {0};
     double *sum = md_alloc((size_t)(s->n + 1) * sizeof *sum, "losses");
     md_status st = sum ? items_make(s, false, sum, &items) : MD_ERR_MEMORY;
     st = md_agree(world, st);
@@ -179,7 +163,7 @@ static md_status read_state(md_probe_state *s, md_checkpoint *ck)
         keep_own(s, sum);
         st = md_agree(world, md_probe_heads_store(s->heads, md_checkpoint_step(ck)));
     }
-    items_free(&items);
+    md_state_list_free(&items);
     md_free(sum);
     return st;
 }
@@ -217,7 +201,7 @@ md_status md_probe_state_save(md_probe_state *s, int64_t step)
 {
     const md_topo *t = s->topo;
     char *text = NULL;
-    item_list items = {0};
+    md_state_list items = {0};
     fact_list facts;
     double *sum = md_alloc((size_t)(s->n + 1) * sizeof *sum, "losses");
     md_status st = sum ? md_probe_heads_fetch(s->heads) : MD_ERR_MEMORY;
@@ -242,7 +226,7 @@ md_status md_probe_state_save(md_probe_state *s, int64_t step)
                                                        .facts = facts.count,
                                                        .keep = KEPT});
     }
-    items_free(&items);
+    md_state_list_free(&items);
     md_free(sum);
     free(text);
     return st;

@@ -16,18 +16,6 @@
 enum { PARAM, ADAM_M, ADAM_V, EMA, PARTS };
 static const char *const part_names[PARTS] = {"param", "adam_m", "adam_v", "ema"};
 
-typedef struct item_list {
-    md_state_item *item;
-    char (*name)[MD_STATE_NAME];
-    int count;
-} item_list;
-
-static void items_free(item_list *l)
-{
-    md_free(l->item);
-    md_free(l->name);
-}
-
 /* Which elements of a row an item carries: those this rank answers for (writing), or all that it
  * holds (reading). Values are held whole, moments by what the rank updates. */
 static void choose(const md_snapshot *s, const md_param *row, int part, bool writing,
@@ -47,14 +35,10 @@ static void choose(const md_snapshot *s, const md_param *row, int part, bool wri
 }
 
 /* The first `parts` arrays of every parameter as items. */
-static md_status items_make(const md_snapshot *s, bool writing, int parts, item_list *l)
+static md_status items_make(const md_snapshot *s, bool writing, int parts, md_state_list *l)
 {
     const md_params *p = s->params;
-    *l = (item_list){0};
-    MD_NEW(l->item, PARTS * p->count, "checkpoint items");
-    l->name = md_alloc((size_t)(PARTS * p->count) * sizeof *l->name, "checkpoint items");
-    if (!l->name)
-        return MD_ERR_MEMORY;
+    MD_TRY(md_state_list_make(PARTS * p->count, l));
     for (int k = 0; k < parts; k++)
         for (int i = 0; i < p->count; i++) {
             const md_param *row = &p->row[i];
@@ -193,7 +177,7 @@ static md_status read_counters(md_train_state *state, const md_checkpoint *ck)
 md_status md_snapshot_write(const md_snapshot *s, char *path, size_t size)
 {
     char dir[1024], *text = NULL;
-    item_list items = {0};
+    md_state_list items = {0};
     fact_list facts;
     md_status st = checkpoint_dir(s, dir, sizeof dir, true);
     if (st == MD_OK)
@@ -219,14 +203,14 @@ md_status md_snapshot_write(const md_snapshot *s, char *path, size_t size)
     }
     if (st == MD_OK)
         md_checkpoint_name(path, size, dir, s->state->step);
-    items_free(&items);
+    md_state_list_free(&items);
     free(text);
     return st;
 }
 
 static md_status read_state(const md_snapshot *s, md_checkpoint *ck, bool own)
 {
-    item_list items = {0};
+    md_state_list items = {0};
     comparison d = {.ck = ck, .own = own};
     char name[MD_STATE_NAME];
     snprintf(name, sizeof name, "%s/%s", part_names[EMA], s->params->row[0].name);
@@ -239,7 +223,7 @@ static md_status read_state(const md_snapshot *s, md_checkpoint *ck, bool own)
         st = md_checkpoint_read(ck, items.item, items.count);
     if (st == MD_OK)
         st = md_agree(s->comm, md_params_store(s->params));
-    items_free(&items);
+    md_state_list_free(&items);
     MD_TRY(st);
     *s->averaged = averaged;
     return read_counters(s->state, ck);
