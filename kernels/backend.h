@@ -24,7 +24,7 @@
 
 MD_C_BEGIN
 
-#define MD_OP_IN  10
+#define MD_OP_IN  12
 #define MD_OP_OUT 6
 
 /* The common beginning of every args struct. Unused entries are NULL; gaps are allowed. */
@@ -96,9 +96,14 @@ typedef struct md_layernorm_args {
  *   y = LN(r) * weight + bias, mean, rstd of r
  * x, branch, r, y [N, C] in the matrix view; gamma, weight, bias f32 [C], gamma optional; keep f32
  * [B] optional (0 or 1/(1-p), drop path; N is a multiple of B, rows of an image follow each other).
- * r may be x. y optional: then only the residual is done. No accumulation. */
+ * r may be x. y optional: then only the residual is done. No accumulation.
+ *
+ * Packed operands hold some of the B images only: from i32 [B] (optional) says which image of
+ * branch each image's is, -1 for none (r = x there), and to i32 [B] (optional, with y) which image
+ * of y it becomes. Both count 0, 1, ... where they are not -1, so that every row of y is written.
+ * mean and rstd are of all N rows. */
 typedef struct md_residual_ln_args {
-    MD_IN(*x, *branch, *gamma, *keep, *weight, *bias);
+    MD_IN(*x, *branch, *gamma, *keep, *weight, *bias, *from, *to);
     MD_OUT(*r, *y, *mean, *rstd);
     float eps;
 } md_residual_ln_args;
@@ -109,9 +114,12 @@ typedef struct md_residual_ln_args {
  * dbranch, dgamma absent when there was no branch or no gamma. mean, rstd [N]; r, weight (ones when
  * NULL), mean and rstd are needed with dy only. Only the three parameter gradients accumulate; they
  * are f32, as gamma, keep, weight, mean and rstd. Where dx is of a narrower type, dbranch and the
- * sums take g before it is rounded. */
+ * sums take g before it is rounded. from and to as in the forward pass: branch and dbranch, and dy,
+ * are packed; an image that is not in dy has none, one that is not in branch adds nothing to
+ * dgamma.
+ */
 typedef struct md_residual_ln_bwd_args {
-    MD_IN(*r, *branch, *gamma, *keep, *weight, *mean, *rstd, *dr, *dy);
+    MD_IN(*r, *branch, *gamma, *keep, *weight, *mean, *rstd, *dr, *dy, *from, *to);
     MD_OUT(*dx, *dbranch, *dgamma, *dweight, *dbias);
 } md_residual_ln_bwd_args;
 

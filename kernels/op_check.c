@@ -23,13 +23,13 @@ static const op_rule rules[MD_OP_COUNT] = {
     [MD_OP_act_bwd] = {{"x ~ N C", "dy ~ N C"}, {"dx@dy ~ N C", "dbias?:F32 # C"}},
     [MD_OP_layernorm] = {{"x ~ N C", "weight?:F32 # C", "bias?:F32 # C"},
                          {"y@x ~ N C", "mean?:F32 # N", "rstd?:F32 # N"}},
-    [MD_OP_residual_ln] = {{"x ~ N C", "branch? ~ N C", "gamma?:F32 # C", "keep?:F32 # B",
-                            "weight?:F32 # C", "bias?:F32 # C"},
-                           {"r?@x ~ N C", "y? ~ N C", "mean?:F32 # N", "rstd?:F32 # N"}},
-    [MD_OP_residual_ln_bwd] = {{"r? ~ N C", "branch? ~ N C", "gamma?:F32 # C", "keep?:F32 # B",
+    [MD_OP_residual_ln] = {{"x ~ N C", "branch? ~ P C", "gamma?:F32 # C", "keep?:F32 # B",
+                            "weight?:F32 # C", "bias?:F32 # C", "from?:I32 # B", "to?:I32 # B"},
+                           {"r?@x ~ N C", "y? ~ Q C", "mean?:F32 # N", "rstd?:F32 # N"}},
+    [MD_OP_residual_ln_bwd] = {{"r? ~ N C", "branch? ~ P C", "gamma?:F32 # C", "keep?:F32 # B",
                                 "weight?:F32 # C", "mean?:F32 # N", "rstd?:F32 # N", "dr? ~ N C",
-                                "dy? ~ N C"},
-                               {"dx@dr ~ N C", "dbranch? ~ N C", "dgamma?:F32 # C",
+                                "dy? ~ Q C", "from?:I32 # B", "to?:I32 # B"},
+                               {"dx@dr ~ N C", "dbranch? ~ P C", "dgamma?:F32 # C",
                                 "dweight?:F32 # C", "dbias?:F32 # C"}},
     [MD_OP_attention] = {{"qkv = B T 3C", "rel? = H T T"}, {"o = B T C", "lse?:F32 = B H T"}},
     [MD_OP_attention_bwd] = {{"qkv = B T 3C", "rel? = H T T", "o = B T C", "lse:F32 = B H T",
@@ -191,6 +191,50 @@ static md_status operand_check(md_op op, const char *rule, const md_tensor *t, b
     return MD_OK;
 }
 
+/* Images whose rows follow each other, and operands of some of them only: x, dx of all. */
+typedef struct packing {
+    const md_tensor *x, *branch, *y, *keep, *from, *to;
+} packing;
+
+static md_status packing_check(md_op op, const packing *p)
+{
+    const int64_t rows = md_tensor_rows(p->x);
+    const md_tensor *images = p->keep ? p->keep : p->from ? p->from : p->to;
+    if (images && rows % MD_MAX(md_tensor_count(images), 1) != 0)
+        MD_FAIL(MD_ERR_BUG, "%s: %lld rows are not whole images", md_op_name(op), (long long)rows);
+    const int64_t tokens = images && rows ? rows / md_tensor_count(images) : 1;
+    const struct {
+        const md_tensor *packed, *index;
+        const char *name;
+    } part[2] = {{p->branch, p->from, "branch"}, {p->y, p->to, "y"}};
+    for (size_t i = 0; i < MD_COUNT(part); i++) {
+        const int64_t have = part[i].packed ? md_tensor_rows(part[i].packed) : 0;
+        if (part[i].packed && (part[i].index ? have > rows || have % tokens != 0 : have != rows))
+            MD_FAIL(MD_ERR_BUG, "%s: %s has %lld rows of %lld", md_op_name(op), part[i].name,
+                    (long long)have, (long long)rows);
+        if (part[i].index && !part[i].packed)
+            MD_FAIL(MD_ERR_BUG, "%s: images of %s, which is not there", md_op_name(op),
+                    part[i].name);
+    }
+    return MD_OK;
+}
+
+/* What a shape table cannot say. */
+static md_status images_check(md_op op, const md_operands *operands)
+{
+    const void *args = operands;
+    if (op == MD_OP_residual_ln) {
+        const md_residual_ln_args *a = args;
+        return packing_check(op, &(packing){a->x, a->branch, a->y, a->keep, a->from, a->to});
+    }
+    if (op == MD_OP_residual_ln_bwd) {
+        const md_residual_ln_bwd_args *a = args;
+        const md_tensor *branch = a->branch ? a->branch : a->dbranch;
+        return packing_check(op, &(packing){a->dx, branch, a->dy, a->keep, a->from, a->to});
+    }
+    return MD_OK;
+}
+
 md_status md_op_check(md_op op, const md_operands *a)
 {
     bindings b = {.compute = -1};
@@ -212,5 +256,5 @@ md_status md_op_check(md_op op, const md_operands *a)
     if (a->accumulate & ~outputs)
         MD_FAIL(MD_ERR_BUG, "%s: accumulate is %#x, but the outputs are %#x", md_op_name(op),
                 a->accumulate, outputs);
-    return MD_OK;
+    return images_check(op, a);
 }

@@ -204,7 +204,8 @@ static int by_value(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-static void report(md_bench *b, const md_bench_options *o, double flops)
+/* flops: of a step, of these what drop path skips. */
+static void report(md_bench *b, const md_bench_options *o, double flops, double skipped)
 {
     int n = o->steps;
     const double batch = (double)b->layout.batch;
@@ -220,9 +221,9 @@ static void report(md_bench *b, const md_bench_options *o, double flops)
     qsort(b->ms, (size_t)n, sizeof *b->ms, by_value);
     double median = n % 2 ? b->ms[n / 2] : 0.5 * (b->ms[n / 2 - 1] + b->ms[n / 2]);
     printf("], \"images_per_second\": %.3f, \"images_per_second_median\": %.3f, "
-           "\"gflops_median\": %.1f, \"loss\": [%.6f, %.6f]}\n",
-           1e3 * batch / b->ms[0], 1e3 * batch / median, 1e-6 * flops / median, b->loss[0],
-           b->loss[n - 1]);
+           "\"gflops_median\": %.1f, \"gflops_executed_median\": %.1f, \"loss\": [%.6f, %.6f]}\n",
+           1e3 * batch / b->ms[0], 1e3 * batch / median, 1e-6 * flops / median,
+           1e-6 * (flops - skipped) / median, b->loss[0], b->loss[n - 1]);
 }
 
 static md_status bench_step(md_bench *b, const md_bench_options *o)
@@ -232,10 +233,10 @@ static md_status bench_step(md_bench *b, const md_bench_options *o)
     MD_TRY(md_bench_steps(b, o->warmup, false, &last));
     MD_TRY(md_bench_steps(b, o->steps, true, &last));
     MD_TRY(md_agree(b->world, md_stepper_plan(&b->model.method, NULL, &plan)));
-    if (md_comm_rank(b->world) == 0) /* all ranks do alike */
-        report(b, o,
-               (plan.student_forward + plan.student_backward + plan.teacher_forward) *
-                   b->layout.accumulation * b->layout.ranks);
+    const double passes = (double)b->layout.accumulation * b->layout.ranks; /* all ranks do alike */
+    if (md_comm_rank(b->world) == 0)
+        report(b, o, (plan.student_forward + plan.student_backward + plan.teacher_forward) * passes,
+               plan.student_skipped * passes);
     return MD_OK;
 }
 

@@ -59,6 +59,7 @@ X(model_rel_pos, "model.rel_pos", CHOICE, "shared", 0, 0, "shared,per_layer,none
 X(model_abs_pos, "model.abs_pos", BOOL, "false", 0, 0, "", "Learned absolute position embedding.")
 X(model_layer_scale, "model.layer_scale", REAL, "0.1", 0, 10, "", "Initial value of layer scale; 0 = no layer scale.")
 X(model_drop_path, "model.drop_path", REAL, "0.1", 0, 0.99, "probability", "Drop path of the last block; rises linearly from 0 at the first.")
+X(model_drop_path_mode, "model.drop_path_mode", CHOICE, "auto", 0, 0, "auto,skip,mask", "How a branch is dropped for some images: skip computes it for the others only; mask computes it for all and multiplies by zero. The loss and the gradients are the same. auto: skip, but mask with parallel.sequence, which cannot skip.")
 X(model_classes, "model.classes", INT, "1000", 2, 1000000, "classes", "Classes of a classifier (task finetune); those of the image store.")
 X(model_pool, "model.pool", CHOICE, "mean", 0, 0, "mean,cls", "What a classifier looks at (task finetune): the normalised mean of the patch tokens, or the normalised cls token.")
 X(model_last_block, "model.last_block", CHOICE, "chosen", 0, 0, "chosen,all", "Tokens that what follows the last block's attention runs at, in student and teacher: those the loss is taken on, or all. The loss and the gradients are the same.")

@@ -53,7 +53,8 @@ static md_slot add_slot(md_graph *g, const char *name, const md_tensor *t, int p
                        .first_use = -1,
                        .last_use = -1,
                        .value_block = -1,
-                       .grad_block = -1};
+                       .grad_block = -1,
+                       .packed_by = MD_NO_SLOT};
     snprintf(s->name, sizeof s->name, "%s", name);
     return g->slots++;
 }
@@ -71,6 +72,38 @@ void md_graph_cut_rows(md_graph *g, md_slot s)
 {
     if (g->status == MD_OK && g->tp_size > 1)
         g->slot[s].value.place = MD_CUT_ROWS;
+}
+
+/* ---- packed images ---- */
+
+md_slot md_graph_packed(md_graph *g, const char *name, int64_t images)
+{
+    return md_graph_input(g, name, MD_I32, 1, &images);
+}
+
+void md_graph_set_packed(md_graph *g, md_slot s, md_slot index)
+{
+    if (g->status == MD_OK && s != MD_NO_SLOT)
+        g->slot[s].packed_by = index;
+}
+
+void md_graph_pack(md_graph *g, md_slot index, int64_t images)
+{
+    MD_ASSERT(images >= 1 && images <= g->slot[index].value.dim[0], "%lld images of %lld",
+              (long long)images, (long long)g->slot[index].value.dim[0]);
+    for (md_slot s = 0; s < g->slots; s++)
+        if (g->slot[s].packed_by == index)
+            g->slot[s].value.dim[0] = g->slot[s].grad.dim[0] = images;
+}
+
+md_slot md_in_packed(const md_graph *g, const md_node *n, int k)
+{
+    return n->in[k] == MD_NO_SLOT ? MD_NO_SLOT : g->slot[n->in[k]].packed_by;
+}
+
+void md_node_set_packed(md_graph *g, const md_node *n, int k, md_slot index)
+{
+    md_graph_set_packed(g, n->out[k], index);
 }
 
 void md_graph_set_external(md_graph *g, md_slot s)
@@ -111,6 +144,7 @@ md_status md_node_output(md_graph *g, md_node *n, int k, md_dtype dtype, int ran
     if (s == MD_NO_SLOT)
         return g->status;
     g->slot[s].needs_grad = node_needs_grad(g, n) && (dtype == MD_F32 || dtype == MD_BF16);
+    g->slot[s].packed_by = md_in_packed(g, n, 0);
     return MD_OK;
 }
 

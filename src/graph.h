@@ -10,6 +10,10 @@
  * its place (src/tensor.h), found from its node's inputs and parameters; only the nodes of
  * nodes_tp.c communicate. A node whose inputs are in the wrong place is refused while building.
  *
+ * Packed slots hold some images of a pass only, as many as an index input says (md_graph_packed):
+ * memory is planned for all images, and before a pass md_graph_pack tells how many there are. What
+ * a node makes of a packed input is packed alike; only residual_ln packs and unpacks.
+ *
  * Running: md_graph_forward walks the nodes, md_graph_backward walks them in reverse. Every
  * parameter belongs to one node, so its gradient is complete when that node's backward has run:
  * then the hook is called. A slot read by several nodes gets its gradient summed in reverse node
@@ -25,7 +29,7 @@ typedef int md_slot;
 #define MD_NO_SLOT  (-1)
 #define MD_NO_PARAM (-1)
 
-#define MD_NODE_IN    4
+#define MD_NODE_IN    5
 #define MD_NODE_OUT   4
 #define MD_NODE_PARAM 4
 
@@ -77,6 +81,7 @@ typedef struct md_slot_row {
     int producer;                /* node, -1 for inputs */
     int first_use, last_use;     /* nodes that read the value in the forward pass; -1 none */
     int value_block, grad_block; /* arena blocks, -1 none */
+    md_slot packed_by;           /* the index of the images it holds; MD_NO_SLOT: all of them */
 } md_slot_row;
 
 /* Called on the walking thread when the gradient of parameter `param` is complete. */
@@ -110,6 +115,13 @@ void md_graph_free(md_graph *g);
 md_slot md_graph_input(md_graph *g, const char *name, md_dtype dtype, int rank, const int64_t *dim);
 /* Says that an input holds this rank's images only. Nothing happens on one rank. */
 void md_graph_cut_rows(md_graph *g, md_slot s);
+/* Declares an index of packed images, i32 [B]: the place of each of B images in the slots that are
+ * packed by it, or -1. Values are as residual_ln's from and to (kernels/backend.h). */
+md_slot md_graph_packed(md_graph *g, const char *name, int64_t images);
+/* Says that an input holds the images of an index only. MD_NO_SLOT: all, nothing happens. */
+void md_graph_set_packed(md_graph *g, md_slot s, md_slot index);
+/* From now on `images` images, at least one, are in the slots packed by index. */
+void md_graph_pack(md_graph *g, md_slot index, int64_t images);
 /* Takes a node's output out of the planned region: the caller binds memory of its own. */
 void md_graph_set_external(md_graph *g, md_slot s);
 /* Shape of a slot. */
@@ -121,6 +133,11 @@ md_node *md_graph_add(md_graph *g, const md_node *node);
 /* For infer: declares output k of node n. needs_grad is derived. */
 md_status md_node_output(md_graph *g, md_node *n, int k, md_dtype dtype, int rank,
                          const int64_t *dim);
+
+/* For infer: the index by which input k is packed, and that by which output k is. Outputs are
+ * packed as input 0 unless said otherwise. */
+md_slot md_in_packed(const md_graph *g, const md_node *n, int k);
+void md_node_set_packed(md_graph *g, const md_node *n, int k, md_slot index);
 
 /* For infer: output k stands for parameters, so its gradient is f32 whatever its type. */
 void md_node_grad_f32(md_graph *g, const md_node *n, int k);
@@ -184,6 +201,8 @@ md_slot md_n_attention(md_graph *g, md_slot qkv, md_slot rel, int heads);
 
 typedef struct md_residual_in {
     md_slot x, branch, keep; /* branch and keep (f32 [B]) optional */
+    md_slot from;            /* the index by which branch is packed; MD_NO_SLOT: all images */
+    md_slot to;              /* the one by which y is to be */
     int gamma;               /* layer scale [C], optional */
     int weight, bias;        /* LayerNorm, both MD_NO_PARAM: residual only */
     float eps;

@@ -91,6 +91,7 @@ md_status md_method_resolve(md_method *m, const md_config *c, const md_teacher_i
                      .s_mask = MD_NO_SLOT,
                      .s_mix = MD_NO_SLOT,
                      .s_rel_index = MD_NO_SLOT,
+                     .s_packed_rows = MD_NO_SLOT,
                      .t_rel_index = MD_NO_SLOT};
     m->params.dtype = m->teacher_params.dtype = md_config_compute(c);
     MD_TRY(look_up(m));
@@ -111,6 +112,13 @@ md_status md_method_resolve(md_method *m, const md_config *c, const md_teacher_i
     m->teacher_cls = target.tokens == MD_TOKENS_WITH_CLS;
     MD_TRY(m->head->declare(m, &encoded, target.width));
     return seal(m);
+}
+
+int64_t md_method_packed(const md_method *m, int64_t kept)
+{
+    const int64_t unit = (m->row_images + MD_PACKED_COUNTS - 1) / MD_PACKED_COUNTS;
+    const int64_t whole = (MD_MAX(kept, 1) + unit - 1) / unit * unit;
+    return MD_MIN(whole, m->row_images);
 }
 
 md_slot md_method_input(const md_method *m, md_graph *g, const char *name, md_dtype dtype, int rank,
@@ -185,5 +193,6 @@ void md_method_free(md_method *m)
     md_params_free(&m->params);
     md_params_free(&m->teacher_params);
     md_free(m->s_keep);
+    md_free(m->s_packed);
     *m = (md_method){0};
 }

@@ -135,6 +135,8 @@ struct md_method {
     md_slot s_mix;                             /* i32 [row_images, MD_MIX_WORDS] with labels */
     md_slot s_all_rows, s_rel_index, s_loss;   /* s_all_rows of all images */
     md_slot *s_keep;                           /* [2L] or NULL */
+    md_slot *s_packed;     /* [2L] or NULL: drop path computes dropped images too */
+    md_slot s_packed_rows; /* s_rows in the last block's attention; may be MD_NO_SLOT */
 };
 
 /* Looks up the axes of c (kept by pointer), checks that they fit, declares and seals both
@@ -155,6 +157,12 @@ md_slot md_method_input(const md_method *m, md_graph *g, const char *name, md_dt
                         const int64_t *dim);
 /* For axes: whether last blocks run at the chosen tokens only (model.last_block). */
 bool md_method_chosen_last(const md_method *m);
+
+/* Where drop path skips: for how many images a branch is run that `kept` of row_images are not
+ * dropped for. At least one, and a multiple of a number that leaves at most MD_PACKED_COUNTS
+ * different counts, because each is a shape that backends prepare themselves for. Local. */
+#define MD_PACKED_COUNTS 64
+int64_t md_method_packed(const md_method *m, int64_t kept);
 
 /* For axes and viewers: the student's encoder and its final norm, where it has one, at the wanted
  * rows [B, M, C]; colours and chosen_last are filled in. And one vector an image out of that. */

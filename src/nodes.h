@@ -5,7 +5,7 @@
 #include "src/graph.h"
 
 /* A node without inputs and parameters. */
-#define MD_NO_NODE ((md_node){.in = {-1, -1, -1, -1}, .param = {-1, -1, -1, -1}})
+#define MD_NO_NODE ((md_node){.in = {-1, -1, -1, -1, -1}, .param = {-1, -1, -1, -1}})
 
 /* Runs one op on the graph's backend. */
 #define MD_RUN(op, ...) g->be->ops->op(g->be, &(md_##op##_args){__VA_ARGS__})
@@ -28,6 +28,10 @@
 
 /* Appends the node and returns its output 0. */
 md_slot md_node_append(md_graph *g, const md_node *node);
+
+/* MD_ERR_BUG naming `what` unless input k is packed by index. */
+md_status md_want_packed(const md_graph *g, const md_node *n, int k, md_slot index,
+                         const char *what);
 
 /* MD_ERR_BUG naming `what` unless t has this width, or (t may be NULL) this many elements. */
 md_status md_want_cols(const md_tensor *t, int64_t cols, const char *what);

@@ -23,6 +23,14 @@ md_status md_want_count(const md_tensor *t, int64_t count, const char *what)
     return MD_OK;
 }
 
+md_status md_want_packed(const md_graph *g, const md_node *n, int k, md_slot index,
+                         const char *what)
+{
+    if (n->in[k] != MD_NO_SLOT && md_in_packed(g, n, k) != index)
+        MD_FAIL(MD_ERR_BUG, "%s is packed by slot %d, not %d", what, md_in_packed(g, n, k), index);
+    return MD_OK;
+}
+
 /* ---- patchify: in image, mix ---- */
 
 static md_status patchify_infer(md_graph *g, md_node *n)
@@ -434,6 +442,7 @@ static md_status gather_rows_infer(md_graph *g, md_node *n)
     MD_TRY(md_want_place(
         g, n, 0, MD_PLACE_BIT(MD_REPL) | MD_PLACE_BIT(MD_CUT_ROWS) | MD_PLACE_BIT(MD_CUT_COLS)));
     MD_TRY(md_want_place(g, n, 1, MD_PLACE_BIT(place == MD_CUT_COLS ? MD_REPL : place)));
+    MD_TRY(md_want_packed(g, n, 1, md_in_packed(g, n, 0), "index"));
     MD_TRY(md_node_output(g, n, 0, MD_COMPUTE(g), 3,
                           (int64_t[]){index->dim[0], index->dim[1], md_tensor_cols(x)}));
     md_node_set_place(g, n, 0, place);

@@ -1,7 +1,7 @@
 /* nodes_norm: residual steps, normalisations and sums. */
 #include "src/nodes.h"
 
-/* ---- residual_ln: in x, branch, keep; param gamma, weight, bias; out r, y, mean, rstd.
+/* ---- residual_ln: in x, branch, keep, from, to; param gamma, weight, bias; out r, y, mean, rstd.
  * Without a branch there is no r: readers use x. ---- */
 
 static bool has_branch(const md_node *n)
@@ -21,6 +21,8 @@ static md_status residual_ln_infer(md_graph *g, md_node *n)
     md_tensor t;
     MD_TRY(md_want_count(branch, md_tensor_count(x), "branch"));
     MD_TRY(md_want_count(md_in(g, n, 2), x->dim[0], "keep"));
+    MD_TRY(md_want_packed(g, n, 0, MD_NO_SLOT, "the residual stream"));
+    MD_TRY(md_want_packed(g, n, 1, n->in[3], "branch"));
     MD_TRY(md_want_count(MD_PARAM(0, t), c, "layer scale"));
     MD_TRY(md_want_count(MD_PARAM(1, t), c, "norm weight"));
     MD_TRY(md_want_count(MD_PARAM(2, t), c, "norm bias"));
@@ -30,6 +32,7 @@ static md_status residual_ln_infer(md_graph *g, md_node *n)
     if (!has_norm(n))
         return MD_OK;
     MD_TRY(md_node_output(g, n, 1, MD_COMPUTE(g), shape.rank, shape.dim));
+    md_node_set_packed(g, n, 1, n->in[4]);
     if (!g->training)
         return MD_OK;
     int64_t rows = md_tensor_rows(&shape);
@@ -42,9 +45,9 @@ static md_status residual_ln_fwd(md_graph *g, const md_node *n)
     md_tensor gamma, weight, bias;
     return MD_RUN(residual_ln, .x = md_in(g, n, 0), .branch = md_in(g, n, 1),
                   .keep = md_in(g, n, 2), .gamma = MD_PARAM(0, gamma),
-                  .weight = MD_PARAM(1, weight), .bias = MD_PARAM(2, bias), .r = md_out(g, n, 0),
-                  .y = md_out(g, n, 1), .mean = md_out(g, n, 2), .rstd = md_out(g, n, 3),
-                  .eps = n->attr.eps);
+                  .weight = MD_PARAM(1, weight), .bias = MD_PARAM(2, bias), .from = md_in(g, n, 3),
+                  .to = md_in(g, n, 4), .r = md_out(g, n, 0), .y = md_out(g, n, 1),
+                  .mean = md_out(g, n, 2), .rstd = md_out(g, n, 3), .eps = n->attr.eps);
 }
 
 static md_status residual_ln_bwd(md_graph *g, const md_node *n)
@@ -56,8 +59,9 @@ static md_status residual_ln_bwd(md_graph *g, const md_node *n)
     return MD_RUN(residual_ln_bwd, .r = branch ? md_out(g, n, 0) : md_in(g, n, 0),
                   .branch = md_in(g, n, 1), .keep = md_in(g, n, 2), .gamma = MD_PARAM(0, gamma),
                   .weight = dy ? MD_PARAM(1, weight) : NULL, .mean = md_out(g, n, 2),
-                  .rstd = md_out(g, n, 3), .dr = dr, .dy = dy, .dx = dx,
-                  .dbranch = md_in_grad(g, n, 1), .dgamma = MD_PARAM_GRAD(0, dgamma),
+                  .rstd = md_out(g, n, 3), .dr = dr, .dy = dy, .from = md_in(g, n, 3),
+                  .to = dy ? md_in(g, n, 4) : NULL, .dx = dx, .dbranch = md_in_grad(g, n, 1),
+                  .dgamma = MD_PARAM_GRAD(0, dgamma),
                   .dweight = dy ? MD_PARAM_GRAD(1, dweight) : NULL,
                   .dbias = dy ? MD_PARAM_GRAD(2, dbias) : NULL,
                   .accumulate = MD_ADD_BIT(2, 0) | (dy ? MD_ADD_BIT(3, 1) | MD_ADD_BIT(4, 2) : 0u));
@@ -67,7 +71,7 @@ static const md_node_kind kind_residual_ln = {.name = "residual_ln",
                                               .infer = residual_ln_infer,
                                               .fwd = residual_ln_fwd,
                                               .bwd = residual_ln_bwd,
-                                              .keep_in = 1u << 1 | 1u << 2,
+                                              .keep_in = 1u << 1 | 1u << 2 | 1u << 3 | 1u << 4,
                                               .keep_out = 1u << 0 | 1u << 2 | 1u << 3,
                                               .alias_fwd = true,
                                               .alias_bwd = true,
@@ -79,7 +83,7 @@ static const md_node_kind kind_affine_ln = {.name = "affine_ln",
                                             .infer = residual_ln_infer,
                                             .fwd = residual_ln_fwd,
                                             .bwd = residual_ln_bwd,
-                                            .keep_in = 1u << 0,
+                                            .keep_in = 1u << 0 | 1u << 4,
                                             .keep_out = 1u << 2 | 1u << 3,
                                             .accumulates = 1u << 0,
                                             .by_row = true};
@@ -91,6 +95,8 @@ void md_n_residual_ln(md_graph *g, const md_residual_in *in, md_slot *r, md_slot
     n.in[0] = in->x;
     n.in[1] = in->branch;
     n.in[2] = in->keep;
+    n.in[3] = in->from;
+    n.in[4] = in->to;
     n.param[0] = in->gamma;
     n.param[1] = in->weight;
     n.param[2] = in->bias;

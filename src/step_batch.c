@@ -6,7 +6,8 @@
 
 /* Where each array begins in a block, in bytes. */
 typedef struct layout {
-    size_t keep, teacher_rows, student_rows, all_rows, mask, mix, target, image, image2, bytes;
+    size_t keep, packed, packed_rows, teacher_rows, student_rows, all_rows, mask, mix, target,
+        image, image2, bytes;
 } layout;
 
 static size_t take(size_t *at, size_t bytes)
@@ -35,6 +36,8 @@ static layout layout_of(const md_method *m, bool device)
     layout l = {0};
     size_t at = 0;
     l.keep = take(&at, 4 * 2 * (size_t)s->layers * rows);
+    l.packed = take(&at, m->s_packed ? 4 * 2 * (size_t)s->layers * rows : 0);
+    l.packed_rows = take(&at, m->s_packed_rows != MD_NO_SLOT ? 4 * rows * chosen : 0);
     l.teacher_rows = take(&at, m->labels ? 0 : 4 * (size_t)m->own_images * chosen);
     l.student_rows = take(&at, 4 * rows * chosen);
     l.all_rows = take(&at, m->row_images < m->images ? 4 * (size_t)m->images * chosen : 0);
@@ -127,6 +130,20 @@ static md_status fill_rel_index(md_step_batch *b)
     return st;
 }
 
+static void bind_drop_path(md_method *m, char *block, const layout *l)
+{
+    md_graph *g = &m->student_graph;
+    for (int k = 0; m->s_keep && k < 2 * m->student_vit.spec.layers; k++) {
+        if (m->s_keep[k] == MD_NO_SLOT)
+            continue;
+        md_graph_bind(g, m->s_keep[k], (float *)(block + l->keep) + k * m->row_images);
+        if (m->s_packed)
+            md_graph_bind(g, m->s_packed[k], (int32_t *)(block + l->packed) + k * m->row_images);
+    }
+    if (m->s_packed_rows != MD_NO_SLOT)
+        md_graph_bind(g, m->s_packed_rows, block + l->packed_rows);
+}
+
 /* The present block, and what no pass changes. */
 static void bind(md_step_batch *b, const layout *l)
 {
@@ -151,9 +168,7 @@ static void bind(md_step_batch *b, const layout *l)
         md_graph_bind(student, m->s_rel_index, b->rel_index);
     if (m->t_rel_index != MD_NO_SLOT)
         md_graph_bind(teacher, m->t_rel_index, b->rel_index);
-    for (int k = 0; m->s_keep && k < 2 * m->student_vit.spec.layers; k++)
-        if (m->s_keep[k] != MD_NO_SLOT)
-            md_graph_bind(student, m->s_keep[k], (float *)(block + l->keep) + k * m->row_images);
+    bind_drop_path(m, block, l);
 }
 
 md_status md_step_batch_create(md_method *m, const md_topo *topo, md_backend *be, uint64_t seed,
@@ -206,7 +221,7 @@ static int32_t row_of(int64_t j, int patch, int patches, bool cls)
 typedef struct filling {
     md_step_batch *b;
     float *keep;
-    int32_t *teacher_rows, *student_rows, *all_rows;
+    int32_t *packed, *packed_rows, *teacher_rows, *student_rows, *all_rows;
     uint8_t *mask;
     md_mix *mix;
     float *target;
@@ -235,6 +250,31 @@ static void draw_mask(const filling *f, uint32_t epoch, int64_t j)
     }
 }
 
+/* The images that a branch with these factors is run for: those it is not dropped for, and as many
+ * others, whose factor is 0, as md_method_packed asks for. Returns how many. */
+static int64_t pack(const md_method *m, const float *keep, int32_t *packed)
+{
+    int64_t kept = 0, others, n = 0;
+    for (int64_t j = 0; j < m->row_images; j++)
+        kept += keep[j] > 0;
+    others = md_method_packed(m, kept) - kept;
+    for (int64_t j = 0; j < m->row_images; j++)
+        packed[j] = keep[j] > 0 || others-- > 0 ? (int32_t)n++ : -1;
+    return n;
+}
+
+/* The chosen rows of the packed images of the last block's attention. */
+static void pack_rows(const filling *f)
+{
+    const md_method *m = f->b->method;
+    const int32_t *packed = f->packed + 2 * (m->student_vit.spec.layers - 1) * m->row_images;
+    const int32_t tokens = md_vit_tokens(&m->student_vit.spec);
+    for (int64_t j = 0; j < m->row_images; j++)
+        for (int i = 0; packed[j] >= 0 && i < m->chosen; i++)
+            f->packed_rows[packed[j] * m->chosen + i] =
+                f->student_rows[j * m->chosen + i] + (packed[j] - (int32_t)j) * tokens;
+}
+
 /* Factors of both branches of every block: 0, or what keeps the mean. */
 static void draw_keep(const filling *f, int64_t step, int64_t first)
 {
@@ -249,7 +289,12 @@ static void draw_keep(const filling *f, int64_t step, int64_t first)
             md_rng r = md_rng_at(b->seed, MD_RNG_DROP_PATH, (uint32_t)step, index);
             f->keep[k * m->row_images + j] = md_rng_float(&r) >= rate ? 1.0f / (1.0f - rate) : 0.0f;
         }
+        if (m->s_packed && m->s_packed[k] != MD_NO_SLOT)
+            md_graph_pack(&b->method->student_graph, m->s_packed[k],
+                          pack(m, f->keep + k * m->row_images, f->packed + k * m->row_images));
     }
+    if (m->s_packed_rows != MD_NO_SLOT)
+        pack_rows(f);
 }
 
 /* How each image is erased and mixed, and its target: its own class and its partner's. `first` is
@@ -308,6 +353,8 @@ md_status md_step_batch_set(md_step_batch *b, const md_batch *batch, int64_t ste
     char *host = b->host[b->slot];
     const filling f = {.b = b,
                        .keep = (float *)(host + l.keep),
+                       .packed = (int32_t *)(host + l.packed),
+                       .packed_rows = (int32_t *)(host + l.packed_rows),
                        .teacher_rows = (int32_t *)(host + l.teacher_rows),
                        .student_rows = (int32_t *)(host + l.student_rows),
                        .all_rows = (int32_t *)(host + l.all_rows),

@@ -28,16 +28,31 @@ static md_vit_spec student_spec(const md_method *m)
     };
 }
 
-static md_status add_keep_inputs(md_method *m, md_graph *g)
+/* Drop path: the factors of every branch, and where dropped images are skipped the indices of the
+ * others. Ranks of a sequence-parallel group would have different numbers of them, which their
+ * collectives do not take. */
+static md_status add_drop_path(md_method *m, md_graph *g)
 {
     const md_vit_spec *s = &m->student_vit.spec;
+    const int branches = 2 * s->layers;
+    const int64_t images = m->row_images;
     if (s->drop_path <= 0)
         return MD_OK;
-    MD_NEW(m->s_keep, 2 * s->layers, "drop path inputs");
-    for (int k = 0; k < 2 * s->layers; k++)
-        m->s_keep[k] = md_vit_drop_rate(s, k / 2) > 0
-                           ? md_method_input(m, g, "keep", MD_F32, 1, (int64_t[]){m->row_images})
-                           : MD_NO_SLOT;
+    MD_NEW(m->s_keep, branches, "drop path inputs");
+    if (!m->split.sequence && strcmp(m->config->model_drop_path_mode, "mask") != 0)
+        MD_NEW(m->s_packed, branches, "drop path inputs");
+    for (int k = 0; k < branches; k++) {
+        const bool drops = md_vit_drop_rate(s, k / 2) > 0;
+        m->s_keep[k] =
+            drops ? md_method_input(m, g, "keep", MD_F32, 1, (int64_t[]){images}) : MD_NO_SLOT;
+        if (m->s_packed)
+            m->s_packed[k] = drops ? md_graph_packed(g, "packed", images) : MD_NO_SLOT;
+    }
+    if (m->s_packed && md_method_chosen_last(m) && m->s_packed[branches - 2] != MD_NO_SLOT) {
+        m->s_packed_rows =
+            md_graph_input(g, "packed rows", MD_I32, 2, (int64_t[]){images, m->chosen});
+        md_graph_set_packed(g, m->s_packed_rows, m->s_packed[branches - 2]);
+    }
     return MD_OK;
 }
 
@@ -77,6 +92,8 @@ md_slot md_student_encode(const md_method *m, md_graph *g, const md_vit_in *give
                      &(md_residual_in){.x = x,
                                        .branch = MD_NO_SLOT,
                                        .keep = MD_NO_SLOT,
+                                       .from = MD_NO_SLOT,
+                                       .to = MD_NO_SLOT,
                                        .gamma = MD_NO_PARAM,
                                        .weight = v->norm_w,
                                        .bias = v->norm_b,
@@ -91,7 +108,7 @@ static md_slot encode(md_method *m, md_graph *g)
     const md_vit_spec *s = &m->student_vit.spec;
     const int64_t tokens = md_vit_tokens(s);
     if (g->status == MD_OK)
-        g->status = add_keep_inputs(m, g);
+        g->status = add_drop_path(m, g);
     if (s->rel_pos != MD_REL_NONE)
         m->s_rel_index = md_graph_input(g, "rel_index", MD_I32, 2, (int64_t[]){tokens, tokens});
     if (s->mask_token)
@@ -103,6 +120,8 @@ static md_slot encode(md_method *m, md_graph *g)
                                           .mix = m->s_mix,
                                           .index = m->s_rel_index,
                                           .keep = m->s_keep,
+                                          .packed = m->s_packed,
+                                          .packed_rows = m->s_packed_rows,
                                           .rows = m->s_rows,
                                           .all_rows = m->s_all_rows});
 }
@@ -158,6 +177,8 @@ md_slot md_student_pool(const md_method *m, md_graph *g, md_slot x)
                      &(md_residual_in){.x = y,
                                        .branch = MD_NO_SLOT,
                                        .keep = MD_NO_SLOT,
+                                       .from = MD_NO_SLOT,
+                                       .to = MD_NO_SLOT,
                                        .gamma = MD_NO_PARAM,
                                        .weight = m->fc_norm_w,
                                        .bias = m->fc_norm_b,

@@ -154,13 +154,18 @@ float md_vit_drop_rate(const md_vit_spec *s, int k)
     return s->layers > 1 ? s->drop_path * (float)k / (float)(s->layers - 1) : 0.0f;
 }
 
+/* Entry of branch `branch` in an optional list; MD_NO_SLOT beyond the last one. */
+static md_slot of_branch(const md_vit *v, const md_slot *list, int branch)
+{
+    return list && branch < 2 * v->spec.layers ? list[branch] : MD_NO_SLOT;
+}
+
 /* One block: takes the stream with y = LN1(x), leaves the next one. */
 static void build_block(const md_vit *v, md_graph *g, const md_vit_in *in, int k, md_slot rel,
                         md_vit_stream *r)
 {
     const md_vit_spec *s = &v->spec;
     const md_vit_block *b = &v->block[k];
-    const md_slot *keep = in->keep ? &in->keep[2 * k] : NULL;
     bool last = k + 1 == s->layers;
     md_slot y = md_n_enter(g, r->y, b->qkv_w);
     md_slot qkv = s->qv_bias ? md_n_linear_slot(g, y, b->qkv_w, md_n_qv_bias(g, b->q_b, b->v_b))
@@ -169,14 +174,17 @@ static void build_block(const md_vit *v, md_graph *g, const md_vit_in *in, int k
         rel = md_n_rel_bias(g, in->index, b->rel);
     md_slot attn = md_n_attention(g, qkv, rel, s->heads);
     if (last && in->chosen_last) {
-        attn = md_n_gather_rows(g, attn, in->all_rows);
+        const bool packed = of_branch(v, in->packed, 2 * k) != MD_NO_SLOT;
+        attn = md_n_gather_rows(g, attn, packed ? in->packed_rows : in->all_rows);
         r->x = md_n_gather_rows(g, r->x, in->rows);
     }
     attn = md_n_exit(g, md_n_linear(g, attn, b->proj_w, b->proj_b, MD_ACT_NONE), r->x);
     md_n_residual_ln(g,
                      &(md_residual_in){.x = r->x,
                                        .branch = attn,
-                                       .keep = keep ? keep[0] : MD_NO_SLOT,
+                                       .keep = of_branch(v, in->keep, 2 * k),
+                                       .from = of_branch(v, in->packed, 2 * k),
+                                       .to = of_branch(v, in->packed, 2 * k + 1),
                                        .gamma = b->gamma_1,
                                        .weight = b->norm2_w,
                                        .bias = b->norm2_b,
@@ -187,7 +195,9 @@ static void build_block(const md_vit *v, md_graph *g, const md_vit_in *in, int k
     md_n_residual_ln(g,
                      &(md_residual_in){.x = r->x,
                                        .branch = hidden,
-                                       .keep = keep ? keep[1] : MD_NO_SLOT,
+                                       .keep = of_branch(v, in->keep, 2 * k + 1),
+                                       .from = of_branch(v, in->packed, 2 * k + 1),
+                                       .to = of_branch(v, in->packed, 2 * k + 2),
                                        .gamma = b->gamma_2,
                                        .weight = last ? MD_NO_PARAM : v->block[k + 1].norm1_w,
                                        .bias = last ? MD_NO_PARAM : v->block[k + 1].norm1_b,
@@ -217,6 +227,8 @@ void md_vit_build(const md_vit *v, md_graph *g, const md_vit_in *in, md_slot *ou
                      &(md_residual_in){.x = x,
                                        .branch = MD_NO_SLOT,
                                        .keep = MD_NO_SLOT,
+                                       .from = MD_NO_SLOT,
+                                       .to = of_branch(v, in->packed, 0),
                                        .gamma = MD_NO_PARAM,
                                        .weight = v->block[0].norm1_w,
                                        .bias = v->block[0].norm1_b,

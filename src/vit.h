@@ -77,6 +77,10 @@ typedef struct md_vit_in {
     md_slot mix;         /* i32 [B, MD_MIX_WORDS] (kernels/backend.h), MD_NO_SLOT: none */
     md_slot index;       /* i32 [T, T] when rel_pos */
     const md_slot *keep; /* [2L] slots f32 [B] when drop_path > 0, else NULL */
+    /* [2L] indices (md_graph_packed): the images that branch k is run for; NULL: all. And of the
+     * last block's attention the wanted rows of these images, i32 [B, M], when chosen_last. */
+    const md_slot *packed;
+    md_slot packed_rows;
     const float *mean, *std;
     md_slot rows; /* i32 [B, M]: the rows, of all B*T tokens, that are wanted; MD_NO_SLOT: all */
     md_slot all_rows; /* the same for the images of all tensor-parallel ranks; else equal to rows */

@@ -3,8 +3,8 @@
 
 #include <string.h>
 
-#define MM_SLOTS 1024 /* power of two */
-#define MM_MOST  768  /* probing stays short */
+#define MM_SLOTS 8192 /* power of two */
+#define MM_MOST  6144 /* probing stays short */
 
 struct cpu_mm {
     cpu_mm_shape shape;

@@ -89,6 +89,45 @@ md_status cpu_layernorm(md_backend *be, const md_layernorm_args *a)
     return MD_OK;
 }
 
+/* Row `row` in an operand that holds some images only; -1: not there. packed NULL: it holds all. */
+static int64_t packed_row(const int32_t *packed, int64_t row, int64_t tokens)
+{
+    const int64_t image = row / tokens;
+    if (!packed)
+        return row;
+    return packed[image] < 0 ? -1 : packed[image] * tokens + (row - image * tokens);
+}
+
+/* Rows of one image, where operands have images. */
+static int64_t rows_of_image(int64_t rows, const md_tensor *keep, const md_tensor *from,
+                             const md_tensor *to)
+{
+    const md_tensor *images = keep ? keep : from ? from : to;
+    return images ? rows / md_tensor_count(images) : MD_MAX(rows, 1);
+}
+
+static const int32_t *index_data(const md_tensor *t)
+{
+    return t ? md_i32(t) : NULL;
+}
+
+/* The images of `packed` are counted through by index, as the contract has it. */
+static md_status check_packed(md_op op, const md_tensor *index, const md_tensor *packed,
+                              int64_t tokens)
+{
+    int64_t next = 0;
+    for (int64_t i = 0; index && i < md_tensor_count(index); i++) {
+        const int32_t at = md_i32(index)[i];
+        if (at >= 0 && at != next++)
+            MD_FAIL(MD_ERR_BUG, "%s: image %lld is packed image %d, not %lld", md_op_name(op),
+                    (long long)i, (int)at, (long long)next - 1);
+    }
+    if (index && next * tokens != md_tensor_rows(packed))
+        MD_FAIL(MD_ERR_BUG, "%s: %lld images are packed, but %lld rows", md_op_name(op),
+                (long long)next, (long long)md_tensor_rows(packed));
+    return MD_OK;
+}
+
 /* r = x + k * gamma * branch */
 static void residual_row(const float *x, const float *branch, const float *gamma, float k, float *r,
                          int64_t n)
@@ -107,13 +146,12 @@ static void residual_row(const float *x, const float *branch, const float *gamma
 static md_status residual_ln_check(const md_residual_ln_args *a)
 {
     CPU_CHECK(residual_ln, a);
-    if (a->keep && md_tensor_rows(a->x) % md_tensor_count(a->keep) != 0)
-        MD_FAIL(MD_ERR_BUG, "residual_ln: %lld rows are not whole images",
-                (long long)md_tensor_rows(a->x));
     if (!a->weight != !a->bias || (a->branch && !a->r) || (!a->branch && (a->gamma || a->keep)) ||
         (!a->r && !a->y) || a->accumulate)
         MD_FAIL(MD_ERR_BUG, "residual_ln: this set of operands makes no sense");
-    return MD_OK;
+    const int64_t tokens = rows_of_image(md_tensor_rows(a->x), a->keep, a->from, a->to);
+    MD_TRY(check_packed(MD_OP_residual_ln, a->from, a->branch, tokens));
+    return check_packed(MD_OP_residual_ln, a->to, a->y, tokens);
 }
 
 md_status cpu_residual_ln(md_backend *be, const md_residual_ln_args *a)
@@ -124,21 +162,23 @@ md_status cpu_residual_ln(md_backend *be, const md_residual_ln_args *a)
     float *r = out_data(a->r), *y = out_data(a->y);
     float *mean = out_data(a->mean), *rstd = out_data(a->rstd);
     int64_t rows = md_tensor_rows(a->x), cols = md_tensor_cols(a->x);
-    int64_t tokens = keep ? rows / md_tensor_count(a->keep) : rows;
+    const int32_t *from = index_data(a->from), *to = index_data(a->to);
+    const int64_t tokens = rows_of_image(rows, a->keep, a->from, a->to);
 #pragma omp parallel for num_threads(be->threads) if (rows * cols > CPU_SERIAL_BELOW)
     for (int64_t i = 0; i < rows; i++) {
         const float *row = x + i * cols;
         float *sum = r ? r + i * cols : NULL;
-        if (branch)
-            residual_row(row, branch + i * cols, gamma, keep ? keep[i / tokens] : 1.0f, sum, cols);
+        const int64_t b = packed_row(from, i, tokens), out = packed_row(to, i, tokens);
+        if (branch && b >= 0)
+            residual_row(row, branch + b * cols, gamma, keep ? keep[i / tokens] : 1.0f, sum, cols);
         else if (sum && sum != row)
             memcpy(sum, row, sizeof *sum * (size_t)cols);
         if (!y && !mean && !rstd)
             continue;
         row = sum ? sum : row;
         row_stats s = stats_of(row, cols, a->eps, cols);
-        if (y)
-            normalise(row, s, weight, bias, y + i * cols, cols);
+        if (y && out >= 0)
+            normalise(row, s, weight, bias, y + out * cols, cols);
         if (mean)
             mean[i] = s.mean;
         if (rstd)
@@ -154,6 +194,7 @@ md_status cpu_residual_ln(md_backend *be, const md_residual_ln_args *a)
 
 typedef struct ln_bwd {
     const float *r, *branch, *gamma, *keep, *weight, *mean, *rstd, *dr, *dy;
+    const int32_t *from, *to;
     float *dx, *dbranch;
     const float *zeros;
     int64_t cols, tokens;
@@ -171,11 +212,12 @@ typedef struct row_sums {
     float plain, xhat;
 } row_sums;
 
-/* They are taken in the pass that adds the row's part of dweight and dbias. */
-static row_sums ln_bwd_sums(const ln_bwd *k, int64_t i, float *dweight, float *dbias)
+/* They are taken in the pass that adds the row's part of dweight and dbias. dy: of row i. */
+static row_sums ln_bwd_sums(const ln_bwd *k, int64_t i, const float *dy, float *dweight,
+                            float *dbias)
 {
     int64_t n = k->cols, c = 0;
-    const float *r = k->r + i * n, *dy = k->dy + i * n, *weight = k->weight;
+    const float *r = k->r + i * n, *weight = k->weight;
     float mean = k->mean[i], rstd = k->rstd[i], rest1 = 0.0f, rest2 = 0.0f;
     cpu_vec s1 = {0}, s2 = {0};
     for (; c + CPU_LANES <= n; c += CPU_LANES) {
@@ -203,13 +245,14 @@ static void ln_bwd_row(const ln_bwd *k, int64_t i, float *dweight, float *dbias)
     int64_t n = k->cols;
     const float *dr = k->dr ? k->dr + i * n : k->zeros;
     float *dx = k->dx + i * n;
-    if (!k->dy) {
+    const int64_t at = packed_row(k->to, i, k->tokens);
+    if (!k->dy || at < 0) {
         if (dx != dr)
             memcpy(dx, dr, sizeof *dx * (size_t)n);
         return;
     }
-    row_sums s = ln_bwd_sums(k, i, dweight, dbias);
-    const float *r = k->r + i * n, *dy = k->dy + i * n, *weight = k->weight;
+    const float *r = k->r + i * n, *dy = k->dy + at * n, *weight = k->weight;
+    const row_sums s = ln_bwd_sums(k, i, dy, dweight, dbias);
     float mean = k->mean[i], rstd = k->rstd[i];
 #pragma omp simd
     for (int64_t c = 0; c < n; c++) {
@@ -223,8 +266,11 @@ static void branch_bwd_row(const ln_bwd *k, int64_t i, float *dgamma)
     int64_t n = k->cols;
     const float *g = k->dx + i * n, *gamma = k->gamma, *branch = k->branch;
     float keep = k->keep ? k->keep[i / k->tokens] : 1.0f;
+    const int64_t at = packed_row(k->from, i, k->tokens);
+    if (at < 0)
+        return;
     if (k->dbranch) {
-        float *out = k->dbranch + i * n;
+        float *out = k->dbranch + at * n;
 #pragma omp simd
         for (int64_t c = 0; c < n; c++)
             out[c] = keep * gamma[c] * g[c];
@@ -232,21 +278,21 @@ static void branch_bwd_row(const ln_bwd *k, int64_t i, float *dgamma)
     if (branch) {
 #pragma omp simd
         for (int64_t c = 0; c < n; c++)
-            dgamma[c] += keep * branch[i * n + c] * g[c];
+            dgamma[c] += keep * branch[at * n + c] * g[c];
     }
 }
 
 static md_status ln_bwd_check(const md_residual_ln_bwd_args *a)
 {
     CPU_CHECK(residual_ln_bwd, a);
-    if (a->keep && md_tensor_rows(a->dx) % md_tensor_count(a->keep) != 0)
-        MD_FAIL(MD_ERR_BUG, "residual_ln_bwd: %lld rows are not whole images",
-                (long long)md_tensor_rows(a->dx));
     if ((!a->dr && !a->dy) || (a->dy && (!a->r || !a->mean || !a->rstd)) ||
         (a->dgamma && (!a->branch || !a->gamma)) || ((a->dweight || a->dbias) && !a->dy) ||
         (a->accumulate & 3))
         MD_FAIL(MD_ERR_BUG, "residual_ln_bwd: this set of operands makes no sense");
-    return MD_OK;
+    const int64_t tokens = rows_of_image(md_tensor_rows(a->dx), a->keep, a->from, a->to);
+    MD_TRY(
+        check_packed(MD_OP_residual_ln_bwd, a->from, a->branch ? a->branch : a->dbranch, tokens));
+    return check_packed(MD_OP_residual_ln_bwd, a->to, a->dy, tokens);
 }
 
 md_status cpu_residual_ln_bwd(md_backend *be, const md_residual_ln_bwd_args *a)
@@ -269,11 +315,13 @@ md_status cpu_residual_ln_bwd(md_backend *be, const md_residual_ln_bwd_args *a)
                 .rstd = in_data(a->rstd),
                 .dr = in_data(a->dr),
                 .dy = in_data(a->dy),
+                .from = index_data(a->from),
+                .to = index_data(a->to),
                 .dx = md_f32(a->dx),
                 .dbranch = out_data(a->dbranch),
                 .zeros = zeros,
                 .cols = cols,
-                .tokens = a->keep ? rows / md_tensor_count(a->keep) : rows};
+                .tokens = rows_of_image(rows, a->keep, a->from, a->to)};
     float *dgamma = part, *dweight = part + chunks * cols, *dbias = part + 2 * chunks * cols;
 #pragma omp parallel for num_threads(be->threads) if (rows * cols > CPU_SERIAL_BELOW)
     for (int64_t i = 0; i < chunks; i++) {

@@ -33,7 +33,8 @@ typedef struct cuda_gemm_plan {
     bool own; /* the library has no algorithm: the kernel of cuda_gemm.cu */
 } cuda_gemm_plan;
 
-#define CUDA_GEMM_PLANS 256
+/* Each number of images that drop path leaves (MD_PACKED_COUNTS) makes shapes of its own. */
+#define CUDA_GEMM_PLANS 4096
 
 struct cuda_gemm_table {
     cublasLtHandle_t handle;
@@ -41,6 +42,7 @@ struct cuda_gemm_table {
     int plans;
     bool tune;
     cuda_gemm_plan plan[CUDA_GEMM_PLANS];
+    uint16_t place[2 * CUDA_GEMM_PLANS]; /* by the hash of a key: 1 + its plan; 0: free */
 };
 
 /* Finds or makes the plan of a key. MD_ERR_MEMORY when the table is full; MD_ERR_DEVICE. */

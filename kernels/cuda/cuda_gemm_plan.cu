@@ -1,8 +1,9 @@
 /* cuda_gemm_plan: which algorithm of cuBLASLt makes a product. The library proposes; by default its
  * first proposal is taken, which is the same for the same library and GPU. With tuning the
  * proposals are timed when the plan is made, before training, and the fastest is taken: another run
- * may then choose another one, and its sums round otherwise. Splitting a long sum over blocks adds
- * in a fixed order, so that a plan gives the same bits every time. */
+ * may then choose another one, and its sums round otherwise. What is fastest at a number of rows is
+ * taken for somewhat fewer rows too, of which drop path leaves many numbers. Splitting a long sum
+ * over blocks adds in a fixed order, so that a plan gives the same bits every time. */
 #include "kernels/cuda/cuda_gemm.h"
 
 #include <stdio.h>
@@ -198,11 +199,49 @@ static void tune(cuda_state *s, cuda_gemm_plan *p, const cublasLtMatmulHeuristic
 
 /* ---- choosing ---- */
 
+/* Rows of activations of a product: the length of its sums where both operands have them. */
+static int64_t key_rows(const cuda_gemm_key *k)
+{
+    return k->trans_a ? k->k : k->m;
+}
+
+static bool same_but_rows(const cuda_gemm_key *a, const cuda_gemm_key *b)
+{
+    cuda_gemm_key k = *a;
+    (a->trans_a ? k.k : k.m) = key_rows(b);
+    return memcmp(&k, b, sizeof k) == 0;
+}
+
+/* Takes the choice for at most twice as many rows, where there is one that can do p's. */
+static bool choose_as_larger(cuda_gemm_table *t, cuda_gemm_plan *p)
+{
+    const int64_t rows = key_rows(&p->key);
+    const cuda_gemm_plan *near = NULL;
+    for (int i = 0; i < t->plans; i++) {
+        const cuda_gemm_plan *q = &t->plan[i];
+        const int64_t more = key_rows(&q->key);
+        if (!q->own && more > rows && more <= 2 * rows && same_but_rows(&q->key, &p->key) &&
+            (!near || more < key_rows(&near->key)))
+            near = q;
+    }
+    cublasLtMatmulHeuristicResult_t checked;
+    if (!near || cublasLtMatmulAlgoCheck(t->handle, p->desc, p->b, p->a, p->y, p->y, &near->algo,
+                                         &checked) != CUBLAS_STATUS_SUCCESS)
+        return false;
+    if (checked.state != CUBLAS_STATUS_SUCCESS || checked.workspaceSize > CUDA_GEMM_WORKSPACE)
+        return false;
+    p->algo = near->algo;
+    p->workspace = checked.workspaceSize;
+    return true;
+}
+
 static md_status choose(cuda_state *s, cuda_gemm_plan *p)
 {
     cuda_gemm_table *t = s->gemm;
     cublasLtMatmulHeuristicResult_t found[PROPOSALS];
     int n = 0;
+    if (t->tune && choose_as_larger(t, p))
+        return MD_OK;
     MD_TRY(set_alignment(t, p->key.align));
     cublasStatus_t st =
         cublasLtMatmulAlgoGetHeuristic(t->handle, p->desc, p->b, p->a, p->y, p->y, t->preference,
@@ -220,15 +259,21 @@ static md_status choose(cuda_state *s, cuda_gemm_plan *p)
     return MD_OK;
 }
 
-static cuda_gemm_plan *look_up(cuda_gemm_table *t, const cuda_gemm_key *key)
+/* Where the key's plan is named, or could be. */
+static uint16_t *place_of(cuda_gemm_table *t, const cuda_gemm_key *key)
 {
-    for (int i = 0; i < t->plans; i++)
-        if (memcmp(&t->plan[i].key, key, sizeof *key) == 0)
-            return &t->plan[i];
-    return NULL;
+    uint64_t word[sizeof *key / 8], hash = 0;
+    memcpy(word, key, sizeof word);
+    for (size_t i = 0; i < MD_COUNT(word); i++)
+        hash = (hash ^ word[i] ^ hash >> 29) * 0x9E3779B97F4A7C15u;
+    for (uint64_t i = hash >> 40;; i++) {
+        uint16_t *place = &t->place[i % MD_COUNT(t->place)];
+        if (!*place || memcmp(&t->plan[*place - 1].key, key, sizeof *key) == 0)
+            return place;
+    }
 }
 
-/* choice NULL: it is to be made. */
+/* A plan for a key that has none. choice NULL: it is to be made. */
 static md_status add(cuda_state *s, const cuda_gemm_key *key, const cuda_gemm_plan *choice)
 {
     cuda_gemm_table *t = s->gemm;
@@ -248,24 +293,24 @@ static md_status add(cuda_state *s, const cuda_gemm_key *key, const cuda_gemm_pl
         p.workspace = choice->workspace;
         p.own = choice->own;
     }
+    uint16_t *place = place_of(t, key);
     t->plan[t->plans++] = p;
+    *place = (uint16_t)t->plans;
     return MD_OK;
 }
 
 md_status cuda_gemm_find(cuda_state *s, const cuda_gemm_key *key, cuda_gemm_plan **out)
 {
     cuda_gemm_table *t = s->gemm;
-    *out = look_up(t, key);
-    if (*out)
-        return MD_OK;
-    MD_TRY(add(s, key, NULL));
-    *out = &t->plan[t->plans - 1];
+    if (!*place_of(t, key))
+        MD_TRY(add(s, key, NULL));
+    *out = &t->plan[*place_of(t, key) - 1];
     return MD_OK;
 }
 
 md_status cuda_gemm_take(cuda_state *s, const cuda_gemm_plan *known)
 {
-    return look_up(s->gemm, &known->key) ? MD_OK : add(s, &known->key, known);
+    return *place_of(s->gemm, &known->key) ? MD_OK : add(s, &known->key, known);
 }
 
 void cuda_gemm_tune(md_backend *be)

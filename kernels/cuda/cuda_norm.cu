@@ -6,10 +6,11 @@ namespace
 
 template <class T> struct md_ln {
     const T *x, *branch;
-    const float *gamma, *keep, *weight, *bias;
+    const float *gamma, *weight, *bias;
     T *r, *y;
     float *mean, *rstd;
-    int64_t rows, cols, tokens;
+    md_ln_images images;
+    int64_t rows, cols;
     float eps, per_col, per_term; /* 1 / C; 1 / what the variance is divided by */
 };
 
@@ -75,15 +76,15 @@ template <class T> MD_KERNEL(LN_BLOCK) md_ln_rows(md_ln<T> k)
         const int64_t at = row * k.cols + col;
         uint4 x[R];
         float mean[R], rstd[R];
+        md_ln_places<R> place;
         md_read_rows(k.x, row, end, at, k.cols, x);
+        md_places_of(k.images, row, end, place);
         if (k.branch) {
             uint4 branch[R];
-            float keep[R];
-            md_read_rows(k.branch, row, end, at, k.cols, branch);
-            md_keep_of(k.keep, row, end, k.tokens, keep);
+            md_read_places(k.branch, place.from, col, k.cols, branch);
 #pragma unroll
             for (int i = 0; i < R; i++)
-                md_residual<T>(x[i], branch[i], gamma, keep[i]);
+                md_residual<T>(x[i], branch[i], gamma, place.keep[i]);
         }
 #pragma unroll
         for (int i = 0; i < R; i++)
@@ -101,8 +102,8 @@ template <class T> MD_KERNEL(LN_BLOCK) md_ln_rows(md_ln<T> k)
 #pragma unroll
             for (int j = 0; j < N; j++)
                 v[j] = (v[j] - mean[i]) * rstd[i] * weight[j] + bias[j];
-            if (k.y)
-                md_vec<T>::store(k.y + at + i * k.cols, v);
+            if (k.y && place.to[i] >= 0)
+                md_vec<T>::store(k.y + place.to[i] * k.cols + col, v);
             if (k.mean && threadIdx.x == 0)
                 k.mean[row + i] = mean[i];
             if (k.rstd && threadIdx.x == 0)
@@ -117,14 +118,18 @@ template <class T> MD_KERNEL(VEC_BLOCK) md_ln_any(md_ln<T> k)
 {
     float *smem = reinterpret_cast<float *>(md_smem());
     for (int64_t row = blockIdx.x; row < k.rows; row += gridDim.x) {
-        const T *x = k.x + row * k.cols, *branch = k.branch ? k.branch + row * k.cols : nullptr;
-        const float keep = k.keep ? k.keep[row / k.tokens] : 1.0f;
+        md_ln_places<1> place;
+        md_places_of(k.images, row, k.rows, place);
+        const T *x = k.x + row * k.cols;
+        const T *branch =
+            k.branch && place.from[0] >= 0 ? k.branch + place.from[0] * k.cols : nullptr;
         if (k.r) {
             T *r = k.r + row * k.cols;
             for (int64_t c = threadIdx.x; c < k.cols; c += VEC_BLOCK)
-                md_store(&r[c], md_load(&x[c]) + (branch ? keep * (k.gamma ? k.gamma[c] : 1.0f) *
-                                                               md_load(&branch[c])
-                                                         : 0.0f));
+                md_store(&r[c],
+                         md_load(&x[c]) + (branch ? place.keep[0] * (k.gamma ? k.gamma[c] : 1.0f) *
+                                                        md_load(&branch[c])
+                                                  : 0.0f));
             x = r;
         }
         if (!k.y && !k.mean && !k.rstd)
@@ -140,10 +145,10 @@ template <class T> MD_KERNEL(VEC_BLOCK) md_ln_any(md_ln<T> k)
         }
         md_block_sums(rstd, smem + VEC_WARPS);
         rstd[0] = 1.0f / sqrtf(rstd[0] * k.per_term + k.eps);
-        for (int64_t c = threadIdx.x; k.y && c < k.cols; c += VEC_BLOCK)
-            md_store(&k.y[row * k.cols + c],
-                     (md_load(&x[c]) - mean[0]) * rstd[0] * (k.weight ? k.weight[c] : 1.0f) +
-                         (k.bias ? k.bias[c] : 0.0f));
+        T *y = k.y && place.to[0] >= 0 ? k.y + place.to[0] * k.cols : nullptr;
+        for (int64_t c = threadIdx.x; y && c < k.cols; c += VEC_BLOCK)
+            md_store(&y[c], (md_load(&x[c]) - mean[0]) * rstd[0] * (k.weight ? k.weight[c] : 1.0f) +
+                                (k.bias ? k.bias[c] : 0.0f));
         if (k.mean && threadIdx.x == 0)
             k.mean[row] = mean[0];
         if (k.rstd && threadIdx.x == 0)
@@ -179,6 +184,7 @@ template <class T> md_status layernorm_run(md_backend *be, const md_layernorm_ar
     k.rstd = cuda_data<float>(a->rstd);
     k.rows = md_tensor_rows(a->x);
     k.cols = md_tensor_cols(a->x);
+    MD_TRY(ln_images(MD_OP_layernorm, NULL, NULL, NULL, k.rows, &k.images));
     k.eps = a->eps;
     k.per_col = 1.0f / (float)k.cols;
     k.per_term = 1.0f / (float)(a->unbiased && k.cols > 1 ? k.cols - 1 : k.cols);
@@ -191,7 +197,6 @@ template <class T> md_status residual_run(md_backend *be, const md_residual_ln_a
     k.x = cuda_data<T>(a->x);
     k.branch = cuda_data<T>(a->branch);
     k.gamma = cuda_data<float>(a->gamma);
-    k.keep = cuda_data<float>(a->keep);
     k.weight = cuda_data<float>(a->weight);
     k.bias = cuda_data<float>(a->bias);
     k.r = cuda_data<T>(a->r);
@@ -200,7 +205,7 @@ template <class T> md_status residual_run(md_backend *be, const md_residual_ln_a
     k.rstd = cuda_data<float>(a->rstd);
     k.rows = md_tensor_rows(a->x);
     k.cols = md_tensor_cols(a->x);
-    k.tokens = a->keep ? k.rows / md_tensor_count(a->keep) : k.rows;
+    MD_TRY(ln_images(MD_OP_residual_ln, a->keep, a->from, a->to, k.rows, &k.images));
     k.eps = a->eps;
     k.per_col = k.per_term = 1.0f / (float)k.cols;
     return ln_run(be, MD_OP_residual_ln, k);
@@ -219,9 +224,6 @@ md_status cuda_layernorm(md_backend *be, const md_layernorm_args *a)
 md_status cuda_residual_ln(md_backend *be, const md_residual_ln_args *a)
 {
     CUDA_CHECK(residual_ln, a);
-    if (a->keep && md_tensor_rows(a->x) % md_tensor_count(a->keep) != 0)
-        MD_FAIL(MD_ERR_BUG, "residual_ln: %lld rows are not whole images",
-                (long long)md_tensor_rows(a->x));
     if (!a->weight != !a->bias || (a->branch && !a->r) || (!a->branch && (a->gamma || a->keep)) ||
         (!a->r && !a->y) || a->accumulate)
         MD_FAIL(MD_ERR_BUG, "residual_ln: this set of operands makes no sense");

@@ -38,23 +38,66 @@ MD_DEV void md_read_rows(const T *p, int64_t row, int64_t end, int64_t at, int64
                                   : make_uint4(0, 0, 0, 0);
 }
 
-/* keep of the images that R rows from `row` on are of. */
-template <int R>
-MD_DEV void md_keep_of(const float *keep, int64_t row, int64_t end, int64_t tokens, float (&x)[R])
-{
-    if (!keep) {
-#pragma unroll
-        for (int i = 0; i < R; i++)
-            x[i] = 1.0f;
-        return;
+/* The images of rows: tokens rows each. keep, from and to of an image as residual_ln has them. */
+struct md_ln_images {
+    const float *keep;
+    const int32_t *from, *to;
+    int tokens;
+    MD_DEV bool any() const
+    {
+        return keep || from || to;
     }
-    int64_t image = row / tokens, token = row - image * tokens;
+};
+
+/* Of R rows: the factor of the branch, and the row in the branch and in y; -1: not there. */
+template <int R> struct md_ln_places {
+    float keep[R];
+    int from[R], to[R];
+};
+
+/* Those of the rows [row, end) of R. Row numbers fit 32 bits (ln_images sees to it). */
+template <int R>
+MD_DEV void md_places_of(const md_ln_images &k, int64_t row, int64_t end, md_ln_places<R> &p)
+{
+    const int first = (int)row, rows = (int)(end - row);
+    int image = 0, token = 0;
+    if (k.any()) {
+        image = first / k.tokens;
+        token = first - image * k.tokens;
+    }
 #pragma unroll
     for (int i = 0; i < R; i++) {
-        x[i] = row + i < end ? keep[image] : 0.0f;
-        if (++token == tokens)
+        const bool there = i < rows;
+        const int from = there && k.from ? k.from[image] : 0;
+        const int to = there && k.to ? k.to[image] : 0;
+        p.keep[i] = there && k.keep ? k.keep[image] : 1.0f;
+        p.from[i] = !there || from < 0 ? -1 : k.from ? from * k.tokens + token : first + i;
+        p.to[i] = !there || to < 0 ? -1 : k.to ? to * k.tokens + token : first + i;
+        if (++token == k.tokens)
             token = 0, image++;
     }
+}
+
+/* As md_read_rows, of the rows at[i]. */
+template <int R, class T>
+MD_DEV void md_read_places(const T *p, const int (&at)[R], int64_t col, int64_t cols, uint4 (&x)[R])
+{
+#pragma unroll
+    for (int i = 0; i < R; i++)
+        x[i] = p && at[i] >= 0 ? *reinterpret_cast<const uint4 *>(p + at[i] * cols + col)
+                               : make_uint4(0, 0, 0, 0);
+}
+
+/* What a kernel takes of the operands; rows: of all images together. */
+static inline md_status ln_images(md_op op, const md_tensor *keep, const md_tensor *from,
+                                  const md_tensor *to, int64_t rows, md_ln_images *out)
+{
+    const md_tensor *images = keep ? keep : from ? from : to;
+    if (rows > INT32_MAX)
+        MD_FAIL(MD_ERR_BUG, "%s: %lld rows", md_op_name(op), (long long)rows);
+    *out = {cuda_data<const float>(keep), cuda_data<const int32_t>(from),
+            cuda_data<const int32_t>(to), images ? (int)(rows / md_tensor_count(images)) : 0};
+    return MD_OK;
 }
 
 /* Threads for rows of cols numbers of type T: whole warps; 0: they need the slow kernel. */

@@ -16,10 +16,11 @@ namespace
 /* branch only where dgamma is wanted, part only where a sum is. */
 template <class T> struct md_ln_bwd {
     const T *r, *branch, *dr, *dy;
-    const float *gamma, *keep, *weight, *mean, *rstd;
+    const float *gamma, *weight, *mean, *rstd;
     T *dx, *dbranch;
     float *part;
-    int64_t rows, cols, tokens;
+    md_ln_images images;
+    int64_t rows, cols;
     float per_col; /* 1 / C */
 };
 
@@ -32,7 +33,8 @@ template <int N> struct md_ln_columns {
 /* What a batch of rows has for each row, and the sums over a row that LN' needs, of dy weight and
  * of dy weight xhat. */
 template <int R> struct md_ln_rows_of {
-    float mean[R], rstd[R], keep[R];
+    float mean[R], rstd[R];
+    md_ln_places<R> place;
 };
 template <int R> struct md_ln_batch {
     uint4 r[R], branch[R], dr[R], dy[R];
@@ -47,23 +49,20 @@ MD_DEV void md_ln_bwd_fetch(const md_ln_bwd<T> &k, int64_t row, int64_t end, int
                             uint4 *slot, md_ln_rows_of<R> &of)
 {
     const T *const from[BWD_OPERANDS] = {k.dr, k.branch, k.dy ? k.r : nullptr, k.dy};
-#pragma unroll
-    for (int o = 0; o < BWD_OPERANDS; o++) {
-#pragma unroll
-        for (int i = 0; i < R && from[o]; i++) {
-            const bool there = row + i < end;
-            const T *src = from[o] + (there ? (row + i) * k.cols + col : 0);
-            md_async_copy16(slot + (o * R + i) * blockDim.x, src, there);
-        }
-    }
-    md_async_commit();
-    md_keep_of(k.keep, row, end, k.tokens, of.keep);
+    md_places_of(k.images, row, end, of.place);
 #pragma unroll
     for (int i = 0; i < R; i++) {
-        const bool there = k.dy && row + i < end;
-        of.mean[i] = there ? k.mean[row + i] : 0.0f;
-        of.rstd[i] = there ? k.rstd[row + i] : 0.0f;
+        const int own = row + i < end ? (int)row + i : -1, to = k.dy ? of.place.to[i] : -1;
+        const int at[BWD_OPERANDS] = {own, of.place.from[i], to < 0 ? -1 : own, to};
+#pragma unroll
+        for (int o = 0; o < BWD_OPERANDS; o++)
+            if (from[o])
+                md_async_copy16(slot + (o * R + i) * blockDim.x,
+                                from[o] + (at[o] >= 0 ? at[o] * k.cols + col : 0), at[o] >= 0);
+        of.mean[i] = to >= 0 ? k.mean[own] : 0.0f;
+        of.rstd[i] = to >= 0 ? k.rstd[own] : 0.0f;
     }
+    md_async_commit();
 }
 
 /* The vectors that have come; zeros of an operand that is not there. */
@@ -100,10 +99,10 @@ MD_DEV void md_ln_bwd_sums(md_ln_batch<R> &b, const float (&weight)[md_vec<T>::N
     }
 }
 
-/* Row i of the batch, at element `at`: writes dx and dbranch and adds to the columns. */
+/* Row i of the batch, row `row` of all: writes dx and dbranch at col and adds to the columns. */
 template <class T, int R>
-MD_DEV void md_ln_bwd_row(const md_ln_bwd<T> &k, const md_ln_batch<R> &b, int i, int64_t at,
-                          md_ln_columns<md_vec<T>::N> &c)
+MD_DEV void md_ln_bwd_row(const md_ln_bwd<T> &k, const md_ln_batch<R> &b, int i, int64_t row,
+                          int64_t col, md_ln_columns<md_vec<T>::N> &c)
 {
     enum { N = md_vec<T>::N };
     float g[N];
@@ -121,19 +120,19 @@ MD_DEV void md_ln_bwd_row(const md_ln_bwd<T> &k, const md_ln_batch<R> &b, int i,
             c.dbias[j] += dy[j];
         }
     }
-    md_vec<T>::store(k.dx + at, g);
+    md_vec<T>::store(k.dx + row * k.cols + col, g);
     if (k.branch) {
         float branch[N];
         md_raw<T>::unpack(b.branch[i], branch);
 #pragma unroll
         for (int j = 0; j < N; j++)
-            c.dgamma[j] += b.row.keep[i] * branch[j] * g[j];
+            c.dgamma[j] += b.row.place.keep[i] * branch[j] * g[j];
     }
-    if (k.dbranch) {
+    if (k.dbranch && b.row.place.from[i] >= 0) {
 #pragma unroll
         for (int j = 0; j < N; j++)
-            g[j] *= b.row.keep[i] * c.gamma[j];
-        md_vec<T>::store(k.dbranch + at, g);
+            g[j] *= b.row.place.keep[i] * c.gamma[j];
+        md_vec<T>::store(k.dbranch + b.row.place.from[i] * k.cols + col, g);
     }
 }
 
@@ -176,7 +175,7 @@ template <class T, int THREADS, int R> MD_KERNEL(THREADS) md_ln_bwd_rows(md_ln_b
 #pragma unroll
         for (int i = 0; i < R; i++)
             if (row + i < end)
-                md_ln_bwd_row(k, b, i, (row + i) * k.cols + col, c);
+                md_ln_bwd_row(k, b, i, row + i, col, c);
     }
     md_async_wait<0>();
     if (!k.part || !there)
@@ -190,27 +189,31 @@ template <class T, int THREADS, int R> MD_KERNEL(THREADS) md_ln_bwd_rows(md_ln_b
 
 /* One row of md_ln_bwd_any; s1, s2 as the sums above over the width. */
 template <class T>
-MD_DEV void md_ln_bwd_any_row(const md_ln_bwd<T> &k, int64_t row, float s1, float s2, float *part)
+MD_DEV void md_ln_bwd_any_row(const md_ln_bwd<T> &k, int64_t row, const md_ln_rows_of<1> &of,
+                              float s1, float s2, float *part)
 {
-    const float keep = k.keep ? k.keep[row / k.tokens] : 1.0f;
-    const float mean = k.dy ? k.mean[row] : 0.0f, rstd = k.dy ? k.rstd[row] : 0.0f;
     const int64_t next = (int64_t)gridDim.x * k.cols;
+    const int from = of.place.from[0], to = of.place.to[0];
     for (int64_t c = threadIdx.x; c < k.cols; c += VEC_BLOCK) {
         const int64_t at = row * k.cols + c;
         float g = k.dr ? md_load(k.dr + at) : 0.0f;
-        if (k.dy) {
-            const float xhat = (md_load(k.r + at) - mean) * rstd, dy = md_load(k.dy + at);
-            g += rstd * (dy * (k.weight ? k.weight[c] : 1.0f) - s1 - xhat * s2);
+        if (k.dy && to >= 0) {
+            const float xhat = (md_load(k.r + at) - of.mean[0]) * of.rstd[0];
+            const float dy = md_load(k.dy + to * k.cols + c);
+            g += of.rstd[0] * (dy * (k.weight ? k.weight[c] : 1.0f) - s1 - xhat * s2);
             if (part) {
                 part[next + c] += dy * xhat;
                 part[2 * next + c] += dy;
             }
         }
         md_store(k.dx + at, g);
+        if (from < 0)
+            continue;
+        const float keep = of.place.keep[0];
         if (k.branch)
-            part[c] += keep * md_load(k.branch + at) * g;
+            part[c] += keep * md_load(k.branch + from * k.cols + c) * g;
         if (k.dbranch)
-            md_store(k.dbranch + at, keep * (k.gamma ? k.gamma[c] : 1.0f) * g);
+            md_store(k.dbranch + from * k.cols + c, keep * (k.gamma ? k.gamma[c] : 1.0f) * g);
     }
 }
 
@@ -227,16 +230,21 @@ template <class T> MD_KERNEL(VEC_BLOCK) md_ln_bwd_any(md_ln_bwd<T> k)
     int turn = 0;
     for (int64_t row = k.rows * blockIdx.x / gridDim.x; row < end; row++, turn ^= 1) {
         float sums[2] = {0.0f, 0.0f};
-        if (k.dy) {
-            const T *r = k.r + row * k.cols, *dy = k.dy + row * k.cols;
+        md_ln_rows_of<1> of;
+        md_places_of(k.images, row, end, of.place);
+        of.mean[0] = k.dy ? k.mean[row] : 0.0f;
+        of.rstd[0] = k.dy ? k.rstd[row] : 0.0f;
+        if (k.dy && of.place.to[0] >= 0) {
+            const T *r = k.r + row * k.cols, *dy = k.dy + of.place.to[0] * k.cols;
             for (int64_t c = threadIdx.x; c < k.cols; c += VEC_BLOCK) {
                 const float g = md_load(&dy[c]) * (k.weight ? k.weight[c] : 1.0f);
                 sums[0] += g;
-                sums[1] += g * ((md_load(&r[c]) - k.mean[row]) * k.rstd[row]);
+                sums[1] += g * ((md_load(&r[c]) - of.mean[0]) * of.rstd[0]);
             }
-            md_block_sums(sums, smem + turn * 2 * VEC_WARPS);
         }
-        md_ln_bwd_any_row(k, row, sums[0] * k.per_col, sums[1] * k.per_col, part);
+        if (k.dy)
+            md_block_sums(sums, smem + turn * 2 * VEC_WARPS);
+        md_ln_bwd_any_row(k, row, of, sums[0] * k.per_col, sums[1] * k.per_col, part);
     }
 }
 
@@ -275,15 +283,14 @@ template <class T> md_status allow_smem(void)
     return cuda_ok(MD_ALLOW_SMEM(l::wide, l::smem(LN_BLOCK)), "shared memory");
 }
 
-template <class T> md_ln_bwd<T> bwd_operands(const md_residual_ln_bwd_args *a, float *part)
+template <class T>
+md_status bwd_operands(const md_residual_ln_bwd_args *a, float *part, md_ln_bwd<T> &k)
 {
-    md_ln_bwd<T> k;
     k.r = cuda_data<T>(a->r);
     k.branch = a->dgamma ? cuda_data<T>(a->branch) : nullptr;
     k.dr = cuda_data<T>(a->dr);
     k.dy = cuda_data<T>(a->dy);
     k.gamma = cuda_data<float>(a->gamma);
-    k.keep = cuda_data<float>(a->keep);
     k.weight = cuda_data<float>(a->weight);
     k.mean = cuda_data<float>(a->mean);
     k.rstd = cuda_data<float>(a->rstd);
@@ -293,14 +300,14 @@ template <class T> md_ln_bwd<T> bwd_operands(const md_residual_ln_bwd_args *a, f
     k.rows = md_tensor_rows(a->dx);
     k.cols = md_tensor_cols(a->dx);
     k.per_col = 1.0f / (float)k.cols;
-    k.tokens = a->keep ? k.rows / md_tensor_count(a->keep) : k.rows;
-    return k;
+    return ln_images(MD_OP_residual_ln_bwd, a->keep, a->from, a->to, k.rows, &k.images);
 }
 
 template <class T>
-void bwd_run(md_backend *be, const md_residual_ln_bwd_args *a, int64_t chunks, float *part)
+md_status bwd_run(md_backend *be, const md_residual_ln_bwd_args *a, int64_t chunks, float *part)
 {
-    const md_ln_bwd<T> k = bwd_operands<T>(a, part);
+    md_ln_bwd<T> k = {};
+    MD_TRY(bwd_operands(a, part, k));
     const int threads =
         ln_threads<T>(k.cols, cuda_aligned(k.r, k.branch, k.dr, k.dy, k.dx, k.dbranch));
     typedef ln_bwd_launch<T> l;
@@ -313,14 +320,12 @@ void bwd_run(md_backend *be, const md_residual_ln_bwd_args *a, int64_t chunks, f
     else
         MD_LAUNCH(l::wide, (unsigned)chunks, (unsigned)threads, l::smem(threads), cuda_stream(be),
                   k);
+    return cuda_launched(MD_OP_residual_ln_bwd);
 }
 
 md_status bwd_check(const md_residual_ln_bwd_args *a)
 {
     CUDA_CHECK(residual_ln_bwd, a);
-    if (a->keep && md_tensor_rows(a->dx) % md_tensor_count(a->keep) != 0)
-        MD_FAIL(MD_ERR_BUG, "residual_ln_bwd: %lld rows are not whole images",
-                (long long)md_tensor_rows(a->dx));
     if ((!a->dr && !a->dy) || (a->dy && (!a->r || !a->mean || !a->rstd)) ||
         (a->dgamma && (!a->branch || !a->gamma)) || ((a->dweight || a->dbias) && !a->dy) ||
         (a->accumulate & 3))
@@ -359,10 +364,8 @@ md_status cuda_residual_ln_bwd(md_backend *be, const md_residual_ln_bwd_args *a)
         sums.out[s] = cuda_data<float>(out[s]);
         sums.accumulate[s] = a->accumulate >> (2 + s) & 1;
     }
-    if (cuda_is_bf16(a->dx))
-        bwd_run<md_bf16>(be, a, sums.chunks, const_cast<float *>(sums.part));
-    else
-        bwd_run<float>(be, a, sums.chunks, const_cast<float *>(sums.part));
-    MD_TRY(cuda_launched(MD_OP_residual_ln_bwd));
+    float *part = const_cast<float *>(sums.part);
+    MD_TRY(cuda_is_bf16(a->dx) ? bwd_run<md_bf16>(be, a, sums.chunks, part)
+                               : bwd_run<float>(be, a, sums.chunks, part));
     return cuda_reduce_sums(be, MD_OP_residual_ln_bwd, &sums);
 }

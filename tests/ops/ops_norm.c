@@ -17,7 +17,9 @@ enum {
     DY = 1024,
     DBRANCH = 2048,
     SUMS = 4096,
-    ADD = 8192
+    ADD = 8192,
+    FROM = 16384,
+    TO = 32768
 };
 
 typedef struct stats {
@@ -82,21 +84,48 @@ static void ref_layernorm(op_case *c, bool mutant)
     }
 }
 
+/* Which image of a packed operand each image is: all but those with i % every == but; NULL without
+ * the flag. *images: how many it holds. */
+static md_tensor *packed_index(op_case *c, unsigned flag, int every, int but, int64_t *images)
+{
+    const int64_t b = c->row->n[0];
+    *images = b;
+    if (!(c->row->flags & flag))
+        return NULL;
+    md_tensor *index = TENSOR(c, MD_I32, FILL_BYTES, b);
+    *images = 0;
+    for (int64_t i = 0; i < b; i++)
+        md_i32(index)[i] = i % every == but ? -1 : (int32_t)(*images)++;
+    return index;
+}
+
+/* Row `row` in an operand packed by index; -1: not there. */
+static int64_t packed_row(const double *index, int64_t row, int64_t tokens)
+{
+    if (!index)
+        return row;
+    const int64_t image = (int64_t)index[row / tokens];
+    return image < 0 ? -1 : image * tokens + row % tokens;
+}
+
 /* n: images, tokens, width. */
 static void build_residual_ln(op_case *c)
 {
     int64_t b = c->row->n[0], t = c->row->n[1], w = c->row->n[2];
     unsigned f = c->row->flags;
     md_residual_ln_args *a = &c->args.residual_ln;
+    int64_t from, to;
+    a->from = packed_index(c, FROM, 3, 1, &from);
+    a->to = packed_index(c, TO, 4, 2, &to);
     md_tensor *x = ACT(c, b, t, w);
     a->x = x;
-    a->branch = f & BRANCH ? ACT(c, b, t, w) : NULL;
+    a->branch = f & BRANCH ? ACT(c, from, t, w) : NULL;
     a->gamma = f & GAMMA ? F32(c, w) : NULL;
     a->keep = f & KEEP ? TENSOR(c, MD_F32, FILL_BITS, b) : NULL;
     a->weight = f & AFFINE ? F32(c, w) : NULL;
     a->bias = f & AFFINE ? F32(c, w) : NULL;
     a->r = f & NO_R ? NULL : f & IN_PLACE ? x : ACT(c, b, t, w);
-    a->y = f & NO_Y ? NULL : ACT(c, b, t, w);
+    a->y = f & NO_Y ? NULL : ACT(c, to, t, w);
     a->mean = f & STATS ? F32(c, b * t) : NULL;
     a->rstd = f & STATS ? F32(c, b * t) : NULL;
     a->eps = 1e-5f;
@@ -107,7 +136,7 @@ static void build_residual_ln(op_case *c)
  * every element of a row may be off by 2^-8 of itself, all in the worst direction. */
 static void slack_residual_ln(op_case *c, int64_t i, const double *row, stats s)
 {
-    const int64_t w = c->row->n[2];
+    const int64_t w = c->row->n[2], at = packed_row(X(c, residual_ln, to), i, c->row->n[1]);
     const double *weight = X(c, residual_ln, weight);
     double mean = 0.0, rstd = 0.0;
     for (int64_t j = 0; j < w; j++) {
@@ -115,9 +144,9 @@ static void slack_residual_ln(op_case *c, int64_t i, const double *row, stats s)
         mean += off / (double)w;
         rstd += pow(s.rstd, 3.0) * (fabs(row[j] - s.mean) + off) * off / (double)w;
     }
-    for (int64_t j = 0; j < w && REF(c, residual_ln, y); j++) {
+    for (int64_t j = 0; j < w && REF(c, residual_ln, y) && at >= 0; j++) {
         double off = (mean + case_eps(c) * fabs(row[j])) * s.rstd + fabs(row[j] - s.mean) * rstd;
-        SLACK(c, residual_ln, y)[i * w + j] = fabs(weight ? weight[j] : 1.0) * off;
+        SLACK(c, residual_ln, y)[at * w + j] = fabs(weight ? weight[j] : 1.0) * off;
     }
     if (REF(c, residual_ln, mean)) {
         SLACK(c, residual_ln, mean)[i] = mean;
@@ -132,17 +161,19 @@ static void ref_residual_ln(op_case *c, bool mutant)
     const double *branch = X(c, residual_ln, branch);
     double *row = case_array(c, w);
     for (int64_t i = 0; i < b * t; i++) {
+        const int64_t from = packed_row(X(c, residual_ln, from), i, t);
+        const int64_t to = packed_row(X(c, residual_ln, to), i, t);
         for (int64_t j = 0; j < w; j++) {
-            double add = branch ? branch[i * w + j] : 0.0;
+            double add = branch && from >= 0 ? branch[from * w + j] : 0.0;
             add *= (gamma ? gamma[j] : 1.0) * (keep ? keep[i / t] : 1.0);
             row[j] = X(c, residual_ln, x)[i * w + j] + add + (mutant && j == 0 ? c->bend : 0.0);
             if (REF(c, residual_ln, r))
                 REF(c, residual_ln, r)[i * w + j] += row[j];
         }
         stats s = stats_of(row, w, (double)c->args.residual_ln.eps, false);
-        if (REF(c, residual_ln, y))
+        if (REF(c, residual_ln, y) && to >= 0)
             ln_row(row, X(c, residual_ln, weight), X(c, residual_ln, bias), s,
-                   REF(c, residual_ln, y) + i * w, w);
+                   REF(c, residual_ln, y) + to * w, w);
         if (REF(c, residual_ln, mean)) {
             REF(c, residual_ln, mean)[i] += s.mean;
             REF(c, residual_ln, rstd)[i] += s.rstd;
@@ -158,15 +189,18 @@ static void build_residual_ln_bwd(op_case *c)
     int64_t b = c->row->n[0], t = c->row->n[1], w = c->row->n[2];
     unsigned f = c->row->flags;
     md_residual_ln_bwd_args *a = &c->args.residual_ln_bwd;
+    int64_t from, to;
+    a->from = packed_index(c, FROM, 3, 1, &from);
+    a->to = packed_index(c, TO, 4, 2, &to);
     a->r = f & DY ? ACT(c, b, t, w) : NULL;
-    a->branch = f & BRANCH ? ACT(c, b, t, w) : NULL;
+    a->branch = f & BRANCH ? ACT(c, from, t, w) : NULL;
     a->gamma = f & GAMMA ? F32(c, w) : NULL;
     a->keep = f & KEEP ? TENSOR(c, MD_F32, FILL_BITS, b) : NULL;
     a->weight = f & AFFINE ? F32(c, w) : NULL;
     md_tensor *mean = F32(c, b * t), *rstd = F32(c, b * t), *dr = ACT(c, b, t, w);
     a->dr = f & DR ? dr : NULL;
     a->dx = f & IN_PLACE ? dr : ACT(c, b, t, w);
-    a->dbranch = f & DBRANCH ? ACT(c, b, t, w) : NULL;
+    a->dbranch = f & DBRANCH ? ACT(c, from, t, w) : NULL;
     if (f & DY) {
         double *row = case_array(c, w);
         for (int64_t i = 0; i < b * t; i++) {
@@ -178,7 +212,7 @@ static void build_residual_ln_bwd(op_case *c)
         }
         a->mean = mean;
         a->rstd = rstd;
-        a->dy = ACT(c, b, t, w);
+        a->dy = ACT(c, to, t, w);
         a->dweight = f & SUMS && f & AFFINE ? F32(c, w) : NULL;
         a->dbias = f & SUMS && f & AFFINE ? F32(c, w) : NULL;
     }
@@ -194,14 +228,17 @@ static void ref_residual_ln_bwd(op_case *c, bool mutant)
     int64_t b = c->row->n[0], t = c->row->n[1], w = c->row->n[2];
     const double *weight = X(c, residual_ln_bwd, weight), *gamma = X(c, residual_ln_bwd, gamma);
     const double *keep = X(c, residual_ln_bwd, keep), *branch = X(c, residual_ln_bwd, branch);
-    const double *dr = X(c, residual_ln_bwd, dr), *dy = X(c, residual_ln_bwd, dy);
+    const double *dr = X(c, residual_ln_bwd, dr), *all_dy = X(c, residual_ln_bwd, dy);
     for (int64_t i = 0; i < b * t; i++) {
+        const int64_t from = packed_row(X(c, residual_ln_bwd, from), i, t);
+        const int64_t to = packed_row(X(c, residual_ln_bwd, to), i, t);
+        const double *dy = all_dy && to >= 0 ? all_dy + to * w : NULL;
         const double *r = dy ? X(c, residual_ln_bwd, r) + i * w : NULL;
         stats s = dy ? (stats){X(c, residual_ln_bwd, mean)[i], X(c, residual_ln_bwd, rstd)[i]}
                      : (stats){0.0, 0.0};
         double s1 = 0.0, s2 = 0.0;
         for (int64_t j = 0; dy && j < w; j++) {
-            double g = dy[i * w + j] * (weight ? weight[j] : 1.0);
+            double g = dy[j] * (weight ? weight[j] : 1.0);
             s1 += g / (double)w;
             s2 += g * (r[j] - s.mean) * s.rstd / (double)w;
         }
@@ -209,17 +246,17 @@ static void ref_residual_ln_bwd(op_case *c, bool mutant)
             double g = dr ? dr[i * w + j] : 0.0, k = keep ? keep[i / t] : 1.0;
             if (dy) {
                 double xhat = (r[j] - s.mean) * s.rstd;
-                g += s.rstd * (dy[i * w + j] * (weight ? weight[j] : 1.0) - s1 - xhat * s2);
+                g += s.rstd * (dy[j] * (weight ? weight[j] : 1.0) - s1 - xhat * s2);
                 if (REF(c, residual_ln_bwd, dweight)) {
-                    REF(c, residual_ln_bwd, dweight)[j] += dy[i * w + j] * xhat;
-                    REF(c, residual_ln_bwd, dbias)[j] += dy[i * w + j];
+                    REF(c, residual_ln_bwd, dweight)[j] += dy[j] * xhat;
+                    REF(c, residual_ln_bwd, dbias)[j] += dy[j];
                 }
             }
             REF(c, residual_ln_bwd, dx)[i * w + j] += (mutant ? 1.0 - c->bend : 1.0) * g;
-            if (REF(c, residual_ln_bwd, dbranch))
-                REF(c, residual_ln_bwd, dbranch)[i * w + j] += k * (gamma ? gamma[j] : 1.0) * g;
-            if (REF(c, residual_ln_bwd, dgamma))
-                REF(c, residual_ln_bwd, dgamma)[j] += k * branch[i * w + j] * g;
+            if (REF(c, residual_ln_bwd, dbranch) && from >= 0)
+                REF(c, residual_ln_bwd, dbranch)[from * w + j] += k * (gamma ? gamma[j] : 1.0) * g;
+            if (REF(c, residual_ln_bwd, dgamma) && from >= 0)
+                REF(c, residual_ln_bwd, dgamma)[j] += k * branch[from * w + j] * g;
         }
     }
 }
@@ -230,27 +267,31 @@ static double objective_residual_ln_bwd(const op_case *c, int o, int64_t i, doub
     int64_t b = c->row->n[0], t = c->row->n[1], w = c->row->n[2];
     const double *gamma = X(c, residual_ln_bwd, gamma), *keep = X(c, residual_ln_bwd, keep);
     const double *dr = X(c, residual_ln_bwd, dr), *dy = X(c, residual_ln_bwd, dy);
-    const double *weight = X(c, residual_ln_bwd, weight);
+    const double *weight = X(c, residual_ln_bwd, weight), *branch = X(c, residual_ln_bwd, branch);
     bool moves_weight = o == OUT_INDEX(residual_ln_bwd, dweight);
     bool moves_bias = o == OUT_INDEX(residual_ln_bwd, dbias);
     bool moves_gamma = o == OUT_INDEX(residual_ln_bwd, dgamma);
     bool moves_branch = o == OUT_INDEX(residual_ln_bwd, dbranch);
     double *r = md_alloc(sizeof *r * (size_t)w, "reference"), sum = 0.0;
     for (int64_t row = 0; row < b * t; row++) {
-        double k = keep ? keep[row / t] : 1.0;
+        const double k = keep ? keep[row / t] : 1.0;
+        const int64_t from = packed_row(X(c, residual_ln_bwd, from), row, t);
+        const int64_t to = packed_row(X(c, residual_ln_bwd, to), row, t);
+        const int64_t moved = moves_branch ? from : row;
         for (int64_t j = 0; j < w; j++) {
-            double move = row * w + j == i && !moves_weight && !moves_bias ? h : 0.0;
+            double move =
+                moved >= 0 && moved * w + j == i && !moves_weight && !moves_bias ? h : 0.0;
             if (moves_branch)
                 move *= k * (gamma ? gamma[j] : 1.0);
             if (moves_gamma)
-                move = j == i ? h * k * X(c, residual_ln_bwd, branch)[row * w + j] : 0.0;
+                move = j == i && from >= 0 ? h * k * branch[from * w + j] : 0.0;
             r[j] = (X(c, residual_ln_bwd, r) ? X(c, residual_ln_bwd, r)[row * w + j] : 0.0) + move;
             sum += dr ? dr[row * w + j] * r[j] : 0.0;
         }
         stats s = stats_of(r, w, 1e-6, false);
-        for (int64_t j = 0; dy && j < w; j++) {
+        for (int64_t j = 0; dy && to >= 0 && j < w; j++) {
             double gain = (weight ? weight[j] : 1.0) + (moves_weight && j == i ? h : 0.0);
-            sum += dy[row * w + j] *
+            sum += dy[to * w + j] *
                    ((r[j] - s.mean) * s.rstd * gain + (moves_bias && j == i ? h : 0.0));
         }
     }
@@ -276,15 +317,20 @@ static double objective_residual_ln_bwd(const op_case *c, int o, int64_t i, doub
         RLN(b, t, w, BRANCH | GAMMA | KEEP | AFFINE | STATS),                                   \
         RLN(b, t, w, BRANCH | KEEP | AFFINE | STATS), RLN(b, t, w, BRANCH | AFFINE | IN_PLACE), \
         RLN(b, t, w, BRANCH | GAMMA | NO_Y), RLN(b, t, w, BRANCH | GAMMA | NO_Y | IN_PLACE),    \
-        RLN(b, t, w, BRANCH | STATS)
-#define ALL_RLN_BWD(b, t, w)                                                        \
-    RLN_BWD(b, t, w, BRANCH | GAMMA | KEEP | AFFINE | DR | DY | DBRANCH | SUMS),    \
-        RLN_BWD(b, t, w, BRANCH | GAMMA | AFFINE | DR | DY | DBRANCH | SUMS | ADD), \
-        RLN_BWD(b, t, w, AFFINE | DR | DY | DBRANCH | SUMS | IN_PLACE),             \
-        RLN_BWD(b, t, w, AFFINE | DY | SUMS), RLN_BWD(b, t, w, DY | DR),            \
-        RLN_BWD(b, t, w, KEEP | DY | DBRANCH),                                      \
-        RLN_BWD(b, t, w, BRANCH | GAMMA | KEEP | DR | DBRANCH | SUMS),              \
-        RLN_BWD(b, t, w, BRANCH | GAMMA | DR | DBRANCH | SUMS | IN_PLACE | ADD)
+        RLN(b, t, w, BRANCH | STATS),                                                           \
+        RLN(b, t, w, BRANCH | GAMMA | KEEP | AFFINE | STATS | FROM | TO),                       \
+        RLN(b, t, w, BRANCH | GAMMA | IN_PLACE | NO_Y | FROM), RLN(b, t, w, AFFINE | STATS | TO)
+#define ALL_RLN_BWD(b, t, w)                                                                     \
+    RLN_BWD(b, t, w, BRANCH | GAMMA | KEEP | AFFINE | DR | DY | DBRANCH | SUMS),                 \
+        RLN_BWD(b, t, w, BRANCH | GAMMA | AFFINE | DR | DY | DBRANCH | SUMS | ADD),              \
+        RLN_BWD(b, t, w, AFFINE | DR | DY | DBRANCH | SUMS | IN_PLACE),                          \
+        RLN_BWD(b, t, w, AFFINE | DY | SUMS), RLN_BWD(b, t, w, DY | DR),                         \
+        RLN_BWD(b, t, w, KEEP | DY | DBRANCH),                                                   \
+        RLN_BWD(b, t, w, BRANCH | GAMMA | KEEP | DR | DBRANCH | SUMS),                           \
+        RLN_BWD(b, t, w, BRANCH | GAMMA | DR | DBRANCH | SUMS | IN_PLACE | ADD),                 \
+        RLN_BWD(b, t, w, BRANCH | GAMMA | KEEP | AFFINE | DR | DY | DBRANCH | SUMS | FROM | TO), \
+        RLN_BWD(b, t, w, BRANCH | GAMMA | DR | DY | DBRANCH | SUMS | ADD | FROM),                \
+        RLN_BWD(b, t, w, AFFINE | DY | SUMS | IN_PLACE | TO)
 
 const op_row norm_rows[] = {
     LN(1, 3, AFFINE | STATS), LN(3, 17, 0),

@@ -251,7 +251,8 @@ static void test_other_models(void **state)
         {"model.rel_pos=per_layer", "model.last_block=chosen"},
         {"model.rel_pos=none", "model.layer_scale=0"},
         {"parallel.overlap=false", "model.last_block=chosen"},
-        {"method.loss.on=all", "method.loss.kind=l2"}};
+        {"method.loss.on=all", "method.loss.kind=l2"},
+        {"model.drop_path=0.95"}}; /* branches that all images of a pass are dropped for */
     static run alone;
     for (size_t i = 0; i < MD_COUNT(models); i++) {
         begin_alone(&alone, models[i], 0.9);

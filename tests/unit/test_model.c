@@ -193,18 +193,48 @@ typedef struct tiny {
     void *region[2];
     uint8_t image[3 * 8 * 8 * 3], mask[3 * 16];
     int32_t index[17 * 17], rows[3 * 6], patches[3 * 6];
-    float target[3 * 6 * 12], keep[3];
+    int32_t packed[6][3], packed_rows[3 * 6];
+    float target[3 * 6 * 12], keep[6][3];
     double loss;
 } tiny;
 
-static void tiny_make(tiny *t, const char *backend, const char *rel_pos, const char *last_block)
+/* Which images each branch is dropped for: bit j, image j. Never those of the first block. */
+static const unsigned dropped[6] = {0, 0, 2, 1, 5, 7};
+
+/* Drop path by the list above; where it skips, the factor of the one image of a branch that all
+ * images are dropped for is 0. */
+static void tiny_drop(tiny *t)
 {
-    char rel[64], last[64];
+    md_graph *g = &t->m.student_graph;
+    for (int k = 2; k < 6; k++) {
+        int n = 0;
+        for (int j = 0; j < 3; j++) {
+            const bool runs = !(dropped[k] >> j & 1) || (dropped[k] == 7 && j == 0);
+            t->keep[k][j] = dropped[k] >> j & 1 ? 0.0f : 1.0f / 0.7f;
+            t->packed[k][j] = runs ? n++ : -1;
+            for (int i = 0; runs && k == 4 && i < 6; i++)
+                t->packed_rows[6 * (n - 1) + i] = t->rows[6 * j + i] + 17 * (n - 1 - j);
+        }
+        md_graph_bind(g, t->m.s_keep[k], t->keep[k]);
+        if (!t->m.s_packed)
+            continue;
+        md_graph_bind(g, t->m.s_packed[k], t->packed[k]);
+        md_graph_pack(g, t->m.s_packed[k], n);
+    }
+    if (t->m.s_packed_rows != MD_NO_SLOT)
+        md_graph_bind(g, t->m.s_packed_rows, t->packed_rows);
+}
+
+static void tiny_make(tiny *t, const char *backend, const char *rel_pos, const char *last_block,
+                      const char *drop)
+{
+    char rel[64], last[64], mode[64];
+    snprintf(mode, sizeof mode, "model.drop_path_mode=%s", drop);
     snprintf(last, sizeof last, "model.last_block=%s", last_block);
     snprintf(rel, sizeof rel, "model.rel_pos=%s", rel_pos);
     CONFIG(&t->c, "method.teacher.kind=pixel", "model.layers=3", "model.width=24", "model.heads=3",
            "image.size=8", "model.patch=2", "method.mask.count=6", "train.batch=3",
-           "model.drop_path=0.3", "model.abs_pos=true", "method.mask.min_block=4", rel, last);
+           "model.drop_path=0.3", "model.abs_pos=true", "method.mask.min_block=4", rel, last, mode);
     assert_int_equal(md_method_resolve(&t->m, &t->c, NULL, NULL), MD_OK);
     if (md_method_build(&t->m, 3, 3) != MD_OK)
         fail_msg("%s", md_error_text());
@@ -224,7 +254,6 @@ static void tiny_make(tiny *t, const char *backend, const char *rel_pos, const c
             t->rows[6 * j + i] = 17 * j + 1 + t->patches[6 * j + i];
             t->patches[6 * j + i] += 16 * j;
         }
-        t->keep[j] = j == 1 ? 0.0f : 1.0f / 0.7f;
     }
     md_graph *g = &t->m.student_graph, *h = &t->m.teacher_graph;
     t->region[0] = md_alloc(g->region_bytes, "test");
@@ -243,9 +272,7 @@ static void tiny_make(tiny *t, const char *backend, const char *rel_pos, const c
         md_vit_rel_index(4, t->index);
         md_graph_bind(g, t->m.s_rel_index, t->index);
     }
-    for (int k = 0; k < 6; k++)
-        if (t->m.s_keep[k] != MD_NO_SLOT)
-            md_graph_bind(g, t->m.s_keep[k], t->keep);
+    tiny_drop(t);
 }
 
 static void tiny_free(tiny *t)
@@ -279,10 +306,10 @@ static void count_ready(void *context, int param)
 /* Along a random direction of every parameter, the analytic derivative equals the central
  * difference. The check backend also proves that no op changes its inputs or leaves outputs
  * unwritten. */
-static void gradients_match(const char *rel_pos, const char *last_block)
+static void gradients_match(const char *rel_pos, const char *last_block, const char *drop)
 {
     tiny *t = test_calloc(1, sizeof *t);
-    tiny_make(t, "check", rel_pos, last_block);
+    tiny_make(t, "check", rel_pos, last_block, drop);
     md_params *p = &t->m.params;
     tiny_forward(t);
     memset(ready_count, 0, sizeof ready_count);
@@ -323,9 +350,9 @@ static void gradients_match(const char *rel_pos, const char *last_block)
 static void test_gradients(void **state)
 {
     (void)state;
-    gradients_match("shared", "chosen");
-    gradients_match("per_layer", "all");
-    gradients_match("none", "chosen");
+    gradients_match("shared", "chosen", "skip");
+    gradients_match("per_layer", "all", "skip");
+    gradients_match("none", "chosen", "mask");
 }
 
 /* Two accumulated passes give the sum, and repeated passes give the same bits. */
@@ -333,7 +360,7 @@ static void test_accumulation(void **state)
 {
     (void)state;
     tiny *t = test_calloc(1, sizeof *t);
-    tiny_make(t, "cpu", "shared", "chosen");
+    tiny_make(t, "cpu", "shared", "chosen", "auto");
     md_params *p = &t->m.params;
     float *once = md_alloc(md_params_block_bytes(p), "test");
     double loss = tiny_forward(t);
@@ -352,13 +379,12 @@ static void test_accumulation(void **state)
     test_free(t);
 }
 
-/* Leaving out the tokens nobody looks at changes neither the loss nor any gradient. */
-static void test_last_block(void **state)
+/* Two ways to compute the same give the same loss and gradients. */
+static void same_results(const char *const one[2], const char *const other[2])
 {
-    (void)state;
     tiny *a = test_calloc(1, sizeof *a), *b = test_calloc(1, sizeof *b);
-    tiny_make(a, "cpu", "shared", "chosen");
-    tiny_make(b, "cpu", "shared", "all");
+    tiny_make(a, "cpu", "shared", one[0], one[1]);
+    tiny_make(b, "cpu", "shared", other[0], other[1]);
     assert_true(fabs(tiny_forward(a) - tiny_forward(b)) < 1e-7);
     assert_int_equal(md_graph_backward(&a->m.student_graph, a->be, false, NULL, NULL), MD_OK);
     assert_int_equal(md_graph_backward(&b->m.student_graph, b->be, false, NULL, NULL), MD_OK);
@@ -374,12 +400,27 @@ static void test_last_block(void **state)
     test_free(b);
 }
 
+/* Leaving out the tokens nobody looks at. */
+static void test_last_block(void **state)
+{
+    (void)state;
+    same_results((const char *const[]){"chosen", "mask"}, (const char *const[]){"all", "mask"});
+}
+
+/* Leaving out the images that a branch is dropped for. */
+static void test_drop_path_modes(void **state)
+{
+    (void)state;
+    same_results((const char *const[]){"chosen", "skip"}, (const char *const[]){"chosen", "mask"});
+    same_results((const char *const[]){"all", "skip"}, (const char *const[]){"all", "mask"});
+}
+
 /* AdamW lowers the loss on one batch, and the clip factor is PyTorch's. */
 static void test_update(void **state)
 {
     (void)state;
     tiny *t = test_calloc(1, sizeof *t);
-    tiny_make(t, "cpu", "shared", "chosen");
+    tiny_make(t, "cpu", "shared", "chosen", "auto");
     double first = tiny_forward(t);
     md_piece piece[MD_GROUPS];
     int n = md_params_pieces(&t->m.params, piece);
@@ -484,6 +525,7 @@ int main(void)
         cmocka_unit_test(test_gradients),
         cmocka_unit_test(test_accumulation),
         cmocka_unit_test(test_last_block),
+        cmocka_unit_test(test_drop_path_modes),
         cmocka_unit_test(test_update),
         cmocka_unit_test(test_axis_tables),
         cmocka_unit_test(test_axes_that_do_not_fit),

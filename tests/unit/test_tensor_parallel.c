@@ -220,14 +220,16 @@ static md_status build_mlp(int left_out, bool sequence)
     if (sequence)
         md_graph_cut_rows(&g, x);
     x = md_n_linear(&g, x, 6, MD_NO_PARAM, MD_ACT_NONE);
-    const md_residual_in norm = {x, MD_NO_SLOT, MD_NO_SLOT, MD_NO_PARAM, 4, 5, 1e-6f};
+    const md_residual_in norm = {x,           MD_NO_SLOT, MD_NO_SLOT, MD_NO_SLOT, MD_NO_SLOT,
+                                 MD_NO_PARAM, 4,          5,          1e-6f};
     md_n_residual_ln(&g, &norm, &unused, &y);
     md_slot h = left_out == ENTER ? y : md_n_enter(&g, y, 0);
     h = md_n_linear(&g, h, 0, left_out == BIAS ? 3 : 1, MD_ACT_GELU);
     h = md_n_linear(&g, h, 2, 3, left_out == ACTIVATION ? MD_ACT_GELU : MD_ACT_NONE);
     y = left_out == EXIT ? h : md_n_exit(&g, h, x);
     md_slot z = left_out == RESIDUAL ? md_n_exit(&g, h, h) : y;
-    const md_residual_in last = {x, z, MD_NO_SLOT, MD_NO_PARAM, 7, 8, 1e-6f};
+    const md_residual_in last = {x,           z, MD_NO_SLOT, MD_NO_SLOT, MD_NO_SLOT,
+                                 MD_NO_PARAM, 7, 8,          1e-6f};
     md_n_residual_ln(&g, &last, &r, &unused);
     md_status st = md_graph_finish(&g);
     md_graph_free(&g);
