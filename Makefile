@@ -244,7 +244,7 @@ $(BUILD)/bench/%: bench/%.c $(LIB)
 	@mkdir -p $(@D)
 	$(Q)$(COMPILE) -MMD -MP $< $(LIB) -o $@ $(LIBS_ALL)
 
--include $(EMU_OBJ:.o=.d) $(CUDA_OBJ:.o=.d) $(OBJ:.o=.d) $(OPS_OBJ:.o=.d) $(TESTS:=.d) $(BENCHES:=.d)
+-include $(EMU_OBJ:.o=.d) $(BUILD)/emu/tests/emu/test_emu.d $(CUDA_OBJ:.o=.d) $(OBJ:.o=.d) $(OPS_OBJ:.o=.d) $(TESTS:=.d) $(BENCHES:=.d)
 
 # ---- people's targets ----
 

@@ -174,6 +174,8 @@ static md_status set_up(md_bench *b, const md_bench_options *o)
         b->config.threads = o->threads;
     MD_TRY(md_agree(b->world, md_model_backend(&b->config, &b->topo, &b->be)));
     MD_TRY(md_topo_operands(&b->topo, b->be, b->config.parallel_comm));
+    if (b->config.cuda_tune)
+        md_backend_tune(b->be);
     if (strcmp(o->what, "ops") == 0) {
         md_backend *timed;
         if (md_comm_size(b->world) > 1)
@@ -282,4 +284,6 @@ const md_verb md_verb_bench = {
     "comm  bytes that rank 0 sends in a step, by group of ranks, beside what formulas predict, "
     "and\n"
     "      when each gradient bucket was started within the backward pass\n"
-    "Keys: parallel.tensor, parallel.sequence, parallel.zero, train.batch and so on."};
+    "Keys: parallel.tensor, parallel.sequence, parallel.zero, train.batch and so on. With "
+    "cuda.tune\n"
+    "each rank takes the algorithms that it finds fastest."};

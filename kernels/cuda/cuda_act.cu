@@ -179,24 +179,64 @@ md_columns(Op op, md_matrix m)
                  m.cols, false);
 }
 
+/* Sums of up to so many chunks are added by one thread a column. */
+#define FEW_CHUNKS 16
+/* Else a block adds those of so many columns. */
+#define REDUCE_COLS 16
+
+/* Sum s of the three, by blockIdx.y, that a reduction makes; false: it is not wanted. */
+MD_DEV bool md_reduction(const cuda_sums &k, float *&out, const float *&part, bool &accumulate)
+{
+    const int s = (int)blockIdx.y;
+    out = s == 0 ? k.out[0] : s == 1 ? k.out[1] : k.out[2];
+    accumulate = s == 0 ? k.accumulate[0] : s == 1 ? k.accumulate[1] : k.accumulate[2];
+    part = k.part + s * k.chunks * k.width;
+    return out != nullptr;
+}
+
+/* Many chunks: each of a block's runs of threads has a part of them; the runs are added in order.
+ */
 MD_KERNEL(VEC_BLOCK) md_reduce(cuda_sums k)
 {
-    enum { RUNS = VEC_WARPS };
-    const int s = (int)blockIdx.y, lane = (int)threadIdx.x % MD_WARP;
-    const int run = (int)threadIdx.x / MD_WARP;
-    float *out = s == 0 ? k.out[0] : s == 1 ? k.out[1] : k.out[2];
-    const bool accumulate = s == 0 ? k.accumulate[0] : s == 1 ? k.accumulate[1] : k.accumulate[2];
-    if (!out)
+    enum { COLS = REDUCE_COLS, RUNS = VEC_BLOCK / COLS };
+    float *smem = reinterpret_cast<float *>(md_smem()), *out;
+    const float *part;
+    bool accumulate;
+    if (!md_reduction(k, out, part, accumulate))
         return;
-    const int64_t first = (int64_t)blockIdx.x * MD_WARP, end = k.chunks * (run + 1) / RUNS;
-    const float *column = k.part + s * k.chunks * k.width + first + lane;
-    float sum[1] = {0.0f};
-    if (first + lane < k.width) {
+    const int run = (int)threadIdx.x / COLS;
+    const int64_t col = (int64_t)blockIdx.x * COLS + threadIdx.x % COLS;
+    const int64_t end = k.chunks * (run + 1) / RUNS;
+    float sum = 0.0f;
+    if (col < k.width) {
 #pragma unroll 8
         for (int64_t i = k.chunks * run / RUNS; i < end; i++)
-            sum[0] += column[i * k.width];
+            sum += part[i * k.width + col];
     }
-    md_add_warps(sum, reinterpret_cast<float *>(md_smem()), out, first, k.width, accumulate);
+    smem[threadIdx.x] = sum;
+    md_barrier();
+    if (run > 0 || col >= k.width)
+        return;
+#pragma unroll
+    for (int r = 1; r < RUNS; r++)
+        sum += smem[r * COLS + threadIdx.x];
+    out[col] = accumulate ? out[col] + sum : sum;
+}
+
+/* Few chunks: a thread has a column. */
+MD_KERNEL(VEC_BLOCK) md_reduce_few(cuda_sums k)
+{
+    float *out;
+    const float *part;
+    bool accumulate;
+    const int64_t col = (int64_t)blockIdx.x * VEC_BLOCK + threadIdx.x;
+    if (!md_reduction(k, out, part, accumulate) || col >= k.width)
+        return;
+    float sum = 0.0f;
+#pragma unroll 4
+    for (int64_t i = 0; i < k.chunks; i++)
+        sum += part[i * k.width + col];
+    out[col] = accumulate ? out[col] + sum : sum;
 }
 
 int64_t column_chunks(const md_tensor *x)
@@ -308,8 +348,13 @@ md_status cuda_reduce_sums(md_backend *be, md_op op, const cuda_sums *sums)
         count--;
     if (count == 0 || sums->width == 0)
         return MD_OK;
-    const dim3 grid(cuda_blocks(sums->width, MD_WARP), (unsigned)count);
-    MD_LAUNCH(md_reduce, grid, VEC_BLOCK, VEC_BLOCK * sizeof(float), cuda_stream(be), *sums);
+    if (sums->chunks <= FEW_CHUNKS) {
+        const dim3 grid(cuda_blocks(sums->width, VEC_BLOCK), (unsigned)count);
+        MD_LAUNCH(md_reduce_few, grid, VEC_BLOCK, 0, cuda_stream(be), *sums);
+    } else {
+        const dim3 grid(cuda_blocks(sums->width, REDUCE_COLS), (unsigned)count);
+        MD_LAUNCH(md_reduce, grid, VEC_BLOCK, VEC_BLOCK * sizeof(float), cuda_stream(be), *sums);
+    }
     return cuda_launched(op);
 }
 

@@ -170,11 +170,11 @@ template <int W, bool REL> MD_KERNEL(ATTN_BOUNDS(FWD_WARPS(W), 2)) attn_fwd(fwd_
             const int end = k.first + a.part < blocks ? k.first + a.part : blocks;
             if (round == 0 || blocks > a.part) {
                 md_barrier();
-                attn_rows from = {q.from + d.row, 3 * d.row, k.first * ATTN_BLOCK,
+                attn_pair from = {{q.from + d.row, q.from + 2 * d.row},
+                                  {3 * d.row, 3 * d.row},
+                                  k.first * ATTN_BLOCK,
                                   (end - k.first) * ATTN_BLOCK};
                 attn_fetch<W, 4>(keys, from, d);
-                from.from += d.row;
-                attn_fetch<W, 4>(keys + W, from, d);
                 md_async_commit();
                 md_async_wait<0>();
                 md_barrier();
@@ -198,31 +198,56 @@ struct arrange_args {
     const md_bf16 *rel;
     uint4 *out;
     int tokens, blocks, words; /* words: of one form */
+    bool both;
 };
 
-/* One word per thread; the transpose in the second row of the grid. */
-MD_KERNEL(256) attn_arrange_rel(arrange_args a)
+/* A lane's word of the 16 x 16 block at column `col` of a strip of 16 queries in shared memory,
+ * whose rows are `stride` long; transposed: keys are the rows. Keys beyond the tokens get the mask,
+ * queries beyond them are zeros. */
+MD_DEV uint4 arrange_word(const uint16_t *strip, int stride, int col, bool transposed)
 {
-    const int word = (int)(blockIdx.x * blockDim.x + threadIdx.x);
-    if (word >= a.words)
-        return;
-    const int lane = word % MD_WARP, block = word / MD_WARP, area = a.blocks * a.blocks;
-    const int row = block / a.blocks % a.blocks * ATTN_BLOCK + lane / 4;
-    const int col = block % a.blocks * ATTN_BLOCK + lane % 4 * 2;
-    const md_bf16 *rel = a.rel + (int64_t)(block / area) * a.tokens * a.tokens;
+    const int lane = (int)threadIdx.x % MD_WARP, g = lane / 4, t = lane % 4 * 2;
     uint32_t out[4];
     for (int i = 0; i < 4; i++) {
-        float x[2];
+        uint32_t half[2];
         for (int j = 0; j < 2; j++) {
-            int r = row + i % 2 * 8, c = col + i / 2 * 8 + j;
-            int query = blockIdx.y ? c : r, key = blockIdx.y ? r : c;
-            x[j] = key >= a.tokens     ? -INFINITY
-                   : query >= a.tokens ? 0.0f
-                                       : md_load(rel + (int64_t)query * a.tokens + key);
+            const int r = g + i % 2 * 8, c = t + i / 2 * 8 + j;
+            half[j] = transposed ? strip[c * stride + col + r] : strip[r * stride + col + c];
         }
-        out[i] = md_pack(x[0], x[1]);
+        out[i] = half[0] | half[1] << 16;
     }
-    a.out[(int64_t)blockIdx.y * a.words + word] = make_uint4(out[0], out[1], out[2], out[3]);
+    return make_uint4(out[0], out[1], out[2], out[3]);
+}
+
+/* Blocks of keys of a strip. */
+#define ARRANGE_BLOCKS 32
+
+/* A strip of 16 queries of a head, by way of shared memory, in one form or both; its part of the
+ * keys by blockIdx.y. */
+MD_KERNEL(256) attn_arrange_rel(arrange_args a)
+{
+    const int stride = ARRANGE_BLOCKS * ATTN_BLOCK + 2, warps = (int)blockDim.x / MD_WARP;
+    uint16_t *strip = reinterpret_cast<uint16_t *>(md_smem());
+    const int tile = (int)blockIdx.x % a.blocks, head = (int)blockIdx.x / a.blocks;
+    const int first = (int)blockIdx.y * ARRANGE_BLOCKS, lane = (int)threadIdx.x % MD_WARP;
+    const int count = a.blocks - first < ARRANGE_BLOCKS ? a.blocks - first : ARRANGE_BLOCKS;
+    const md_bf16 *rel = a.rel + (int64_t)head * a.tokens * a.tokens;
+    for (int i = (int)threadIdx.x; i < ATTN_BLOCK * count * ATTN_BLOCK; i += (int)blockDim.x) {
+        const int row = i / (count * ATTN_BLOCK), col = i % (count * ATTN_BLOCK);
+        const int query = tile * ATTN_BLOCK + row, key = first * ATTN_BLOCK + col;
+        strip[row * stride + col] = key >= a.tokens     ? (uint16_t)0xff80u /* -inf */
+                                    : query >= a.tokens ? (uint16_t)0
+                                                        : rel[(int64_t)query * a.tokens + key].bits;
+    }
+    md_barrier();
+    const int64_t head_at = (int64_t)head * a.blocks * a.blocks;
+    for (int n = (int)threadIdx.x / MD_WARP; n < count; n += warps) {
+        a.out[(head_at + tile * a.blocks + first + n) * MD_WARP + lane] =
+            arrange_word(strip, stride, n * ATTN_BLOCK, false);
+        if (a.both)
+            a.out[a.words + (head_at + (first + n) * a.blocks + tile) * MD_WARP + lane] =
+                arrange_word(strip, stride, n * ATTN_BLOCK, true);
+    }
 }
 
 /* ---- host ---- */
@@ -230,9 +255,10 @@ MD_KERNEL(256) attn_arrange_rel(arrange_args a)
 void attn_arrange(const md_backend *be, const attn_dims &d, const md_bf16 *rel, uint4 *out,
                   bool both)
 {
-    arrange_args a = {rel, out, d.tokens, attn_blocks(d), (int)attn_rel_words(d)};
-    MD_LAUNCH(attn_arrange_rel, dim3((unsigned)cuda_ceil(a.words, 256), both ? 2 : 1), 256, 0,
-              cuda_stream(be), a);
+    arrange_args a = {rel, out, d.tokens, attn_blocks(d), (int)attn_rel_words(d), both};
+    const size_t strip = ATTN_BLOCK * (ARRANGE_BLOCKS * ATTN_BLOCK + 2) * sizeof(uint16_t);
+    const dim3 grid((unsigned)(d.heads * a.blocks), (unsigned)cuda_ceil(a.blocks, ARRANGE_BLOCKS));
+    MD_LAUNCH(attn_arrange_rel, grid, 256, strip, cuda_stream(be), a);
 }
 
 typedef void (*fwd_kernel)(fwd_args);

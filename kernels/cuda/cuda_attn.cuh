@@ -40,10 +40,12 @@ struct attn_bwd_args {
     const uint4 *rel; /* in the order of the lanes, then its transpose */
     const float *lse;
     md_bf16 *dqkv;
-    float *delta, *part;
+    float2 *own; /* [B, H, T]: lse in base 2, and delta */
+    float *part;
     int chunks, groups; /* of images, of queries */
     int stages;         /* of an image's keys */
     int resident;       /* blocks of queries in shared memory */
+    float scale;        /* of the logits in base 2 */
 };
 
 /* ---- host ---- */
@@ -117,7 +119,8 @@ void attn_keys(const md_backend *be, attn_bwd_args k);
 /* The kernels for f32, and for what the bf16 kernels cannot do. */
 md_status attn_plain(md_backend *be, const md_attention_args *a);
 
-/* delta f32 [B, H, T]; part f32 [chunks, H, T, T], NULL without drel. */
+/* delta f32 [B, H, T], with as much room behind it; part f32 [chunks, H, T, T], NULL without drel.
+ */
 struct attn_bwd_room {
     float *delta, *part;
     int chunks;
@@ -155,16 +158,31 @@ struct attn_rows {
     int stride, first, count;
 };
 
+/* Rows [first, first + count) of two of a head's matrices, which lie side by side in shared memory.
+ */
+struct attn_pair {
+    const md_bf16 *from[2];
+    int stride[2], first, count;
+};
+
 /* Starts copies of rows into shared memory, all threads of the block together; zeros beyond the
- * tokens. A copy holds its addresses until the memory has them, so U of them have registers. */
-template <int W, int U> MD_DEV void attn_fetch(md_bf16 *to, const attn_rows &r, const attn_dims &d)
+ * tokens. A thread has 16 bytes of every so-many-th row, so that one addition finds the next; those
+ * that are left over have none. A copy holds its addresses until the memory has them, so U of them
+ * have registers. */
+template <int W, int U> MD_DEV void attn_fetch(md_bf16 *to, const attn_pair &r, const attn_dims &d)
 {
+    const int step = (int)blockDim.x / (W / 4), thread = attn_thread();
+    const int begin = thread / (W / 4), col = thread % (W / 4) * 8, second = col >= W;
+    const int stride = second ? r.stride[1] : r.stride[0];
+    const md_bf16 *from = (second ? r.from[1] - W : r.from[0]) + (r.first + begin) * stride + col;
+    to += begin * ATTN_ROW(W) + col;
+    if (begin >= step)
+        return;
 #pragma unroll U
-    for (int i = attn_thread(); i < r.count * (W / 8); i += (int)blockDim.x) {
-        int row = i / (W / 8), col = i % (W / 8) * 8;
-        bool there = r.first + row < d.tokens;
-        const md_bf16 *from = r.from + (r.first + row) * r.stride + col;
-        md_async_copy16(to + row * ATTN_ROW(W) + col, there ? from : r.from, there);
+    for (int row = begin; row < r.count; row += step) {
+        md_async_copy16(to, from, r.first + row < d.tokens);
+        from += step * stride;
+        to += step * ATTN_ROW(W);
     }
 }
 

@@ -2,8 +2,8 @@
  * from lse, once for each of two kernels, so that every sum has one owner:
  *
  *   queries   A warp owns 16 queries of a head: dq, and delta = sum d_o o of its rows, which the
- *             other kernel reads. Keys and values stream through three stages of shared memory. A
- *             block of threads stays with its queries for a whole chunk of images, so that the sums
+ *             other kernel reads beside lse. Keys and values stream through three stages of shared
+ * memory. A block of threads stays with its queries for a whole chunk of images, so that the sums
  *             of dlogits over images stay in its shared memory; each chunk then writes one partial
  *             drel.
  *   keys      A warp owns 16 keys: dk and dv (cuda_attn_keys). */
@@ -11,14 +11,14 @@
 
 /* Tiles of 16 queries of a block of threads, at most; blocks of keys of a stage; stages. */
 #define QUERY_WARPS(w) ((w) <= 80 ? 9 : 8)
-#define QUERY_STAGE    4
-#define QUERY_STAGES   3
+#define QUERY_STAGE    6
+#define QUERY_STAGES   2
 
 /* Blocks of keys of a step: two where the registers hold them. */
-#define QUERY_STEP(w, rel) ((rel) && (w) > 64 ? 1 : 2)
+#define QUERY_STEP(w, rel) ((rel) && (w) >= 64 ? 1 : 2)
 
 /* Whether they also hold a word of the bias before its block's turn. */
-#define QUERY_AHEAD(w) ((w) > 64)
+#define QUERY_AHEAD(w) ((w) >= 64)
 
 /* What the sums of dlogits may take of shared memory together with the stages on the largest GPU.
  * Chunks are cut for it everywhere. */
@@ -47,29 +47,38 @@ struct query_keys {
     float scale;
 };
 
+/* delta of rows g and g + 8. */
 template <int W>
-MD_DEV void query_begin(query_tile<W> &t, const attn_bwd_args &a, int image, int head, int first)
+MD_DEV void query_delta(float (&delta)[2], const uint32_t (&g)[W / 16][4], const attn_bwd_args &a,
+                        int image, int head, int first)
 {
-    const attn_dims &d = a.d;
     const int lane = attn_thread() % MD_WARP;
-    attn_rows q = {a.qkv + attn_at(d, image, head, 3 * a.d.row), 3 * a.d.row, first, ATTN_BLOCK};
-    attn_rows g = {a.d_o + attn_at(d, image, head, a.d.row), a.d.row, first, ATTN_BLOCK};
-    attn_rows o = {a.o + attn_at(d, image, head, a.d.row), a.d.row, first, ATTN_BLOCK};
+    attn_rows o = {a.o + attn_at(a.d, image, head, a.d.row), a.d.row, first, ATTN_BLOCK};
     uint32_t x[W / 16][4];
-    attn_load<W>(t.q, q, d);
-    attn_load<W>(t.g, g, d);
-    attn_load<W>(x, o, d);
+    attn_load<W>(x, o, a.d);
     float sum = 0.0f; /* of row attn_lane_row, over this lane's columns */
 #pragma unroll
     for (int k = 0; k < W / 16; k++)
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            sum += md_unpack_lo(x[k][i]) * md_unpack_lo(t.g[k][i]) +
-                   md_unpack_hi(x[k][i]) * md_unpack_hi(t.g[k][i]);
+            sum += md_unpack_lo(x[k][i]) * md_unpack_lo(g[k][i]) +
+                   md_unpack_hi(x[k][i]) * md_unpack_hi(g[k][i]);
     sum += md_shfl_xor(sum, 2);
     const float other = md_shfl_xor(sum, 1);
-    t.delta[0] = lane % 2 ? other : sum;
-    t.delta[1] = lane % 2 ? sum : other;
+    delta[0] = lane % 2 ? other : sum;
+    delta[1] = lane % 2 ? sum : other;
+}
+
+template <int W>
+MD_DEV void query_begin(query_tile<W> &t, const attn_bwd_args &a, int image, int head, int first)
+{
+    const attn_dims &d = a.d;
+    const int lane = attn_thread() % MD_WARP;
+    attn_rows q = {a.qkv + attn_at(d, image, head, 3 * d.row), 3 * d.row, first, ATTN_BLOCK};
+    attn_rows g = {a.d_o + attn_at(d, image, head, d.row), d.row, first, ATTN_BLOCK};
+    attn_load<W>(t.q, q, d);
+    attn_load<W>(t.g, g, d);
+    query_delta<W>(t.delta, t.g, a, image, head, first);
     attn_left<W>(t.q);
     attn_left<W>(t.g);
 #pragma unroll
@@ -78,7 +87,7 @@ MD_DEV void query_begin(query_tile<W> &t, const attn_bwd_args &a, int image, int
         const int64_t at = ((int64_t)image * d.heads + head) * d.tokens + row;
         t.lse[r] = row < d.tokens ? a.lse[at] * MD_LOG2E : 0.0f;
         if (lane % 4 == 0 && row < d.tokens)
-            a.delta[at] = t.delta[r];
+            a.own[at] = make_float2(t.lse[r], t.delta[r]);
     }
 #pragma unroll
     for (int n = 0; n < W / 8; n++)
@@ -99,13 +108,12 @@ MD_DEV void query_end(const query_tile<W> &t, const attn_bwd_args &a, int image,
 /* Brings near what query_begin will read of another image. */
 template <int W> MD_DEV void query_expect(const attn_bwd_args &a, int image, int head, int first)
 {
-    attn_rows rows = {a.qkv + attn_at(a.d, image, head, 3 * a.d.row), 3 * a.d.row, first,
-                      ATTN_BLOCK};
+    attn_rows rows = {a.o + attn_at(a.d, image, head, a.d.row), a.d.row, first, ATTN_BLOCK};
     attn_prefetch<W>(rows, a.d);
-    rows.stride = a.d.row;
     rows.from = a.d_o + attn_at(a.d, image, head, a.d.row);
     attn_prefetch<W>(rows, a.d);
-    rows.from = a.o + attn_at(a.d, image, head, a.d.row);
+    rows.from = a.qkv + attn_at(a.d, image, head, 3 * a.d.row);
+    rows.stride = 3 * a.d.row;
     attn_prefetch<W>(rows, a.d);
 }
 
@@ -176,32 +184,40 @@ MD_DEV void query_step(query_tile<W> &t, query_keys &k, int at, int block)
     }
 }
 
-/* The stages of all images of a chunk in one row: step / stages is the image, from `first` on, and
- * step % stages its stage. Step n lies in buffer n % QUERY_STAGES. */
-struct query_steps {
-    int first, count;
+/* The stages of all images of a chunk in one row. */
+struct query_walk {
+    int image, stage;
 };
 
-template <int W> MD_DEV md_bf16 *query_buffer(int step)
+MD_DEV query_walk query_after(query_walk w, int steps, int stages)
 {
-    return reinterpret_cast<md_bf16 *>(md_smem()) +
-           step % QUERY_STAGES * (QUERY_STAGE * ATTN_BLOCK * ATTN_ROW(W));
+    for (w.stage += steps; w.stage >= stages; w.stage -= stages)
+        w.image++;
+    return w;
 }
 
-/* Starts the copy of a step's keys and values; a group even when there is nothing left. */
+/* One of QUERY_STAGES buffers, which the stages take in turn. */
+template <int W> MD_DEV md_bf16 *query_buffer(int buffer)
+{
+    return reinterpret_cast<md_bf16 *>(md_smem()) +
+           buffer * (QUERY_STAGE * ATTN_BLOCK * ATTN_ROW(W));
+}
+
+/* Starts the copy of a stage's keys and values; a group even when there is nothing left before
+ * image `end`. */
 template <int W>
-MD_DEV void query_fetch(const attn_bwd_args &a, int head, const query_steps &s, int step)
+MD_DEV void query_fetch(const attn_bwd_args &a, int head, query_walk w, int end, int buffer)
 {
     const int rows = QUERY_STAGE * ATTN_BLOCK;
-    if (step < s.count) {
-        md_bf16 *to = query_buffer<W>(step);
+    if (w.image < end) {
         const int padded = (a.d.tokens + ATTN_BLOCK - 1) / ATTN_BLOCK * ATTN_BLOCK;
-        const int first = step % a.stages * rows, image = s.first + step / a.stages;
-        attn_rows from = {a.qkv + attn_at(a.d, image, head, 3 * a.d.row) + a.d.row, 3 * a.d.row,
-                          first, padded - first < rows ? padded - first : rows};
-        attn_fetch<W, 2>(to, from, a.d);
-        from.from += a.d.row;
-        attn_fetch<W, 2>(to + W, from, a.d);
+        const int first = w.stage * rows;
+        const md_bf16 *qkv = a.qkv + attn_at(a.d, w.image, head, 3 * a.d.row);
+        attn_pair from = {{qkv + a.d.row, qkv + 2 * a.d.row},
+                          {3 * a.d.row, 3 * a.d.row},
+                          first,
+                          padded - first < rows ? padded - first : rows};
+        attn_fetch<W, 2>(query_buffer<W>(buffer), from, a.d);
     }
     md_async_commit();
 }
@@ -276,13 +292,14 @@ attn_bwd_queries(attn_bwd_args a)
     const attn_dims d = a.d;
     const query_place place = query_where(a, (int)blockIdx.x);
     const int head = place.head, chunk = place.chunk, tile = place.tile, first = tile * ATTN_BLOCK;
-    const int blocks = (d.tokens + ATTN_BLOCK - 1) / ATTN_BLOCK, lane = (int)threadIdx.x % MD_WARP;
+    const int blocks = (d.tokens + ATTN_BLOCK - 1) / ATTN_BLOCK;
     const int begin = (int)((int64_t)d.images * chunk / a.chunks);
     const int end = (int)((int64_t)d.images * (chunk + 1) / a.chunks);
-    const query_steps s = {begin, (end - begin) * a.stages};
+    query_walk now = {begin, 0};
+    int buffer = 0; /* of the stage now */
     query_keys k = {};
     k.tokens = d.tokens;
-    k.scale = d.scale * MD_LOG2E;
+    k.scale = a.scale;
     if (REL && a.part) {
         k.sums = query_sums_at<W>(place.warp, blocks);
 #pragma unroll 1
@@ -290,26 +307,29 @@ attn_bwd_queries(attn_bwd_args a)
             k.sums[i * MD_WARP] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     }
     for (int i = 0; i + 1 < QUERY_STAGES; i++)
-        query_fetch<W>(a, head, s, i);
+        query_fetch<W>(a, head, query_after(now, i, a.stages), end, i);
     query_tile<W> t;
-    for (int step = 0; step < s.count; step++) {
-        const int stage = step % a.stages, image = s.first + step / a.stages;
-        if (stage == 0 && tile < blocks) {
+    while (now.image < end) {
+        if (now.stage == 0 && tile < blocks) {
             if (REL)
-                k.rel = a.rel + ((int64_t)head * blocks + tile) * blocks * MD_WARP + lane;
+                k.rel = a.rel + ((int64_t)head * blocks + tile) * blocks * MD_WARP +
+                        attn_thread() % MD_WARP;
             if (REL && QUERY_AHEAD(W))
                 k.word = *k.rel;
-            query_begin<W>(t, a, image, head, first);
-            if (image + 1 < end)
-                query_expect<W>(a, image + 1, head, first);
+            query_begin<W>(t, a, now.image, head, first);
+            if (now.image + 1 < end)
+                query_expect<W>(a, now.image + 1, head, first);
         }
         md_async_wait<QUERY_STAGES - 2>();
         md_barrier(); /* this stage is there, and the one before it has been read */
-        query_fetch<W>(a, head, s, step + QUERY_STAGES - 1);
+        query_fetch<W>(a, head, query_after(now, QUERY_STAGES - 1, a.stages), end,
+                       buffer == 0 ? QUERY_STAGES - 1 : buffer - 1);
         if (tile < blocks)
-            query_stage<W, REL>(t, k, query_buffer<W>(step), stage);
-        if (stage == a.stages - 1 && tile < blocks)
-            query_end<W>(t, a, image, head, first);
+            query_stage<W, REL>(t, k, query_buffer<W>(buffer), now.stage);
+        if (now.stage == a.stages - 1 && tile < blocks)
+            query_end<W>(t, a, now.image, head, first);
+        now = query_after(now, 1, a.stages);
+        buffer = buffer + 1 == QUERY_STAGES ? 0 : buffer + 1;
     }
     if (REL && a.part)
         query_sums<W>(a);
@@ -380,7 +400,7 @@ static int image_chunks(const md_attention_bwd_args *a, const attn_dims &d)
 /* Words that are read ahead, behind the last block of keys or queries. */
 #define AHEAD MD_WARP
 
-/* Offsets in the scratch: delta, the bias, the partial drel; its end. */
+/* Offsets in the scratch, which begins with lse and delta: the bias, the partial drel; its end. */
 struct bwd_layout {
     size_t rel, part, end;
 };
@@ -389,7 +409,7 @@ static bwd_layout layout_of(const md_attention_bwd_args *a, const attn_dims &d)
 {
     const size_t rows = (size_t)d.heads * (size_t)d.tokens;
     bwd_layout l;
-    l.rel = attn_line(sizeof(float) * rows * (size_t)d.images);
+    l.rel = attn_line(sizeof(float2) * rows * (size_t)d.images);
     l.part = l.rel + (a->rel && attn_tensor_cores(a->qkv, a->heads)
                           ? attn_line(sizeof(uint4) * (2 * (size_t)attn_rel_words(d) + AHEAD))
                           : 0);
@@ -447,12 +467,13 @@ md_status cuda_attention_bwd(md_backend *be, const md_attention_bwd_args *a)
     } else {
         attn_bwd_args k = {};
         k.d = d;
+        k.scale = d.scale * MD_LOG2E;
         k.qkv = cuda_data<md_bf16>(a->qkv);
         k.o = cuda_data<md_bf16>(a->o);
         k.d_o = cuda_data<md_bf16>(a->d_o);
         k.lse = cuda_data<float>(a->lse);
         k.dqkv = cuda_data<md_bf16>(a->dqkv);
-        k.delta = room.delta;
+        k.own = static_cast<float2 *>(scratch);
         k.part = room.part;
         k.chunks = room.chunks;
         if (a->rel) {

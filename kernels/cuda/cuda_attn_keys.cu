@@ -77,26 +77,34 @@ MD_DEV void key_begin(key_tile<W> &t, const attn_bwd_args &a, int image, int hea
             t.dk[n][i] = t.dv[n][i] = 0.0f;
 }
 
-/* Rows [first, first + count) of queries, d_o, lse and delta into shared memory. */
+/* Starts the copy of `count` rows of queries, d_o, lse and delta, from block k.first on, into
+ * shared memory. */
 template <int W>
 MD_DEV void key_fetch(const attn_bwd_args &a, int image, int head, const key_queries &k, int count)
 {
     const int first = k.first * ATTN_BLOCK;
     md_bf16 *to = reinterpret_cast<md_bf16 *>(md_smem());
-    attn_rows q = {a.qkv + attn_at(a.d, image, head, 3 * a.d.row), 3 * a.d.row, first, count};
-    attn_rows g = {a.d_o + attn_at(a.d, image, head, a.d.row), a.d.row, first, count};
-    attn_fetch<W, 4>(to, q, a.d);
-    attn_fetch<W, 4>(to + W, g, a.d);
-    md_async_commit();
-    const int64_t at = ((int64_t)image * a.d.heads + head) * a.d.tokens + first;
+    const float2 *own = a.own + ((int64_t)image * a.d.heads + head) * a.d.tokens + first;
 #pragma unroll 1
-    for (int i = (int)threadIdx.x; i < count; i += (int)blockDim.x) {
-        const bool there = first + i < a.d.tokens;
-        *key_own<W>(to + i * ATTN_ROW(W)) =
-            there ? make_float2(a.lse[at + i] * MD_LOG2E, a.delta[at + i])
-                  : make_float2(0.0f, 0.0f);
-    }
-    md_async_wait<0>();
+    for (int i = attn_thread(); i < count; i += (int)blockDim.x)
+        md_async_copy8(key_own<W>(to + i * ATTN_ROW(W)), own + i, first + i < a.d.tokens);
+    attn_pair from = {{a.qkv + attn_at(a.d, image, head, 3 * a.d.row),
+                       a.d_o + attn_at(a.d, image, head, a.d.row)},
+                      {3 * a.d.row, a.d.row},
+                      first,
+                      count};
+    attn_fetch<W, 4>(to, from, a.d);
+    md_async_commit();
+}
+
+/* Brings a tile's keys and values near. */
+template <int W> MD_DEV void key_expect(const attn_bwd_args &a, int image, int head, int first)
+{
+    attn_rows rows = {a.qkv + attn_at(a.d, image, head, 3 * a.d.row) + a.d.row, 3 * a.d.row, first,
+                      ATTN_BLOCK};
+    attn_prefetch<W>(rows, a.d);
+    rows.from += a.d.row;
+    attn_prefetch<W>(rows, a.d);
 }
 
 template <int W>
@@ -114,27 +122,40 @@ template <int W, bool REL> MD_KERNEL(ATTN_BOUNDS(KEY_WARPS(W), 2)) attn_bwd_keys
     const attn_dims &d = a.d;
     const int head = (int)blockIdx.x % d.heads, image = (int)blockIdx.x / d.heads;
     const int blocks = (d.tokens + ATTN_BLOCK - 1) / ATTN_BLOCK;
-    const int warps = (int)blockDim.x / MD_WARP, lane = (int)threadIdx.x % MD_WARP;
+    const int warps = (int)blockDim.x / MD_WARP;
     const int warp = W > 64 ? attn_warp() : (int)threadIdx.x / MD_WARP; /* no spills with either */
     md_bf16 *q = reinterpret_cast<md_bf16 *>(md_smem());
-    key_queries k = {
-        attn_scores_at<W>(q), attn_sum_at<W>(q), q + lane % 4 * 2 * ATTN_ROW(W) + 2 * W, nullptr, 0,
-        d.scale * MD_LOG2E};
+    key_queries k = {attn_scores_at<W>(q),
+                     attn_sum_at<W>(q),
+                     q + (int)threadIdx.x % 4 * 2 * ATTN_ROW(W) + 2 * W,
+                     nullptr,
+                     0,
+                     a.scale};
     for (int round = 0; round < blocks; round += warps) {
         const int tile = round + warp;
         key_tile<W> t;
         uint4 word = {};
+        if (round == 0) {
+            k.first = 0;
+            key_fetch<W>(a, image, head, k, MD_MIN(a.resident, blocks) * ATTN_BLOCK);
+        }
+        if (tile + warps < blocks)
+            key_expect<W>(a, image, head, (tile + warps) * ATTN_BLOCK);
         if (tile < blocks)
             key_begin<W>(t, a, image, head, tile * ATTN_BLOCK);
         if (REL && tile < blocks) {
-            k.rel = a.rel + ((int64_t)(d.heads + head) * blocks + tile) * blocks * MD_WARP + lane;
-            word = k.rel[0];
+            k.rel = a.rel + ((int64_t)(d.heads + head) * blocks + tile) * blocks * MD_WARP +
+                    attn_thread() % MD_WARP;
+            word = *k.rel;
         }
         for (k.first = 0; k.first < blocks; k.first += a.resident) {
             const int end = k.first + a.resident < blocks ? k.first + a.resident : blocks;
-            if (round == 0 || blocks > a.resident) {
+            if (k.first > 0 || (round > 0 && blocks > a.resident)) {
                 md_barrier();
                 key_fetch<W>(a, image, head, k, (end - k.first) * ATTN_BLOCK);
+            }
+            if (round == 0 || blocks > a.resident) {
+                md_async_wait<0>();
                 md_barrier();
             }
 #pragma unroll 1

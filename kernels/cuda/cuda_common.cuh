@@ -7,7 +7,7 @@
  *   md_barrier()             __syncthreads
  *   md_shfl, md_shfl_xor     exchange within a warp, all 32 lanes taking part
  *   md_warp_barrier()        __syncwarp
- *   md_async_*               16-byte copies from device to shared memory that end later (cp.async)
+ *   md_async_*               copies from device to shared memory that end later (cp.async)
  *   md_ldmatrix*, md_mma     tensor cores, bf16 in, f32 sums
  *   md_pack, md_unpack       two bf16 in a word
  *   md_store16               16 bytes to memory in one access
@@ -100,6 +100,14 @@ MD_DEV void md_async_copy16(void *smem, const void *src, bool there)
 {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(md_smem_address(smem)),
                  "l"(src), "r"(there ? 16 : 0)
+                 : "memory");
+}
+
+/* The same of 8 bytes. */
+MD_DEV void md_async_copy8(void *smem, const void *src, bool there)
+{
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(md_smem_address(smem)),
+                 "l"(src), "r"(there ? 8 : 0)
                  : "memory");
 }
 

@@ -72,13 +72,16 @@ template <class T> MD_KERNEL(LN_BLOCK) md_ln_rows(md_ln<T> k)
     md_parameters(k.weight, col, there, 1.0f, weight);
     md_parameters(k.bias, col, there, 0.0f, bias);
     const int64_t stop = k.rows * (blockIdx.x + 1) / gridDim.x, end = there ? stop : 0;
-    for (int64_t row = k.rows * blockIdx.x / gridDim.x; row < stop; row += R) {
+    int64_t row = k.rows * blockIdx.x / gridDim.x;
+    md_ln_cursor cursor = {};
+    md_cursor_begin(cursor, k.images, row);
+    for (; row < stop; row += R) {
         const int64_t at = row * k.cols + col;
         uint4 x[R];
         float mean[R], rstd[R];
         md_ln_places<R> place;
         md_read_rows(k.x, row, end, at, k.cols, x);
-        md_places_of(k.images, row, end, place);
+        md_places_of(cursor, k.images, row, end, place);
         if (k.branch) {
             uint4 branch[R];
             md_read_places(k.branch, place.from, col, k.cols, branch);
@@ -118,8 +121,10 @@ template <class T> MD_KERNEL(VEC_BLOCK) md_ln_any(md_ln<T> k)
 {
     float *smem = reinterpret_cast<float *>(md_smem());
     for (int64_t row = blockIdx.x; row < k.rows; row += gridDim.x) {
+        md_ln_cursor cursor = {};
         md_ln_places<1> place;
-        md_places_of(k.images, row, k.rows, place);
+        md_cursor_begin(cursor, k.images, row);
+        md_places_of(cursor, k.images, row, k.rows, place);
         const T *x = k.x + row * k.cols;
         const T *branch =
             k.branch && place.from[0] >= 0 ? k.branch + place.from[0] * k.cols : nullptr;

@@ -38,16 +38,36 @@ MD_DEV void md_read_rows(const T *p, int64_t row, int64_t end, int64_t at, int64
                                   : make_uint4(0, 0, 0, 0);
 }
 
-/* The images of rows: tokens rows each. keep, from and to of an image as residual_ln has them. */
+/* The images of rows: `tokens` rows each. keep, from and to of an image as residual_ln has them;
+ * without any of them all rows are one image. */
 struct md_ln_images {
     const float *keep;
     const int32_t *from, *to;
-    int tokens;
-    MD_DEV bool any() const
-    {
-        return keep || from || to;
-    }
+    int images, tokens;
 };
+
+/* One image, and a row of it, for going through rows one after the other: what is known of an image
+ * is read once. */
+struct md_ln_cursor {
+    int image, token, from, to;
+    float keep;
+};
+
+MD_DEV void md_cursor_read(md_ln_cursor &c, const md_ln_images &k)
+{
+    if (c.image >= k.images)
+        return;
+    c.keep = k.keep ? k.keep[c.image] : 1.0f;
+    c.from = k.from ? k.from[c.image] : c.image;
+    c.to = k.to ? k.to[c.image] : c.image;
+}
+
+MD_DEV void md_cursor_begin(md_ln_cursor &c, const md_ln_images &k, int64_t row)
+{
+    c.image = (int)row / k.tokens;
+    c.token = (int)row - c.image * k.tokens;
+    md_cursor_read(c, k);
+}
 
 /* Of R rows: the factor of the branch, and the row in the branch and in y; -1: not there. */
 template <int R> struct md_ln_places {
@@ -55,26 +75,22 @@ template <int R> struct md_ln_places {
     int from[R], to[R];
 };
 
-/* Those of the rows [row, end) of R. Row numbers fit 32 bits (ln_images sees to it). */
+/* Those of the rows [row, end) of R; the cursor is at `row` and goes on. */
 template <int R>
-MD_DEV void md_places_of(const md_ln_images &k, int64_t row, int64_t end, md_ln_places<R> &p)
+MD_DEV void md_places_of(md_ln_cursor &c, const md_ln_images &k, int64_t row, int64_t end,
+                         md_ln_places<R> &p)
 {
-    const int first = (int)row, rows = (int)(end - row);
-    int image = 0, token = 0;
-    if (k.any()) {
-        image = first / k.tokens;
-        token = first - image * k.tokens;
-    }
 #pragma unroll
     for (int i = 0; i < R; i++) {
-        const bool there = i < rows;
-        const int from = there && k.from ? k.from[image] : 0;
-        const int to = there && k.to ? k.to[image] : 0;
-        p.keep[i] = there && k.keep ? k.keep[image] : 1.0f;
-        p.from[i] = !there || from < 0 ? -1 : k.from ? from * k.tokens + token : first + i;
-        p.to[i] = !there || to < 0 ? -1 : k.to ? to * k.tokens + token : first + i;
-        if (++token == k.tokens)
-            token = 0, image++;
+        const bool there = row + i < end;
+        p.keep[i] = c.keep;
+        p.from[i] = there && c.from >= 0 ? c.from * k.tokens + c.token : -1;
+        p.to[i] = there && c.to >= 0 ? c.to * k.tokens + c.token : -1;
+        if (++c.token == k.tokens) {
+            c.token = 0;
+            c.image++;
+            md_cursor_read(c, k);
+        }
     }
 }
 
@@ -88,15 +104,19 @@ MD_DEV void md_read_places(const T *p, const int (&at)[R], int64_t col, int64_t 
                                : make_uint4(0, 0, 0, 0);
 }
 
-/* What a kernel takes of the operands; rows: of all images together. */
+/* What a kernel takes of the operands; rows: of all images together, which fit 32 bits. */
 static inline md_status ln_images(md_op op, const md_tensor *keep, const md_tensor *from,
                                   const md_tensor *to, int64_t rows, md_ln_images *out)
 {
-    const md_tensor *images = keep ? keep : from ? from : to;
+    const md_tensor *index = keep ? keep : from ? from : to;
+    const int64_t images = index ? md_tensor_count(index) : 1;
     if (rows > INT32_MAX)
         MD_FAIL(MD_ERR_BUG, "%s: %lld rows", md_op_name(op), (long long)rows);
-    *out = {cuda_data<const float>(keep), cuda_data<const int32_t>(from),
-            cuda_data<const int32_t>(to), images ? (int)(rows / md_tensor_count(images)) : 0};
+    out->keep = cuda_data<const float>(keep);
+    out->from = cuda_data<const int32_t>(from);
+    out->to = cuda_data<const int32_t>(to);
+    out->images = (int)images;
+    out->tokens = images && rows ? (int)(rows / images) : 1;
     return MD_OK;
 }
 

@@ -42,14 +42,16 @@ template <int R> struct md_ln_batch {
     float sums[2 * R];
 };
 
-/* Sends the vectors of the rows [row, end) of R to this thread's slots of a stage, which lie
- * blockDim.x apart, and reads the statistics. Rows that are not there become zeros. */
+/* Sends the vectors of the rows [row, end) of R, where the cursor is, to this thread's slots of a
+ * stage, which lie blockDim.x apart, and reads the statistics. Rows that are not there become
+ * zeros.
+ */
 template <class T, int R>
-MD_DEV void md_ln_bwd_fetch(const md_ln_bwd<T> &k, int64_t row, int64_t end, int64_t col,
-                            uint4 *slot, md_ln_rows_of<R> &of)
+MD_DEV void md_ln_bwd_fetch(const md_ln_bwd<T> &k, md_ln_cursor &cursor, int64_t row, int64_t end,
+                            int64_t col, uint4 *slot, md_ln_rows_of<R> &of)
 {
     const T *const from[BWD_OPERANDS] = {k.dr, k.branch, k.dy ? k.r : nullptr, k.dy};
-    md_places_of(k.images, row, end, of.place);
+    md_places_of(cursor, k.images, row, end, of.place);
 #pragma unroll
     for (int i = 0; i < R; i++) {
         const int own = row + i < end ? (int)row + i : -1, to = k.dy ? of.place.to[i] : -1;
@@ -162,10 +164,12 @@ template <class T, int THREADS, int R> MD_KERNEL(THREADS) md_ln_bwd_rows(md_ln_b
     md_ln_rows_of<R> coming;
     md_ln_bwd_begin(c, k, col, there);
     int64_t row = k.rows * blockIdx.x / gridDim.x;
-    md_ln_bwd_fetch(k, row, end, col, slot, coming);
+    md_ln_cursor cursor = {};
+    md_cursor_begin(cursor, k.images, row);
+    md_ln_bwd_fetch(k, cursor, row, end, col, slot, coming);
     for (; row < stop; row += R, turn ^= 1) {
         b.row = coming;
-        md_ln_bwd_fetch(k, row + R, end, col, slot + (turn ^ 1) * stage, coming);
+        md_ln_bwd_fetch(k, cursor, row + R, end, col, slot + (turn ^ 1) * stage, coming);
         md_async_wait<BWD_STAGES - 1>();
         md_ln_bwd_take(k, slot + turn * stage, b);
         if (k.dy) {
@@ -228,10 +232,13 @@ template <class T> MD_KERNEL(VEC_BLOCK) md_ln_bwd_any(md_ln_bwd<T> k)
             part[s * (int64_t)gridDim.x * k.cols + c] = 0.0f;
     const int64_t end = k.rows * (blockIdx.x + 1) / gridDim.x;
     int turn = 0;
-    for (int64_t row = k.rows * blockIdx.x / gridDim.x; row < end; row++, turn ^= 1) {
+    int64_t row = k.rows * blockIdx.x / gridDim.x;
+    md_ln_cursor cursor = {};
+    md_cursor_begin(cursor, k.images, row);
+    for (; row < end; row++, turn ^= 1) {
         float sums[2] = {0.0f, 0.0f};
         md_ln_rows_of<1> of;
-        md_places_of(k.images, row, end, of.place);
+        md_places_of(cursor, k.images, row, end, of.place);
         of.mean[0] = k.dy ? k.mean[row] : 0.0f;
         of.rstd[0] = k.dy ? k.rstd[row] : 0.0f;
         if (k.dy && of.place.to[0] >= 0) {

@@ -85,7 +85,12 @@ MD_DEV uint32_t md_pack(float lo, float hi)
 
 MD_DEV void md_async_copy16(void *smem, const void *src, bool there)
 {
-    emu_async_copy(smem, src, there);
+    emu_async_copy(smem, src, 16, there);
+}
+
+MD_DEV void md_async_copy8(void *smem, const void *src, bool there)
+{
+    emu_async_copy(smem, src, 8, there);
 }
 
 MD_DEV void md_async_commit()

@@ -43,6 +43,7 @@ enum waiting { RUNS, AT_BARRIER, IN_WARP, DONE };
 struct copy {
     void *to;
     const void *from;
+    size_t bytes;
     bool there;
 };
 
@@ -294,13 +295,13 @@ const unsigned char *emu_warp(emu_together what, const void *mine, size_t bytes)
     return w.out;
 }
 
-void emu_async_copy(void *smem, const void *src, bool there)
+void emu_async_copy(void *smem, const void *src, size_t bytes, bool there)
 {
-    emu_want_aligned(smem, 16);
+    emu_want_aligned(smem, bytes);
     if (there)
-        emu_want_aligned(src, 16);
-    std::memset(smem, 0xff, 16); /* what was there is lost at once, what comes is there later */
-    m.self->open.push_back({smem, src, there});
+        emu_want_aligned(src, bytes);
+    std::memset(smem, 0xff, bytes); /* what was there is lost at once, what comes is there later */
+    m.self->open.push_back({smem, src, bytes, there});
 }
 
 void emu_async_commit()
@@ -316,9 +317,9 @@ void emu_async_wait(int under_way)
     while ((int)groups.size() > under_way) {
         for (const copy &c : groups.front())
             if (c.there)
-                std::memcpy(c.to, c.from, 16);
+                std::memcpy(c.to, c.from, c.bytes);
             else
-                std::memset(c.to, 0, 16);
+                std::memset(c.to, 0, c.bytes);
         groups.erase(groups.begin());
     }
 }

@@ -38,7 +38,7 @@ unsigned char *emu_smem();
 void emu_barrier();
 /* Gives this lane's value and returns those of all, EMU_LANE_BYTES apart, until the next call. */
 const unsigned char *emu_warp(emu_together what, const void *mine, size_t bytes);
-void emu_async_copy(void *smem, const void *src, bool there);
+void emu_async_copy(void *smem, const void *src, size_t bytes, bool there);
 void emu_async_commit();
 void emu_async_wait(int under_way);
 void emu_want_aligned(const void *p, size_t bytes);

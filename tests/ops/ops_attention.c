@@ -220,6 +220,7 @@ const op_row attention_rows[] = {
     ATT(1, 197, 1, 80, REL | LSE),
     ATT(3, 257, 3, 80, REL | LSE),
     ATT(1, 384, 1, 80, REL | LSE),
+    ATT(1, 530, 1, 16, REL | LSE),
     ATT(1, 33, 2, 128, REL | LSE),
     ATT_BWD(1, 1, 2, 4, 0),
     ATT_BWD(1, 3, 1, 4, REL | DREL),
@@ -236,6 +237,7 @@ const op_row attention_rows[] = {
     ATT_BWD(2, 257, 2, 64, REL | DREL | ADD),
     ATT_BWD(2, 257, 2, 80, REL | DREL),
     ATT_BWD(1, 384, 1, 80, 0),
+    ATT_BWD(1, 530, 1, 16, REL | DREL),
     ATT_BWD(1, 33, 2, 128, REL | DREL),
 };
 const int attention_row_count = (int)MD_COUNT(attention_rows);
