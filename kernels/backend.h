@@ -58,14 +58,20 @@ typedef enum md_act { MD_ACT_NONE, MD_ACT_GELU, MD_ACT_QUICK_GELU } md_act;
 /* y = act(op_a(a) op_b(b) + bias), y of the compute type or f32. a [m,k] (or [k,m] with trans_a), b
  * [k,n] (or [n,k] with trans_b), y [m,n] in the matrix view; bias [n]. With act, pre (optional)
  * receives the value before act; y accumulates only without act, pre never. In bf16 the product may
- * be rounded before bias and the old y are added. Linear layer: fwd trans_b; data gradient plain;
- * weight gradient trans_a with accumulate. */
+ * be rounded before bias and the old y are added. A linear layer is trans_b. */
 typedef struct md_gemm_args {
     MD_IN(*a, *b, *bias);
     MD_OUT(*y, *pre);
     bool trans_a, trans_b;
     md_act act;
 } md_gemm_args;
+
+/* Backward of a linear layer y = x w^T: dw = dy^T x, f32, may accumulate, and dx = dy w, optional,
+ * which alone needs w. x, dx [N, I] and dy [N, O] in the matrix view, w, dw [O, I]. */
+typedef struct md_linear_bwd_args {
+    MD_IN(*x, *w, *dy);
+    MD_OUT(*dw, *dx);
+} md_linear_bwd_args;
 
 /* y[c] = sum over rows of x[r, c]: gradient of a bias. y f32 [C]. */
 typedef struct md_colsum_args {
@@ -286,6 +292,7 @@ typedef struct md_cast_args {
 
 #define MD_OPS(X)      \
     X(gemm)            \
+    X(linear_bwd)      \
     X(colsum)          \
     X(act_bwd)         \
     X(layernorm)       \

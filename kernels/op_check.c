@@ -19,6 +19,7 @@ typedef struct op_rule {
 
 static const op_rule rules[MD_OP_COUNT] = {
     [MD_OP_gemm] = {{"a ~ M K", "b ~ K N", "bias? # N"}, {"y:FLOAT ~ M N", "pre? ~ M N"}},
+    [MD_OP_linear_bwd] = {{"x ~ N I", "w? ~ O I", "dy ~ N O"}, {"dw:F32 ~ O I", "dx? ~ N I"}},
     [MD_OP_colsum] = {{"x ~ N C"}, {"y:F32 # C"}},
     [MD_OP_act_bwd] = {{"x ~ N C", "dy ~ N C"}, {"dx@dy ~ N C", "dbias?:F32 # C"}},
     [MD_OP_layernorm] = {{"x ~ N C", "weight?:F32 # C", "bias?:F32 # C"},

@@ -166,11 +166,8 @@ static md_status linear_bwd(md_graph *g, const md_node *n)
         md_tensor own = n->attr.scattered ? own_rows(g, dy) : *dy;
         MD_TRY(MD_RUN(colsum, .x = &own, .y = dbias, .accumulate = add_bias));
     }
-    MD_TRY(MD_RUN(gemm, .a = dy, .b = md_in(g, n, 0), .y = &dw, .trans_a = true,
-                  .accumulate = g->accumulate));
-    if (dx)
-        MD_TRY(MD_RUN(gemm, .a = dy, .b = &w, .y = dx));
-    return MD_OK;
+    return MD_RUN(linear_bwd, .x = md_in(g, n, 0), .w = dx ? &w : NULL, .dy = dy, .dw = &dw,
+                  .dx = dx, .accumulate = g->accumulate);
 }
 
 static const md_node_kind kind_linear = {.name = "linear",

@@ -88,6 +88,36 @@ md_status cpu_gemm(md_backend *be, const md_gemm_args *a)
     return MD_OK;
 }
 
+/* The two products. */
+static md_gemm_args weight_gradient(const md_linear_bwd_args *a)
+{
+    return (md_gemm_args){
+        .a = a->dy, .b = a->x, .y = a->dw, .trans_a = true, .accumulate = a->accumulate & 1};
+}
+
+static md_gemm_args input_gradient(const md_linear_bwd_args *a)
+{
+    return (md_gemm_args){.a = a->dy, .b = a->w, .y = a->dx};
+}
+
+size_t cpu_linear_bwd_scratch(md_backend *be, const md_linear_bwd_args *a)
+{
+    const md_gemm_args weights = weight_gradient(a), inputs = input_gradient(a);
+    const size_t first = cpu_gemm_scratch(be, &weights);
+    const size_t second = a->dx && a->w ? cpu_gemm_scratch(be, &inputs) : 0;
+    return MD_MAX(first, second); /* MD_NO_SCRATCH is the largest number */
+}
+
+md_status cpu_linear_bwd(md_backend *be, const md_linear_bwd_args *a)
+{
+    CPU_CHECK(linear_bwd, a);
+    if ((a->dx && !a->w) || a->accumulate & 2)
+        MD_FAIL(MD_ERR_BUG, "linear_bwd: dx needs w and does not accumulate");
+    const md_gemm_args weights = weight_gradient(a), inputs = input_gradient(a);
+    MD_TRY(cpu_gemm(be, &weights));
+    return a->dx ? cpu_gemm(be, &inputs) : MD_OK;
+}
+
 /* Rows of a chunk of a column sum: enough that the partial rows stay small beside the input. */
 #define COLSUM_ROWS 8
 

@@ -106,6 +106,7 @@ MD_OPS(CPU_DECLARE)
 
 #define CPU_OPS_WITH_SCRATCH(X) \
     X(gemm)                     \
+    X(linear_bwd)               \
     X(colsum)                   \
     X(act_bwd)                  \
     X(residual_ln_bwd)          \

@@ -303,7 +303,10 @@ static md_status open_device(md_backend *be, cuda_state *s, const md_backend_arg
     MD_TRY(choose_device(args, &s->device));
     MD_TRY(describe_device(be, s->device));
     CUDA_TRY(cudaStreamCreateWithFlags(&s->stream, cudaStreamNonBlocking));
+    CUDA_TRY(cudaStreamCreateWithFlags(&s->side, cudaStreamNonBlocking));
     CUDA_TRY(cudaStreamCreateWithFlags(&s->copy, cudaStreamNonBlocking));
+    CUDA_TRY(cudaEventCreateWithFlags(&s->fork, cudaEventDisableTiming));
+    CUDA_TRY(cudaEventCreateWithFlags(&s->join, cudaEventDisableTiming));
     for (int i = 0; i < MD_FEED_SLOTS; i++) {
         CUDA_TRY(cudaEventCreateWithFlags(&s->fed[i], cudaEventDisableTiming));
         CUDA_TRY(cudaEventCreateWithFlags(&s->used[i], cudaEventDisableTiming));
@@ -325,10 +328,14 @@ static void cuda_destroy(md_backend *be)
         if (s->used[i])
             cudaEventDestroy(s->used[i]);
     }
-    if (s->copy)
-        cudaStreamDestroy(s->copy);
-    if (s->stream)
-        cudaStreamDestroy(s->stream);
+    cudaEvent_t const tie[] = {s->fork, s->join};
+    for (size_t i = 0; i < MD_COUNT(tie); i++)
+        if (tie[i])
+            cudaEventDestroy(tie[i]);
+    cudaStream_t const stream[] = {s->copy, s->side, s->stream};
+    for (size_t i = 0; i < MD_COUNT(stream); i++)
+        if (stream[i])
+            cudaStreamDestroy(stream[i]);
     md_free(s);
 }
 

@@ -84,8 +84,15 @@ template <class T, class Y> MD_KERNEL(TILE *TILE) gemm_any(product<T> p, Y *y)
     md_store(out, p.accumulate ? md_load(out) + sum : sum);
 }
 
+/* Where a product runs, with CUDA_GEMM_WORKSPACE bytes of scratch of its own. */
+struct gemm_place {
+    md_op op;
+    cudaStream_t stream;
+    char *scratch;
+};
+
 template <class T>
-static md_status run_any(md_backend *be, const md_gemm_args *a, const cuda_gemm_key *k)
+static md_status run_any(const md_gemm_args *a, const cuda_gemm_key *k, const gemm_place &at)
 {
     const md_tensor *y = a->pre ? a->pre : a->y;
     product<T> p = {cuda_data<const T>(a->a),
@@ -100,25 +107,27 @@ static md_status run_any(md_backend *be, const md_gemm_args *a, const cuda_gemm_
     const dim3 grid((unsigned)cuda_ceil(k->n, TILE), (unsigned)cuda_ceil(k->m, TILE));
     const size_t smem = 2 * TILE * (TILE + 1) * sizeof(float);
     if (y->dtype == MD_F32)
-        MD_LAUNCH((gemm_any<T, float>), grid, TILE * TILE, smem, cuda_stream(be), p,
-                  cuda_data<float>(y));
+        MD_LAUNCH((gemm_any<T, float>), grid, TILE * TILE, smem, at.stream, p, cuda_data<float>(y));
     else
-        MD_LAUNCH((gemm_any<T, md_bf16>), grid, TILE * TILE, smem, cuda_stream(be), p,
+        MD_LAUNCH((gemm_any<T, md_bf16>), grid, TILE * TILE, smem, at.stream, p,
                   cuda_data<md_bf16>(y));
-    return cuda_launched(MD_OP_gemm);
+    return cuda_launched(at.op);
 }
 
-static md_status run_product(md_backend *be, const md_gemm_args *a, const cuda_gemm_key *k)
+static md_status run_product(md_backend *be, const md_gemm_args *a, const gemm_place &at)
 {
     cuda_state *s = cuda_state_of(be);
     cuda_gemm_plan *plan = NULL;
-    if (k->k > 0 && fits_library(k))
-        MD_TRY(cuda_gemm_find(s, k, &plan));
+    const cuda_gemm_key k = key_of(a);
+    if (k.m == 0 || k.n == 0)
+        return MD_OK;
+    if (k.k > 0 && fits_library(&k))
+        MD_TRY(cuda_gemm_find(s, &k, &plan));
     if (!plan || plan->own)
-        return k->in == MD_BF16 ? run_any<md_bf16>(be, a, k) : run_any<float>(be, a, k);
-    cuda_gemm_operands o = {a->a->data, a->b->data, a->bias ? a->bias->data : NULL,
-                            a->pre ? a->pre->data : a->y->data, NULL};
-    MD_TRY(cuda_scratch(be, MD_OP_gemm, plan->workspace, &o.scratch));
+        return k.in == MD_BF16 ? run_any<md_bf16>(a, &k, at) : run_any<float>(a, &k, at);
+    const cuda_gemm_operands o = {
+        a->a->data, a->b->data, a->bias ? a->bias->data : NULL, a->pre ? a->pre->data : a->y->data,
+        at.scratch, at.stream};
     return cuda_gemm_run(s, plan, &o);
 }
 
@@ -129,11 +138,61 @@ md_status cuda_gemm(md_backend *be, const md_gemm_args *a)
         MD_FAIL(MD_ERR_BUG, "gemm: accumulation with an activation");
     if (a->pre && a->act == MD_ACT_NONE)
         MD_FAIL(MD_ERR_BUG, "gemm: pre without an activation");
-    const cuda_gemm_key k = key_of(a);
-    if (k.m == 0 || k.n == 0)
-        return MD_OK;
-    MD_TRY(run_product(be, a, &k));
-    if (a->act == MD_ACT_NONE)
+    void *scratch;
+    MD_TRY(cuda_scratch(be, MD_OP_gemm, cuda_gemm_scratch(be, a), &scratch));
+    MD_TRY(run_product(be, a, {MD_OP_gemm, cuda_stream(be), static_cast<char *>(scratch)}));
+    if (a->act == MD_ACT_NONE || md_tensor_count(a->y) == 0)
         return MD_OK;
     return cuda_act_forward(be, MD_OP_gemm, a->pre ? a->pre : a->y, a->y, a->act);
+}
+
+/* ---- both products of a linear layer's backward pass ---- */
+
+struct linear_products {
+    md_gemm_args weights, inputs;
+};
+
+static linear_products products_of(const md_linear_bwd_args *a)
+{
+    linear_products p = {};
+    p.weights.a = p.inputs.a = a->dy;
+    p.weights.b = a->x;
+    p.weights.y = a->dw;
+    p.weights.trans_a = true;
+    p.weights.accumulate = a->accumulate & 1;
+    p.inputs.b = a->w;
+    p.inputs.y = a->dx;
+    return p;
+}
+
+size_t cuda_linear_bwd_scratch(md_backend *be, const md_linear_bwd_args *a)
+{
+    const linear_products p = products_of(a);
+    const size_t weights = cuda_gemm_scratch(be, &p.weights);
+    const size_t inputs = a->dx && a->w ? cuda_gemm_scratch(be, &p.inputs) : 0;
+    if (weights == MD_NO_SCRATCH || inputs == MD_NO_SCRATCH)
+        return MD_NO_SCRATCH;
+    return inputs ? CUDA_GEMM_WORKSPACE + inputs : weights;
+}
+
+/* The gradient of the weights has few large tiles, which leave multiprocessors idle in their last
+ * round: the other product starts there, on the second stream. */
+md_status cuda_linear_bwd(md_backend *be, const md_linear_bwd_args *a)
+{
+    CUDA_CHECK(linear_bwd, a);
+    if ((a->dx && !a->w) || a->accumulate & 2)
+        MD_FAIL(MD_ERR_BUG, "linear_bwd: dx needs w and does not accumulate");
+    cuda_state *s = cuda_state_of(be);
+    const linear_products p = products_of(a);
+    void *scratch;
+    MD_TRY(cuda_scratch(be, MD_OP_linear_bwd, cuda_linear_bwd_scratch(be, a), &scratch));
+    char *room = static_cast<char *>(scratch);
+    if (!a->dx)
+        return run_product(be, &p.weights, {MD_OP_linear_bwd, s->stream, room});
+    MD_TRY(cuda_ok(cudaEventRecord(s->fork, s->stream), "cudaEventRecord"));
+    MD_TRY(run_product(be, &p.weights, {MD_OP_linear_bwd, s->stream, room}));
+    MD_TRY(cuda_ok(cudaStreamWaitEvent(s->side, s->fork, 0), "cudaStreamWaitEvent"));
+    MD_TRY(run_product(be, &p.inputs, {MD_OP_linear_bwd, s->side, room + CUDA_GEMM_WORKSPACE}));
+    MD_TRY(cuda_ok(cudaEventRecord(s->join, s->side), "cudaEventRecord"));
+    return cuda_ok(cudaStreamWaitEvent(s->stream, s->join, 0), "cudaStreamWaitEvent");
 }

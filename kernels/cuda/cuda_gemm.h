@@ -51,10 +51,11 @@ md_status cuda_gemm_find(cuda_state *s, const cuda_gemm_key *key, cuda_gemm_plan
 /* Adds a plan whose key and choice are known, unless the key has one. Errors as find. */
 md_status cuda_gemm_take(cuda_state *s, const cuda_gemm_plan *known);
 
-/* One product by the plan on the stream; scratch holds plan->workspace bytes. */
+/* One product by the plan on a stream; scratch holds plan->workspace bytes. */
 typedef struct cuda_gemm_operands {
     const void *a, *b, *bias;
     void *y, *scratch;
+    cudaStream_t stream;
 } cuda_gemm_operands;
 md_status cuda_gemm_run(cuda_state *s, const cuda_gemm_plan *p, const cuda_gemm_operands *o);
 

@@ -159,7 +159,7 @@ static float trial_time(cuda_state *s, cuda_gemm_plan *p, const trial *t)
 {
     const size_t y = operand_bytes(p->key.m, p->key.n, p->key.out);
     const cuda_gemm_operands o = {t->block[0], t->block[1], static_cast<char *>(t->block[2]) + y,
-                                  t->block[2], t->block[3]};
+                                  t->block[2], t->block[3], s->stream};
     float ms = INFINITY;
     if (cuda_gemm_run(s, p, &o) != MD_OK)
         return ms;
@@ -325,6 +325,6 @@ md_status cuda_gemm_run(cuda_state *s, const cuda_gemm_plan *p, const cuda_gemm_
         LT_TRY(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &o->bias,
                                               sizeof o->bias));
     LT_TRY(cublasLtMatmul(s->gemm->handle, p->desc, &alpha, o->b, p->b, o->a, p->a, &beta, o->y,
-                          p->y, o->y, p->y, &p->algo, o->scratch, p->workspace, s->stream));
+                          p->y, o->y, p->y, &p->algo, o->scratch, p->workspace, o->stream));
     return MD_OK;
 }

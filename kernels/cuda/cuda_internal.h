@@ -53,6 +53,7 @@ MD_OPS(CUDA_DECLARE)
 
 #define CUDA_OPS_WITH_SCRATCH(X) \
     X(gemm)                      \
+    X(linear_bwd)                \
     X(colsum)                    \
     X(act_bwd)                   \
     X(residual_ln_bwd)           \
@@ -70,8 +71,8 @@ CUDA_OPS_WITH_SCRATCH(CUDA_DECLARE)
 md_status cuda_attn_setup(void);
 md_status cuda_norm_setup(void);
 
-/* out[c] (+)= sum of part[chunk][c] over the chunks, part [chunks, width]: the chunks are cut into
- * eight runs, each added in chunk order, then the runs are. */
+/* out[c] (+)= sum of part[chunk][c] over the chunks, part [chunks, width]: in chunk order where
+ * they are few, else cut into runs, each added in chunk order, then the runs are. */
 md_status cuda_reduce_chunks(md_backend *be, md_op op, const float *part, int64_t chunks,
                              int64_t width, float *out, bool accumulate);
 

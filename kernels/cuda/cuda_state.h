@@ -11,8 +11,9 @@ typedef struct cuda_gemm_table cuda_gemm_table;
 typedef struct cuda_state {
     md_backend base; /* first */
     int device;
-    bool planning; /* no device: shapes and scratch sizes only */
-    cudaStream_t stream, copy;
+    bool planning;                   /* no device: shapes and scratch sizes only */
+    cudaStream_t stream, side, copy; /* side: between fork and join only */
+    cudaEvent_t fork, join;
     cudaEvent_t fed[MD_FEED_SLOTS], used[MD_FEED_SLOTS];
     bool was_fed[MD_FEED_SLOTS], was_used[MD_FEED_SLOTS];
     cuda_gemm_table *gemm;

@@ -23,6 +23,10 @@ double md_plan_op_flops(md_op op, const md_operands *args)
         int64_t k = a->trans_a ? md_tensor_rows(a->a) : md_tensor_cols(a->a);
         return 2.0 * (double)md_tensor_count(a->y) * (double)k;
     }
+    case MD_OP_linear_bwd: {
+        const md_linear_bwd_args *a = (const void *)args;
+        return (a->dx ? 4.0 : 2.0) * (double)md_tensor_count(a->dw) * (double)md_tensor_rows(a->dy);
+    }
     case MD_OP_attention:
         return attention_flops(((const md_attention_args *)(const void *)args)->qkv);
     case MD_OP_attention_bwd: /* dv, dp, dq, dk; the repeated q k^T is not counted as useful work */

@@ -30,7 +30,11 @@ static void describe(md_op op, const md_operands *a, char *text, size_t size)
         snprintf(text, size, "%s k %lld %c%c%s", shape,
                  (long long)(g->trans_a ? md_tensor_rows(g->a) : md_tensor_cols(g->a)),
                  g->trans_a ? 't' : 'n', g->trans_b ? 't' : 'n', g->act ? " act" : "");
-    else
+    else if (op == MD_OP_linear_bwd) {
+        const md_linear_bwd_args *l = (const md_linear_bwd_args *)(const void *)a;
+        snprintf(text, size, "%s k %lld%s", shape, (long long)md_tensor_rows(l->dy),
+                 l->dx ? " dx" : "");
+    } else
         snprintf(text, size, "%s", shape);
 }
 

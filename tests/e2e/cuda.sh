@@ -36,6 +36,9 @@ for seed in 1 2; do
     MD_EMU_SEED=$seed done_well 1 "bf16_$seed" "${cuda[@]}"
     same bf16 "bf16_$seed"
 done
+# With nothing skipped all passes are alike, and are recorded.
+done_well 1 mask "${cuda[@]}" precision=fp32 model.drop_path_mode=mask
+near cpu mask
 grid=(parallel.tensor=2 parallel.comm=mpi)
 done_well 4 grid "${cuda[@]}" precision=fp32 "${grid[@]}"
 near cpu grid

@@ -20,12 +20,17 @@ struct emu_graph {
     std::vector<emu_work> work;
 };
 
+/* A stream that waits for an event of a recording is recorded too, until that ends; it must have
+ * been waited for by then. */
 struct emu_stream {
     std::deque<emu_work> work;
     emu_graph *recording;
+    bool joined_in, waited_for;
 };
 
 struct emu_event {
+    emu_stream *stream;
+    emu_graph *graph;           /* whose recording the last record is part of */
     uint64_t recorded, reached; /* times */
     double when;                /* of the last one reached, in seconds */
 };
@@ -391,6 +396,12 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
 {
     (void)flags;
     const uint64_t record = event->recorded;
+    if (event->graph && !stream->recording) {
+        stream->recording = event->graph;
+        stream->joined_in = true;
+    }
+    for (emu_stream *s : streams)
+        s->waited_for |= event->graph && s == event->stream;
     emu_queue(stream, [=] { return event->reached >= record; });
     return cudaSuccess;
 }
@@ -413,6 +424,8 @@ cudaError_t cudaEventDestroy(cudaEvent_t event)
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream)
 {
     const uint64_t record = ++event->recorded;
+    event->graph = stream->recording;
+    event->stream = stream;
     emu_queue(stream, [=] {
         event->reached = record;
         event->when = seconds();
@@ -452,11 +465,18 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mo
 
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *out)
 {
-    if (!stream->recording)
+    if (!stream->recording || stream->joined_in)
         return fail(cudaErrorInvalidValue);
+    bool left = false;
+    for (emu_stream *s : streams)
+        if (s->joined_in && s->recording == stream->recording) {
+            left |= !s->waited_for;
+            s->recording = nullptr;
+            s->joined_in = s->waited_for = false;
+        }
     *out = stream->recording;
     stream->recording = nullptr;
-    return cudaSuccess;
+    return left ? fail(cudaErrorInvalidValue) : cudaSuccess;
 }
 
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t *out, cudaGraph_t graph, unsigned long long flags)

@@ -71,6 +71,50 @@ static void ref_gemm(op_case *c, bool mutant)
         }
 }
 
+/* n: rows, inputs, outputs. PRE: no dx. */
+static void build_linear_bwd(op_case *c)
+{
+    int64_t rows = c->row->n[0], in = c->row->n[1], out = c->row->n[2];
+    const bool dx = !(c->row->flags & PRE);
+    md_linear_bwd_args *a = &c->args.linear_bwd;
+    a->x = ACT(c, rows, in);
+    a->w = dx ? ACT(c, out, in) : NULL;
+    a->dy = ACT(c, rows, out);
+    a->dw = F32(c, out, in);
+    a->dx = dx ? ACT(c, rows, in) : NULL;
+    a->accumulate = c->row->flags & ADD ? 1 : 0;
+    c->terms = (double)MD_MAX(rows, out);
+}
+
+static void ref_linear_bwd(op_case *c, bool mutant)
+{
+    int64_t rows = c->row->n[0], in = c->row->n[1], out = c->row->n[2];
+    const double *x = X(c, linear_bwd, x), *w = X(c, linear_bwd, w), *dy = X(c, linear_bwd, dy);
+    double *dw = REF(c, linear_bwd, dw), *dx = REF(c, linear_bwd, dx);
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t o = mutant && r == 0 ? 1 : 0; o < out; o++)
+            for (int64_t i = 0; i < in; i++) {
+                dw[o * in + i] += dy[r * out + o] * x[r * in + i];
+                if (dx)
+                    dx[r * in + i] += dy[r * out + o] * w[o * in + i];
+            }
+}
+
+/* <dy, x w^T>, but for what does not change. */
+static double objective_linear_bwd(const op_case *c, int o, int64_t i, double h)
+{
+    int64_t rows = c->row->n[0], in = c->row->n[1], out = c->row->n[2];
+    const double *x = X(c, linear_bwd, x), *w = X(c, linear_bwd, w), *dy = X(c, linear_bwd, dy);
+    double sum = 0.0;
+    if (o == OUT_INDEX(linear_bwd, dw))
+        for (int64_t r = 0; r < rows; r++)
+            sum += h * dy[r * out + i / in] * x[r * in + i % in];
+    else
+        for (int64_t k = 0; k < out; k++)
+            sum += h * dy[i / in * out + k] * w[k * in + i % in];
+    return sum;
+}
+
 /* n: rows, cols. */
 static void build_colsum(op_case *c)
 {
@@ -138,6 +182,10 @@ static double objective_act_bwd(const op_case *c, int o, int64_t i, double h)
         GEMM(m, n, k, TB | BIAS | GELU), GEMM(m, n, k, TB | BIAS | QUICK),            \
         GEMM(m, n, k, TB | BIAS | GELU | PRE), GEMM(m, n, k, BIAS | QUICK | PRE),     \
         GEMM(m, n, k, BIAS), GEMM(m, n, k, GELU), GEMM(m, n, k, TB | GELU)
+#define LINEAR_BWD(r, i, o, f)                                                                 \
+    {                                                                                          \
+        MD_OP_linear_bwd, build_linear_bwd, ref_linear_bwd, {r, i, o}, f, objective_linear_bwd \
+    }
 #define COLSUM(r, c, f)                                         \
     {                                                           \
         MD_OP_colsum, build_colsum, ref_colsum, {r, c}, f, NULL \
@@ -159,6 +207,12 @@ const op_row gemm_rows[] = {
     GEMM(17, 33, 65, TA | ADD | Y_F32),
     GEMM(96, 80, 257, TA | ADD | Y_F32),
     GEMM(65, 64, 197, Y_F32),
+    LINEAR_BWD(1, 1, 1, 0),
+    LINEAR_BWD(3, 17, 5, ADD),
+    LINEAR_BWD(65, 33, 48, PRE | ADD),
+    LINEAR_BWD(197, 64, 80, 0),
+    LINEAR_BWD(257, 80, 96, ADD),
+    LINEAR_BWD(64, 192, 256, PRE),
     COLSUM(1, 1, 0),
     COLSUM(3, 17, ADD),
     COLSUM(257, 1, 0),
