@@ -10,7 +10,7 @@ template <class T> struct md_ln {
     T *r, *y;
     float *mean, *rstd;
     md_ln_images images;
-    int64_t rows, cols;
+    int rows, cols;
     float eps, per_col, per_term; /* 1 / C; 1 / what the variance is divided by */
 };
 
@@ -65,22 +65,22 @@ MD_DEV void md_row_stats(const md_ln<T> &k, const uint4 (&x)[R], bool there, flo
 template <class T> MD_KERNEL(LN_BLOCK) md_ln_rows(md_ln<T> k)
 {
     enum { N = md_vec<T>::N, R = LN_ROWS };
-    const int64_t col = (int64_t)threadIdx.x * N;
+    const int col = (int)threadIdx.x * N;
     const bool there = col < k.cols;
     float gamma[N], weight[N], bias[N];
     md_parameters(k.gamma, col, there, 1.0f, gamma);
     md_parameters(k.weight, col, there, 1.0f, weight);
     md_parameters(k.bias, col, there, 0.0f, bias);
-    const int64_t stop = k.rows * (blockIdx.x + 1) / gridDim.x, end = there ? stop : 0;
-    int64_t row = k.rows * blockIdx.x / gridDim.x;
+    const int stop = md_ln_first(k.rows, blockIdx.x + 1), end = there ? stop : 0;
+    int row = md_ln_first(k.rows, blockIdx.x);
     md_ln_cursor cursor = {};
     md_cursor_begin(cursor, k.images, row);
     for (; row < stop; row += R) {
-        const int64_t at = row * k.cols + col;
+        const int64_t cols = k.cols, at = row * cols + col;
         uint4 x[R];
         float mean[R], rstd[R];
         md_ln_places<R> place;
-        md_read_rows(k.x, row, end, at, k.cols, x);
+        md_read_rows(k.x, row, end, at, cols, x);
         md_places_of(cursor, k.images, row, end, place);
         if (k.branch) {
             uint4 branch[R];
@@ -92,7 +92,7 @@ template <class T> MD_KERNEL(LN_BLOCK) md_ln_rows(md_ln<T> k)
 #pragma unroll
         for (int i = 0; i < R; i++)
             if (k.r && row + i < end)
-                md_store16(k.r + at + i * k.cols, x[i]);
+                md_store16(k.r + at + i * cols, x[i]);
         if (!k.y && !k.mean && !k.rstd)
             continue;
         md_row_stats(k, x, there, mean, rstd);
@@ -106,7 +106,7 @@ template <class T> MD_KERNEL(LN_BLOCK) md_ln_rows(md_ln<T> k)
             for (int j = 0; j < N; j++)
                 v[j] = (v[j] - mean[i]) * rstd[i] * weight[j] + bias[j];
             if (k.y && place.to[i] >= 0)
-                md_vec<T>::store(k.y + place.to[i] * k.cols + col, v);
+                md_vec<T>::store(k.y + md_ln_at(place.to[i], k.cols, col), v);
             if (k.mean && threadIdx.x == 0)
                 k.mean[row + i] = mean[i];
             if (k.rstd && threadIdx.x == 0)
@@ -120,17 +120,18 @@ template <class T> MD_KERNEL(LN_BLOCK) md_ln_rows(md_ln<T> k)
 template <class T> MD_KERNEL(VEC_BLOCK) md_ln_any(md_ln<T> k)
 {
     float *smem = reinterpret_cast<float *>(md_smem());
-    for (int64_t row = blockIdx.x; row < k.rows; row += gridDim.x) {
+    for (int row = (int)blockIdx.x; row < k.rows; row += (int)gridDim.x) {
         md_ln_cursor cursor = {};
         md_ln_places<1> place;
         md_cursor_begin(cursor, k.images, row);
         md_places_of(cursor, k.images, row, k.rows, place);
-        const T *x = k.x + row * k.cols;
-        const T *branch =
-            k.branch && place.from[0] >= 0 ? k.branch + place.from[0] * k.cols : nullptr;
+        const T *x = k.x + md_ln_at(row, k.cols, 0);
+        const T *branch = k.branch && place.from[0] >= 0
+                              ? k.branch + md_ln_at(place.from[0], k.cols, 0)
+                              : nullptr;
         if (k.r) {
-            T *r = k.r + row * k.cols;
-            for (int64_t c = threadIdx.x; c < k.cols; c += VEC_BLOCK)
+            T *r = k.r + md_ln_at(row, k.cols, 0);
+            for (int c = (int)threadIdx.x; c < k.cols; c += VEC_BLOCK)
                 md_store(&r[c],
                          md_load(&x[c]) + (branch ? place.keep[0] * (k.gamma ? k.gamma[c] : 1.0f) *
                                                         md_load(&branch[c])
@@ -140,18 +141,18 @@ template <class T> MD_KERNEL(VEC_BLOCK) md_ln_any(md_ln<T> k)
         if (!k.y && !k.mean && !k.rstd)
             continue;
         float mean[1] = {0.0f}, rstd[1] = {0.0f};
-        for (int64_t c = threadIdx.x; c < k.cols; c += VEC_BLOCK)
+        for (int c = (int)threadIdx.x; c < k.cols; c += VEC_BLOCK)
             mean[0] += md_load(&x[c]);
         md_block_sums(mean, smem);
         mean[0] *= k.per_col;
-        for (int64_t c = threadIdx.x; c < k.cols; c += VEC_BLOCK) {
+        for (int c = (int)threadIdx.x; c < k.cols; c += VEC_BLOCK) {
             const float d = md_load(&x[c]) - mean[0];
             rstd[0] += d * d;
         }
         md_block_sums(rstd, smem + VEC_WARPS);
         rstd[0] = 1.0f / sqrtf(rstd[0] * k.per_term + k.eps);
-        T *y = k.y && place.to[0] >= 0 ? k.y + place.to[0] * k.cols : nullptr;
-        for (int64_t c = threadIdx.x; y && c < k.cols; c += VEC_BLOCK)
+        T *y = k.y && place.to[0] >= 0 ? k.y + md_ln_at(place.to[0], k.cols, 0) : nullptr;
+        for (int c = (int)threadIdx.x; y && c < k.cols; c += VEC_BLOCK)
             md_store(&y[c], (md_load(&x[c]) - mean[0]) * rstd[0] * (k.weight ? k.weight[c] : 1.0f) +
                                 (k.bias ? k.bias[c] : 0.0f));
         if (k.mean && threadIdx.x == 0)
@@ -187,9 +188,9 @@ template <class T> md_status layernorm_run(md_backend *be, const md_layernorm_ar
     k.y = cuda_data<T>(a->y);
     k.mean = cuda_data<float>(a->mean);
     k.rstd = cuda_data<float>(a->rstd);
-    k.rows = md_tensor_rows(a->x);
-    k.cols = md_tensor_cols(a->x);
-    MD_TRY(ln_images(MD_OP_layernorm, NULL, NULL, NULL, k.rows, &k.images));
+    MD_TRY(ln_images(MD_OP_layernorm, NULL, NULL, NULL, a->x, &k.images));
+    k.rows = (int)md_tensor_rows(a->x);
+    k.cols = (int)md_tensor_cols(a->x);
     k.eps = a->eps;
     k.per_col = 1.0f / (float)k.cols;
     k.per_term = 1.0f / (float)(a->unbiased && k.cols > 1 ? k.cols - 1 : k.cols);
@@ -208,9 +209,9 @@ template <class T> md_status residual_run(md_backend *be, const md_residual_ln_a
     k.y = cuda_data<T>(a->y);
     k.mean = cuda_data<float>(a->mean);
     k.rstd = cuda_data<float>(a->rstd);
-    k.rows = md_tensor_rows(a->x);
-    k.cols = md_tensor_cols(a->x);
-    MD_TRY(ln_images(MD_OP_residual_ln, a->keep, a->from, a->to, k.rows, &k.images));
+    MD_TRY(ln_images(MD_OP_residual_ln, a->keep, a->from, a->to, a->x, &k.images));
+    k.rows = (int)md_tensor_rows(a->x);
+    k.cols = (int)md_tensor_cols(a->x);
     k.eps = a->eps;
     k.per_col = k.per_term = 1.0f / (float)k.cols;
     return ln_run(be, MD_OP_residual_ln, k);

@@ -27,10 +27,16 @@ MD_DEV void md_parameters(const float *p, int64_t col, bool there, float absent,
         x[j] = p && there ? p[col + j] : absent;
 }
 
-/* The vectors at col of the rows [row, end) of R. Absent operands and rows are zeros. */
+/* Element `col` of row `row`. */
+MD_DEV int64_t md_ln_at(int row, int cols, int col)
+{
+    return (int64_t)row * cols + col;
+}
+
+/* The vectors of the rows [row, end) of R, the first at element `at`. Absent operands and rows are
+ * zeros. */
 template <int R, class T>
-MD_DEV void md_read_rows(const T *p, int64_t row, int64_t end, int64_t at, int64_t cols,
-                         uint4 (&x)[R])
+MD_DEV void md_read_rows(const T *p, int row, int end, int64_t at, int64_t cols, uint4 (&x)[R])
 {
 #pragma unroll
     for (int i = 0; i < R; i++)
@@ -62,10 +68,10 @@ MD_DEV void md_cursor_read(md_ln_cursor &c, const md_ln_images &k)
     c.to = k.to ? k.to[c.image] : c.image;
 }
 
-MD_DEV void md_cursor_begin(md_ln_cursor &c, const md_ln_images &k, int64_t row)
+MD_DEV void md_cursor_begin(md_ln_cursor &c, const md_ln_images &k, int row)
 {
-    c.image = (int)row / k.tokens;
-    c.token = (int)row - c.image * k.tokens;
+    c.image = row / k.tokens;
+    c.token = row - c.image * k.tokens;
     md_cursor_read(c, k);
 }
 
@@ -77,7 +83,7 @@ template <int R> struct md_ln_places {
 
 /* Those of the rows [row, end) of R; the cursor is at `row` and goes on. */
 template <int R>
-MD_DEV void md_places_of(md_ln_cursor &c, const md_ln_images &k, int64_t row, int64_t end,
+MD_DEV void md_places_of(md_ln_cursor &c, const md_ln_images &k, int row, int end,
                          md_ln_places<R> &p)
 {
 #pragma unroll
@@ -96,22 +102,30 @@ MD_DEV void md_places_of(md_ln_cursor &c, const md_ln_images &k, int64_t row, in
 
 /* As md_read_rows, of the rows at[i]. */
 template <int R, class T>
-MD_DEV void md_read_places(const T *p, const int (&at)[R], int64_t col, int64_t cols, uint4 (&x)[R])
+MD_DEV void md_read_places(const T *p, const int (&at)[R], int col, int cols, uint4 (&x)[R])
 {
 #pragma unroll
     for (int i = 0; i < R; i++)
-        x[i] = p && at[i] >= 0 ? *reinterpret_cast<const uint4 *>(p + at[i] * cols + col)
+        x[i] = p && at[i] >= 0 ? *reinterpret_cast<const uint4 *>(p + md_ln_at(at[i], cols, col))
                                : make_uint4(0, 0, 0, 0);
 }
 
-/* What a kernel takes of the operands; rows: of all images together, which fit 32 bits. */
-static inline md_status ln_images(md_op op, const md_tensor *keep, const md_tensor *from,
-                                  const md_tensor *to, int64_t rows, md_ln_images *out)
+/* First of `rows` rows that block `block` has. */
+MD_DEV int md_ln_first(int rows, unsigned block)
 {
+    return (int)((int64_t)rows * block / gridDim.x);
+}
+
+/* What a kernel takes of the operands. */
+static inline md_status ln_images(md_op op, const md_tensor *keep, const md_tensor *from,
+                                  const md_tensor *to, const md_tensor *x, md_ln_images *out)
+{
+    const int64_t rows = md_tensor_rows(x), cols = md_tensor_cols(x);
     const md_tensor *index = keep ? keep : from ? from : to;
     const int64_t images = index ? md_tensor_count(index) : 1;
-    if (rows > INT32_MAX)
-        MD_FAIL(MD_ERR_BUG, "%s: %lld rows", md_op_name(op), (long long)rows);
+    if (rows > INT32_MAX - LN_BLOCK || cols > INT32_MAX - LN_BLOCK)
+        MD_FAIL(MD_ERR_BUG, "%s: %lld rows of %lld", md_op_name(op), (long long)rows,
+                (long long)cols);
     out->keep = cuda_data<const float>(keep);
     out->from = cuda_data<const int32_t>(from);
     out->to = cuda_data<const int32_t>(to);

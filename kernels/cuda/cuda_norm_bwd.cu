@@ -20,9 +20,15 @@ template <class T> struct md_ln_bwd {
     T *dx, *dbranch;
     float *part;
     md_ln_images images;
-    int64_t rows, cols;
+    int rows, cols;
     float per_col; /* 1 / C */
 };
+
+/* An operand that is there: all are in a kernel for ALL of them, which asks for none. */
+template <bool ALL, class P> MD_DEV bool md_given(const P *p)
+{
+    return ALL || p;
+}
 
 /* What one thread keeps of its columns. */
 template <int N> struct md_ln_columns {
@@ -46,39 +52,40 @@ template <int R> struct md_ln_batch {
  * stage, which lie blockDim.x apart, and reads the statistics. Rows that are not there become
  * zeros.
  */
-template <class T, int R>
-MD_DEV void md_ln_bwd_fetch(const md_ln_bwd<T> &k, md_ln_cursor &cursor, int64_t row, int64_t end,
-                            int64_t col, uint4 *slot, md_ln_rows_of<R> &of)
+template <class T, int R, bool ALL>
+MD_DEV void md_ln_bwd_fetch(const md_ln_bwd<T> &k, md_ln_cursor &cursor, int row, int end, int col,
+                            uint4 *slot, md_ln_rows_of<R> &of)
 {
-    const T *const from[BWD_OPERANDS] = {k.dr, k.branch, k.dy ? k.r : nullptr, k.dy};
+    const bool normed = md_given<ALL>(k.dy);
+    const T *const from[BWD_OPERANDS] = {k.dr, k.branch, normed ? k.r : nullptr, k.dy};
     md_places_of(cursor, k.images, row, end, of.place);
 #pragma unroll
     for (int i = 0; i < R; i++) {
-        const int own = row + i < end ? (int)row + i : -1, to = k.dy ? of.place.to[i] : -1;
+        const int own = row + i < end ? row + i : -1, to = of.place.to[i];
         const int at[BWD_OPERANDS] = {own, of.place.from[i], to < 0 ? -1 : own, to};
 #pragma unroll
         for (int o = 0; o < BWD_OPERANDS; o++)
-            if (from[o])
+            if (md_given<ALL>(from[o]))
                 md_async_copy16(slot + (o * R + i) * blockDim.x,
-                                from[o] + (at[o] >= 0 ? at[o] * k.cols + col : 0), at[o] >= 0);
-        of.mean[i] = to >= 0 ? k.mean[own] : 0.0f;
-        of.rstd[i] = to >= 0 ? k.rstd[own] : 0.0f;
+                                from[o] + md_ln_at(at[o] < 0 ? 0 : at[o], k.cols, col), at[o] >= 0);
+        of.mean[i] = normed && own >= 0 ? k.mean[own] : 0.0f;
+        of.rstd[i] = normed && own >= 0 ? k.rstd[own] : 0.0f;
     }
     md_async_commit();
 }
 
 /* The vectors that have come; zeros of an operand that is not there. */
-template <class T, int R>
+template <class T, int R, bool ALL>
 MD_DEV void md_ln_bwd_take(const md_ln_bwd<T> &k, const uint4 *slot, md_ln_batch<R> &b)
 {
     const int step = (int)blockDim.x;
     const uint4 zero = make_uint4(0, 0, 0, 0);
 #pragma unroll
     for (int i = 0; i < R; i++) {
-        b.dr[i] = k.dr ? slot[i * step] : zero;
-        b.branch[i] = k.branch ? slot[(R + i) * step] : zero;
-        b.r[i] = k.dy ? slot[(2 * R + i) * step] : zero;
-        b.dy[i] = k.dy ? slot[(3 * R + i) * step] : zero;
+        b.dr[i] = md_given<ALL>(k.dr) ? slot[i * step] : zero;
+        b.branch[i] = md_given<ALL>(k.branch) ? slot[(R + i) * step] : zero;
+        b.r[i] = md_given<ALL>(k.dy) ? slot[(2 * R + i) * step] : zero;
+        b.dy[i] = md_given<ALL>(k.dy) ? slot[(3 * R + i) * step] : zero;
     }
 }
 
@@ -96,20 +103,21 @@ MD_DEV void md_ln_bwd_sums(md_ln_batch<R> &b, const float (&weight)[md_vec<T>::N
         for (int j = 0; j < N; j++) {
             const float g = dy[j] * weight[j];
             b.sums[2 * i] += g;
-            b.sums[2 * i + 1] += g * ((r[j] - b.row.mean[i]) * b.row.rstd[i]);
+            b.sums[2 * i + 1] += g * (r[j] - b.row.mean[i]);
         }
+        b.sums[2 * i + 1] *= b.row.rstd[i];
     }
 }
 
 /* Row i of the batch, row `row` of all: writes dx and dbranch at col and adds to the columns. */
-template <class T, int R>
-MD_DEV void md_ln_bwd_row(const md_ln_bwd<T> &k, const md_ln_batch<R> &b, int i, int64_t row,
-                          int64_t col, md_ln_columns<md_vec<T>::N> &c)
+template <class T, int R, bool ALL>
+MD_DEV void md_ln_bwd_row(const md_ln_bwd<T> &k, const md_ln_batch<R> &b, int i, int row, int col,
+                          md_ln_columns<md_vec<T>::N> &c)
 {
     enum { N = md_vec<T>::N };
     float g[N];
     md_raw<T>::unpack(b.dr[i], g);
-    if (k.dy) {
+    if (md_given<ALL>(k.dy)) {
         const float s1 = b.sums[2 * i] * k.per_col, s2 = b.sums[2 * i + 1] * k.per_col;
         float r[N], dy[N];
         md_raw<T>::unpack(b.r[i], r);
@@ -122,24 +130,27 @@ MD_DEV void md_ln_bwd_row(const md_ln_bwd<T> &k, const md_ln_batch<R> &b, int i,
             c.dbias[j] += dy[j];
         }
     }
-    md_vec<T>::store(k.dx + row * k.cols + col, g);
-    if (k.branch) {
+    md_vec<T>::store(k.dx + md_ln_at(row, k.cols, col), g);
+#pragma unroll
+    for (int j = 0; j < N; j++)
+        g[j] *= b.row.place.keep[i];
+    if (md_given<ALL>(k.branch)) {
         float branch[N];
         md_raw<T>::unpack(b.branch[i], branch);
 #pragma unroll
         for (int j = 0; j < N; j++)
-            c.dgamma[j] += b.row.place.keep[i] * branch[j] * g[j];
+            c.dgamma[j] += branch[j] * g[j];
     }
-    if (k.dbranch && b.row.place.from[i] >= 0) {
+    if (md_given<ALL>(k.dbranch) && b.row.place.from[i] >= 0) {
 #pragma unroll
         for (int j = 0; j < N; j++)
-            g[j] *= b.row.place.keep[i] * c.gamma[j];
-        md_vec<T>::store(k.dbranch + b.row.place.from[i] * k.cols + col, g);
+            g[j] *= c.gamma[j];
+        md_vec<T>::store(k.dbranch + md_ln_at(b.row.place.from[i], k.cols, col), g);
     }
 }
 
 template <class T>
-MD_DEV void md_ln_bwd_begin(md_ln_columns<md_vec<T>::N> &c, const md_ln_bwd<T> &k, int64_t col,
+MD_DEV void md_ln_bwd_begin(md_ln_columns<md_vec<T>::N> &c, const md_ln_bwd<T> &k, int col,
                             bool there)
 {
     md_parameters(k.gamma, col, there, 1.0f, c.gamma);
@@ -149,13 +160,14 @@ MD_DEV void md_ln_bwd_begin(md_ln_columns<md_vec<T>::N> &c, const md_ln_bwd<T> &
         c.dgamma[j] = c.dweight[j] = c.dbias[j] = 0.0f;
 }
 
-template <class T, int THREADS, int R> MD_KERNEL(THREADS) md_ln_bwd_rows(md_ln_bwd<T> k)
+/* ALL: every operand but keep, from and to is there. */
+template <class T, int THREADS, int R, bool ALL> MD_KERNEL(THREADS) md_ln_bwd_rows(md_ln_bwd<T> k)
 {
     enum { N = md_vec<T>::N };
     const int threads = (int)blockDim.x, stage = BWD_OPERANDS * R * threads;
-    const int64_t col = (int64_t)threadIdx.x * N;
+    const int col = (int)threadIdx.x * N;
     const bool there = col < k.cols;
-    const int64_t stop = k.rows * (blockIdx.x + 1) / gridDim.x, end = there ? stop : 0;
+    const int stop = md_ln_first(k.rows, blockIdx.x + 1), end = there ? stop : 0;
     float *smem = reinterpret_cast<float *>(md_smem());
     uint4 *slot = reinterpret_cast<uint4 *>(md_smem() + BWD_SUMS(R, threads)) + threadIdx.x;
     int turn = 0; /* of the stages; and two calls of md_block_sums in a row need two places */
@@ -163,28 +175,28 @@ template <class T, int THREADS, int R> MD_KERNEL(THREADS) md_ln_bwd_rows(md_ln_b
     md_ln_batch<R> b;
     md_ln_rows_of<R> coming;
     md_ln_bwd_begin(c, k, col, there);
-    int64_t row = k.rows * blockIdx.x / gridDim.x;
+    int row = md_ln_first(k.rows, blockIdx.x);
     md_ln_cursor cursor = {};
     md_cursor_begin(cursor, k.images, row);
-    md_ln_bwd_fetch(k, cursor, row, end, col, slot, coming);
+    md_ln_bwd_fetch<T, R, ALL>(k, cursor, row, end, col, slot, coming);
     for (; row < stop; row += R, turn ^= 1) {
         b.row = coming;
-        md_ln_bwd_fetch(k, cursor, row + R, end, col, slot + (turn ^ 1) * stage, coming);
+        md_ln_bwd_fetch<T, R, ALL>(k, cursor, row + R, end, col, slot + (turn ^ 1) * stage, coming);
         md_async_wait<BWD_STAGES - 1>();
-        md_ln_bwd_take(k, slot + turn * stage, b);
-        if (k.dy) {
+        md_ln_bwd_take<T, R, ALL>(k, slot + turn * stage, b);
+        if (md_given<ALL>(k.dy)) {
             md_ln_bwd_sums<T>(b, c.weight);
             md_block_sums(b.sums, smem + turn * 2 * R * (threads / MD_WARP));
         }
 #pragma unroll
         for (int i = 0; i < R; i++)
             if (row + i < end)
-                md_ln_bwd_row(k, b, i, row + i, col, c);
+                md_ln_bwd_row<T, R, ALL>(k, b, i, row + i, col, c);
     }
     md_async_wait<0>();
-    if (!k.part || !there)
+    if (!md_given<ALL>(k.part) || !there)
         return;
-    float *part = k.part + blockIdx.x * k.cols + col;
+    float *part = k.part + md_ln_at((int)blockIdx.x, k.cols, col);
     const int64_t next = (int64_t)gridDim.x * k.cols;
     md_put(part, c.dgamma);
     md_put(part + next, c.dweight);
@@ -193,17 +205,17 @@ template <class T, int THREADS, int R> MD_KERNEL(THREADS) md_ln_bwd_rows(md_ln_b
 
 /* One row of md_ln_bwd_any; s1, s2 as the sums above over the width. */
 template <class T>
-MD_DEV void md_ln_bwd_any_row(const md_ln_bwd<T> &k, int64_t row, const md_ln_rows_of<1> &of,
-                              float s1, float s2, float *part)
+MD_DEV void md_ln_bwd_any_row(const md_ln_bwd<T> &k, int row, const md_ln_rows_of<1> &of, float s1,
+                              float s2, float *part)
 {
     const int64_t next = (int64_t)gridDim.x * k.cols;
     const int from = of.place.from[0], to = of.place.to[0];
-    for (int64_t c = threadIdx.x; c < k.cols; c += VEC_BLOCK) {
-        const int64_t at = row * k.cols + c;
+    for (int c = (int)threadIdx.x; c < k.cols; c += VEC_BLOCK) {
+        const int64_t at = md_ln_at(row, k.cols, c);
         float g = k.dr ? md_load(k.dr + at) : 0.0f;
         if (k.dy && to >= 0) {
             const float xhat = (md_load(k.r + at) - of.mean[0]) * of.rstd[0];
-            const float dy = md_load(k.dy + to * k.cols + c);
+            const float dy = md_load(k.dy + md_ln_at(to, k.cols, c));
             g += of.rstd[0] * (dy * (k.weight ? k.weight[c] : 1.0f) - s1 - xhat * s2);
             if (part) {
                 part[next + c] += dy * xhat;
@@ -215,9 +227,10 @@ MD_DEV void md_ln_bwd_any_row(const md_ln_bwd<T> &k, int64_t row, const md_ln_ro
             continue;
         const float keep = of.place.keep[0];
         if (k.branch)
-            part[c] += keep * md_load(k.branch + from * k.cols + c) * g;
+            part[c] += keep * md_load(k.branch + md_ln_at(from, k.cols, c)) * g;
         if (k.dbranch)
-            md_store(k.dbranch + from * k.cols + c, keep * (k.gamma ? k.gamma[c] : 1.0f) * g);
+            md_store(k.dbranch + md_ln_at(from, k.cols, c),
+                     keep * (k.gamma ? k.gamma[c] : 1.0f) * g);
     }
 }
 
@@ -226,13 +239,12 @@ MD_DEV void md_ln_bwd_any_row(const md_ln_bwd<T> &k, int64_t row, const md_ln_ro
 template <class T> MD_KERNEL(VEC_BLOCK) md_ln_bwd_any(md_ln_bwd<T> k)
 {
     float *smem = reinterpret_cast<float *>(md_smem());
-    float *part = k.part ? k.part + blockIdx.x * k.cols : nullptr;
-    for (int64_t c = threadIdx.x; part && c < k.cols; c += VEC_BLOCK)
+    float *part = k.part ? k.part + md_ln_at((int)blockIdx.x, k.cols, 0) : nullptr;
+    for (int c = (int)threadIdx.x; part && c < k.cols; c += VEC_BLOCK)
         for (int s = 0; s < 3; s++)
             part[s * (int64_t)gridDim.x * k.cols + c] = 0.0f;
-    const int64_t end = k.rows * (blockIdx.x + 1) / gridDim.x;
-    int turn = 0;
-    int64_t row = k.rows * blockIdx.x / gridDim.x;
+    const int end = md_ln_first(k.rows, blockIdx.x + 1);
+    int turn = 0, row = md_ln_first(k.rows, blockIdx.x);
     md_ln_cursor cursor = {};
     md_cursor_begin(cursor, k.images, row);
     for (; row < end; row++, turn ^= 1) {
@@ -242,8 +254,9 @@ template <class T> MD_KERNEL(VEC_BLOCK) md_ln_bwd_any(md_ln_bwd<T> k)
         of.mean[0] = k.dy ? k.mean[row] : 0.0f;
         of.rstd[0] = k.dy ? k.rstd[row] : 0.0f;
         if (k.dy && of.place.to[0] >= 0) {
-            const T *r = k.r + row * k.cols, *dy = k.dy + of.place.to[0] * k.cols;
-            for (int64_t c = threadIdx.x; c < k.cols; c += VEC_BLOCK) {
+            const T *r = k.r + md_ln_at(row, k.cols, 0);
+            const T *dy = k.dy + md_ln_at(of.place.to[0], k.cols, 0);
+            for (int c = (int)threadIdx.x; c < k.cols; c += VEC_BLOCK) {
                 const float g = md_load(&dy[c]) * (k.weight ? k.weight[c] : 1.0f);
                 sums[0] += g;
                 sums[1] += g * ((md_load(&r[c]) - of.mean[0]) * of.rstd[0]);
@@ -271,8 +284,9 @@ int64_t bwd_chunks(const md_tensor *dx)
 /* Up to 256 threads, and up to LN_BLOCK, which have fewer rows in the same shared memory. */
 template <class T> struct ln_bwd_launch {
     enum { NARROW = 256, NARROW_ROWS = 2, WIDE_ROWS = 1 };
-    static constexpr auto narrow = md_ln_bwd_rows<T, NARROW, NARROW_ROWS>;
-    static constexpr auto wide = md_ln_bwd_rows<T, LN_BLOCK, WIDE_ROWS>;
+    static constexpr auto narrow = md_ln_bwd_rows<T, NARROW, NARROW_ROWS, false>;
+    static constexpr auto narrow_all = md_ln_bwd_rows<T, NARROW, NARROW_ROWS, true>;
+    static constexpr auto wide = md_ln_bwd_rows<T, LN_BLOCK, WIDE_ROWS, false>;
 
     static size_t smem(int threads)
     {
@@ -287,6 +301,7 @@ template <class T> md_status allow_smem(void)
 {
     typedef ln_bwd_launch<T> l;
     MD_TRY(cuda_ok(MD_ALLOW_SMEM(l::narrow, l::smem(l::NARROW)), "shared memory"));
+    MD_TRY(cuda_ok(MD_ALLOW_SMEM(l::narrow_all, l::smem(l::NARROW)), "shared memory"));
     return cuda_ok(MD_ALLOW_SMEM(l::wide, l::smem(LN_BLOCK)), "shared memory");
 }
 
@@ -304,10 +319,11 @@ md_status bwd_operands(const md_residual_ln_bwd_args *a, float *part, md_ln_bwd<
     k.dx = cuda_data<T>(a->dx);
     k.dbranch = cuda_data<T>(a->dbranch);
     k.part = part;
-    k.rows = md_tensor_rows(a->dx);
-    k.cols = md_tensor_cols(a->dx);
+    MD_TRY(ln_images(MD_OP_residual_ln_bwd, a->keep, a->from, a->to, a->dx, &k.images));
+    k.rows = (int)md_tensor_rows(a->dx);
+    k.cols = (int)md_tensor_cols(a->dx);
     k.per_col = 1.0f / (float)k.cols;
-    return ln_images(MD_OP_residual_ln_bwd, a->keep, a->from, a->to, k.rows, &k.images);
+    return MD_OK;
 }
 
 template <class T>
@@ -318,12 +334,13 @@ md_status bwd_run(md_backend *be, const md_residual_ln_bwd_args *a, int64_t chun
     const int threads =
         ln_threads<T>(k.cols, cuda_aligned(k.r, k.branch, k.dr, k.dy, k.dx, k.dbranch));
     typedef ln_bwd_launch<T> l;
+    const bool all = k.dr && k.branch && k.dy && k.dbranch && k.part;
     if (threads == 0)
         MD_LAUNCH(md_ln_bwd_any<T>, (unsigned)chunks, VEC_BLOCK, 2 * 2 * VEC_WARPS * sizeof(float),
                   cuda_stream(be), k);
     else if (threads <= l::NARROW)
-        MD_LAUNCH(l::narrow, (unsigned)chunks, (unsigned)threads, l::smem(threads), cuda_stream(be),
-                  k);
+        MD_LAUNCH((all ? l::narrow_all : l::narrow), (unsigned)chunks, (unsigned)threads,
+                  l::smem(threads), cuda_stream(be), k);
     else
         MD_LAUNCH(l::wide, (unsigned)chunks, (unsigned)threads, l::smem(threads), cuda_stream(be),
                   k);
