@@ -281,9 +281,7 @@ const md_verb md_verb_bench = {
     "step  one JSON line with the milliseconds of each step and images per second\n"
     "ops   a line for each op and shape: time, share, bytes and FLOP a second; every op is issued\n"
     "      --repeat times and waited for (more than once: the numbers trained on are nonsense)\n"
-    "comm  bytes that rank 0 sends in a step, by group of ranks, beside what formulas predict, "
-    "and\n"
-    "      when each gradient bucket was started within the backward pass\n"
-    "Keys: parallel.tensor, parallel.sequence, parallel.zero, train.batch and so on. With "
-    "cuda.tune\n"
-    "each rank takes the algorithms that it finds fastest."};
+    "comm  bytes that rank 0 sends in a step, by group of ranks, beside what formulas predict\n"
+    "      where drop path skips nothing, and when each gradient bucket was started\n"
+    "Keys: parallel.tensor, parallel.sequence, parallel.zero, train.batch and so on.\n"
+    "With cuda.tune each rank takes the algorithms that it finds fastest."};

@@ -211,6 +211,7 @@ static key_change change_of(const char *key)
         {"finetune.from", CHANGE_FREE}, /* read once, before the first step */
         {"finetune.", CHANGE_EXPERIMENT},
         {"model.last_block", CHANGE_FREE},       /* the same numbers by another way */
+        {"model.drop_path_mode", CHANGE_FREE},   /* likewise */
         {"method.teacher.arch", CHANGE_FREE},    /* planning only */
         {"method.teacher.weights", CHANGE_FREE}, /* a path: contents are compared by hash */
         {"model.", CHANGE_EXPERIMENT},

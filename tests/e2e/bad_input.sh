@@ -36,6 +36,8 @@ bad 78 'train.batch: 9+ is too large' train.batch=99999999999999999999
 bad 78 'method.loss.kind must be .*smooth_l1' method.loss.kind=l3
 bad 78 'tiny.cfg:6, .*model.heads = 3 must divide model.width = 32' model.heads=3
 bad 78 'parallel.sequence = true needs parallel.tensor of at least 2' parallel.sequence=true
+bad 78 'model.drop_path_mode = "skip" does not go with parallel.sequence' parallel.tensor=2 \
+    parallel.sequence=true model.drop_path_mode=skip
 bad 78 'parallel.tensor = 4 does not divide the 2 ranks' parallel.tensor=4 model.heads=4
 bad 78 'do not divide over parallel.tensor = 2 ranks' parallel.tensor=2 train.micro_batch=1
 bad 78 'train.batch = 17 does not divide over 2 data-parallel ranks' train.batch=17

@@ -221,7 +221,8 @@ static void a_run_is_compared_with_its_past(void **state)
         const md_key *k = &md_keys[i];
         static const char *const may[] = {"train.max_steps",        "train.micro_batch",
                                           "model.last_block",       "method.teacher.arch",
-                                          "method.teacher.weights", "finetune.from"};
+                                          "method.teacher.weights", "finetune.from",
+                                          "model.drop_path_mode"};
         bool free = k->type == MD_KEY_CHOICE && !strchr(k->unit, ',');
         for (size_t j = 0; j < MD_COUNT(may); j++)
             free |= strcmp(k->name, may[j]) == 0;
