@@ -200,9 +200,8 @@ cudaError_t cudaSetDevice(int device)
     return cudaSuccess;
 }
 
-cudaError_t cudaGetDeviceProperties(cudaDeviceProp *prop, int device)
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp *prop, int)
 {
-    (void)device;
     std::snprintf(prop->name, sizeof prop->name, "emulated GPU");
     prop->major = 9;
     prop->minor = 0;
@@ -338,9 +337,8 @@ cudaError_t cudaMemsetAsync(void *dst, int value, size_t bytes, cudaStream_t str
 
 /* ---- streams and events ---- */
 
-cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned flags)
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned)
 {
-    (void)flags;
     *out = new emu_stream{};
     streams.push_back(*out);
     return cudaSuccess;
@@ -352,9 +350,8 @@ cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *most)
     return cudaSuccess;
 }
 
-cudaError_t cudaStreamCreateWithPriority(cudaStream_t *out, unsigned flags, int priority)
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t *out, unsigned flags, int)
 {
-    (void)priority;
     return cudaStreamCreateWithFlags(out, flags);
 }
 
@@ -392,9 +389,8 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream)
 }
 
 /* For the record that was the last one when this was called, as CUDA has it. */
-cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags)
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned)
 {
-    (void)flags;
     const uint64_t record = event->recorded;
     if (event->graph && !stream->recording) {
         stream->recording = event->graph;
@@ -406,9 +402,8 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
     return cudaSuccess;
 }
 
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t *out, unsigned flags)
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t *out, unsigned)
 {
-    (void)flags;
     *out = new emu_event{};
     return cudaSuccess;
 }
@@ -454,9 +449,8 @@ cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t begin, cudaEvent_t end)
 
 /* ---- recordings ---- */
 
-cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode)
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode)
 {
-    (void)mode;
     if (stream->recording)
         return fail(cudaErrorInvalidValue);
     stream->recording = new emu_graph;
@@ -479,9 +473,8 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *out)
     return left ? fail(cudaErrorInvalidValue) : cudaSuccess;
 }
 
-cudaError_t cudaGraphInstantiate(cudaGraphExec_t *out, cudaGraph_t graph, unsigned long long flags)
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t *out, cudaGraph_t graph, unsigned long long)
 {
-    (void)flags;
     *out = new emu_graph(*graph);
     return cudaSuccess;
 }
