@@ -201,7 +201,7 @@ static md_status packing_check(md_op op, const packing *p)
 {
     const int64_t rows = md_tensor_rows(p->x);
     const md_tensor *images = p->keep ? p->keep : p->from ? p->from : p->to;
-    if (images && rows % MD_MAX(md_tensor_count(images), 1) != 0)
+    if (images && rows > 0 && (md_tensor_count(images) == 0 || rows % md_tensor_count(images) != 0))
         MD_FAIL(MD_ERR_BUG, "%s: %lld rows are not whole images", md_op_name(op), (long long)rows);
     const int64_t tokens = images && rows ? rows / md_tensor_count(images) : 1;
     const struct {

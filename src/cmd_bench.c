@@ -128,6 +128,9 @@ static md_status load(md_bench *b, const md_bench_options *o)
     int n = 0;
     for (int i = 0; i < o->n_case_keys; i++)
         keys[n++] = o->case_keys[i];
+    /* Skipping would spread each op over as many shapes as there are numbers of images. */
+    if (strcmp(o->what, "ops") == 0)
+        keys[n++] = "model.drop_path_mode=mask";
     for (int i = 0; i < o->n_overrides && n < (int)MD_COUNT(keys); i++)
         keys[n++] = o->overrides[i];
     MD_TRY(md_config_init(&b->config));
@@ -280,7 +283,8 @@ const md_verb md_verb_bench = {
     "\n"
     "step  one JSON line with the milliseconds of each step and images per second\n"
     "ops   a line for each op and shape: time, share, bytes and FLOP a second; every op is issued\n"
-    "      --repeat times and waited for (more than once: the numbers trained on are nonsense)\n"
+    "      --repeat times and waited for (more than once: the numbers trained on are nonsense);\n"
+    "      drop path skips nothing here, unless model.drop_path_mode says so\n"
     "comm  bytes that rank 0 sends in a step, by group of ranks, beside what formulas predict\n"
     "      where drop path skips nothing, and when each gradient bucket was started\n"
     "Keys: parallel.tensor, parallel.sequence, parallel.zero, train.batch and so on.\n"

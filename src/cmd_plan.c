@@ -69,7 +69,7 @@ typedef struct plan {
     md_backend *be;
     md_stepper_bytes step;
     md_viewer_bytes evaluation;
-    double nominal, executed; /* FLOP of one image: the whole model, and what is really run */
+    double nominal, executed; /* FLOP of one image: the whole model, and what is run on average */
     int64_t per_epoch, steps;
 } plan;
 
@@ -115,8 +115,9 @@ static md_status count_flops(plan *p, const md_teacher_info *info)
     md_stepper_bytes s;
     const double share =
         (double)p->layout.micro / p->layout.tp; /* images' worth of a rank's pass */
-    p->executed =
-        (p->step.student_forward + p->step.student_backward + p->step.teacher_forward) / share;
+    p->executed = (p->step.student_forward + p->step.student_backward + p->step.teacher_forward -
+                   p->step.student_skipped) /
+                  share;
     char chosen[sizeof c->model_last_block];
     memcpy(chosen, c->model_last_block, sizeof chosen);
     snprintf(c->model_last_block, sizeof c->model_last_block, "all");
@@ -191,8 +192,9 @@ static void report_work(const plan *p)
         "compute                    %.1f GFLOP an image (3 x student forward + teacher forward), "
         "%.4g FLOP in all\n",
         1e-9 * p->nominal, p->nominal * (double)l->batch * (double)p->steps);
-    printf("  really run               %.1f GFLOP an image (model.last_block = %s)\n",
-           1e-9 * p->executed, md_method_chosen_last(&p->model.method) ? "chosen" : "all");
+    printf("  really run               %.1f GFLOP an image (model.last_block = %s, drop path %s)\n",
+           1e-9 * p->executed, md_method_chosen_last(&p->model.method) ? "chosen" : "all",
+           p->step.student_skipped > 0 ? "skips" : "skips nothing");
 }
 
 static void report_traffic(const plan *p)

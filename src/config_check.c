@@ -42,9 +42,8 @@ static void check_shapes(const md_config *c, md_config_errors *e)
          "parallel.sequence = true needs parallel.tensor of at least 2");
     RULE(!c->parallel_sequence || strcmp(c->model_drop_path_mode, "skip") != 0,
          "model.drop_path_mode", "parallel.sequence",
-         "model.drop_path_mode = \"skip\" does not go with parallel.sequence = true, under which "
-         "each "
-         "rank would have another number of images: use \"auto\" or \"mask\"");
+         "model.drop_path_mode = \"skip\" does not go with parallel.sequence = true, whose ranks "
+         "would have different numbers of images: use \"auto\" or \"mask\"");
     RULE(c->image_size % c->model_patch == 0, "image.size", "model.patch",
          "model.patch = %lld must divide image.size = %lld", LL(c->model_patch), LL(c->image_size));
     RULE(c->evaluate_resize == 0 || c->evaluate_resize >= c->image_size, "evaluate.resize",

@@ -159,8 +159,8 @@ md_slot md_method_input(const md_method *m, md_graph *g, const char *name, md_dt
 bool md_method_chosen_last(const md_method *m);
 
 /* Where drop path skips: for how many images a branch is run that `kept` of row_images are not
- * dropped for. At least one, and a multiple of a number that leaves at most MD_PACKED_COUNTS
- * different counts, because each is a shape that backends prepare themselves for. Local. */
+ * dropped for. At least one, and one of at most MD_PACKED_COUNTS counts, because each is a shape
+ * that backends prepare themselves for. Local. */
 #define MD_PACKED_COUNTS 64
 int64_t md_method_packed(const md_method *m, int64_t kept);
 

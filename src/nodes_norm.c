@@ -83,7 +83,7 @@ static const md_node_kind kind_affine_ln = {.name = "affine_ln",
                                             .infer = residual_ln_infer,
                                             .fwd = residual_ln_fwd,
                                             .bwd = residual_ln_bwd,
-                                            .keep_in = 1u << 0 | 1u << 4,
+                                            .keep_in = 1u << 0,
                                             .keep_out = 1u << 2 | 1u << 3,
                                             .accumulates = 1u << 0,
                                             .by_row = true};

@@ -49,6 +49,8 @@ static void scatter(md_graph *g, const char *site, const md_tensor *whole, md_te
 static md_status images_infer(md_graph *g, md_node *n, int numerator, int denominator, md_place to)
 {
     md_tensor x = *md_in(g, n, 0);
+    if (numerator != denominator)
+        MD_TRY(md_want_packed(g, n, 0, MD_NO_SLOT, "what is cut by rows"));
     if (x.dim[0] * numerator % denominator != 0)
         MD_FAIL(MD_ERR_BUG, "%lld images do not divide over %d tensor-parallel ranks",
                 (long long)x.dim[0], denominator);

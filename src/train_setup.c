@@ -187,23 +187,24 @@ static md_status write_choices(const char *path, const char *text)
     return md_publish(part, path);
 }
 
-/* Rank 0's choices: those of the run directory, where they hold for this GPU, else made now. */
+/* Rank 0's choices: those of the run directory, where they hold for this GPU; what they lack is
+ * chosen now. */
 static md_status choose_products(md_run *r, char **text)
 {
     char path[MD_CONFIG_STR + 16];
     md_stepper_bytes bytes;
     snprintf(path, sizeof path, "%s/products.txt", r->dir);
-    *text = read_choices(path);
-    if (*text && md_backend_choices_read(r->be, *text) == MD_OK)
-        return MD_OK;
-    if (*text)
+    char *kept = read_choices(path);
+    if (kept && md_backend_choices_read(r->be, kept) != MD_OK)
         md_log_warn("%s is not used: %s", path, md_error_text());
-    md_free(*text);
-    *text = NULL;
     md_backend_tune(r->be);
-    MD_TRY(md_stepper_plan(&r->model.method, r->be, &bytes));
-    MD_TRY(md_backend_choices_write(r->be, text));
-    return write_choices(path, *text);
+    md_status st = md_stepper_plan(&r->model.method, r->be, &bytes);
+    if (st == MD_OK)
+        st = md_backend_choices_write(r->be, text);
+    if (st == MD_OK && !(kept && strcmp(kept, *text) == 0))
+        st = write_choices(path, *text);
+    md_free(kept);
+    return st;
 }
 
 /* Collective(world). All ranks multiply by the same algorithms, so that a rank's result does not

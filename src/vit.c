@@ -228,7 +228,7 @@ void md_vit_build(const md_vit *v, md_graph *g, const md_vit_in *in, md_slot *ou
                                        .branch = MD_NO_SLOT,
                                        .keep = MD_NO_SLOT,
                                        .from = MD_NO_SLOT,
-                                       .to = of_branch(v, in->packed, 0),
+                                       .to = MD_NO_SLOT, /* the first block drops nothing */
                                        .gamma = MD_NO_PARAM,
                                        .weight = v->block[0].norm1_w,
                                        .bias = v->block[0].norm1_b,

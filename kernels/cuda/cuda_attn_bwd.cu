@@ -2,10 +2,10 @@
  * from lse, once for each of two kernels, so that every sum has one owner:
  *
  *   queries   A warp owns 16 queries of a head: dq, and delta = sum d_o o of its rows, which the
- *             other kernel reads beside lse. Keys and values stream through three stages of shared
- * memory. A block of threads stays with its queries for a whole chunk of images, so that the sums
- *             of dlogits over images stay in its shared memory; each chunk then writes one partial
- *             drel.
+ *             other kernel reads beside lse. Keys and values stream through stages of shared
+ *             memory. A block of threads stays with its queries for a whole chunk of images, so
+ *             that the sums of dlogits over images stay in its shared memory; each chunk then
+ *             writes one partial drel.
  *   keys      A warp owns 16 keys: dk and dv (cuda_attn_keys). */
 #include "kernels/cuda/cuda_attn.cuh"
 

@@ -1,9 +1,10 @@
 /* cuda_backend: the table of the cuda backend, its device, streams and memory.
  *
- * One stream runs the ops in the order of issue. A second one copies input, tied to the first by
- * events both ways. The host waits in md_backend_sync and feed_wait only, and there it asks again
- * and again instead of blocking inside the driver, so that a lost peer or a failed kernel ends the
- * wait and the watchdog sees what is waited for. */
+ * One stream runs the ops in the order of issue; one op runs half of itself on a side stream, and
+ * is done when both are. Another one copies input, tied to the first by events both ways. The host
+ * waits in md_backend_sync and feed_wait only, and there it asks again and again instead of
+ * blocking inside the driver, so that a lost peer or a failed kernel ends the wait and the watchdog
+ * sees what is waited for. */
 #include "kernels/cuda/cuda_state.h"
 #include "src/watchdog.h"
 
@@ -321,6 +322,8 @@ static void cuda_destroy(md_backend *be)
     cuda_state *s = cuda_state_of(be);
     if (s->stream)
         cudaStreamSynchronize(s->stream);
+    if (s->side)
+        cudaStreamSynchronize(s->side);
     cuda_gemm_close(s);
     for (int i = 0; i < MD_FEED_SLOTS; i++) {
         if (s->fed[i])

@@ -1,6 +1,7 @@
-/* cuda_gemm: the op gemm, by cuBLASLt, with a kernel of our own for what the library does not take.
- * The activations are the exact ones (erf, and CLIP's sigmoid), which the library's epilogues are
- * not: the product with its bias goes to pre, or to y, and a pass of our own makes y from it. */
+/* cuda_gemm: the ops gemm and linear_bwd, by cuBLASLt, with a kernel of our own for what the
+ * library does not take. The activations are the exact ones (erf, and CLIP's sigmoid), which the
+ * library's epilogues are not: the product with its bias goes to pre, or to y, and a pass of our
+ * own makes y from it. */
 #include "kernels/cuda/cuda_gemm.h"
 
 static uint8_t align_of(uint8_t align, const md_tensor *t)
@@ -43,7 +44,7 @@ size_t cuda_gemm_scratch(md_backend *be, const md_gemm_args *a)
     cuda_gemm_plan *plan;
     if (key.m == 0 || key.n == 0 || key.k == 0 || !fits_library(&key))
         return 0;
-    if (!s->planning && cuda_gemm_find(s, &key, &plan) != MD_OK)
+    if (!s->planning && (s->gemm->failed = cuda_gemm_find(s, &key, &plan)) != MD_OK)
         return MD_NO_SCRATCH;
     return CUDA_GEMM_WORKSPACE;
 }
@@ -131,6 +132,14 @@ static md_status run_product(md_backend *be, const md_gemm_args *a, const gemm_p
     return cuda_gemm_run(s, plan, &o);
 }
 
+/* cuda_scratch, or the error that made the plan fail. */
+static md_status gemm_scratch(const md_backend *be, md_op op, size_t need, void **scratch)
+{
+    if (need == MD_NO_SCRATCH)
+        return md_error_prefix(cuda_state_of(be)->gemm->failed, "%s", md_op_name(op));
+    return cuda_scratch(be, op, need, scratch);
+}
+
 md_status cuda_gemm(md_backend *be, const md_gemm_args *a)
 {
     CUDA_CHECK(gemm, a);
@@ -139,7 +148,7 @@ md_status cuda_gemm(md_backend *be, const md_gemm_args *a)
     if (a->pre && a->act == MD_ACT_NONE)
         MD_FAIL(MD_ERR_BUG, "gemm: pre without an activation");
     void *scratch;
-    MD_TRY(cuda_scratch(be, MD_OP_gemm, cuda_gemm_scratch(be, a), &scratch));
+    MD_TRY(gemm_scratch(be, MD_OP_gemm, cuda_gemm_scratch(be, a), &scratch));
     MD_TRY(run_product(be, a, {MD_OP_gemm, cuda_stream(be), static_cast<char *>(scratch)}));
     if (a->act == MD_ACT_NONE || md_tensor_count(a->y) == 0)
         return MD_OK;
@@ -185,14 +194,17 @@ md_status cuda_linear_bwd(md_backend *be, const md_linear_bwd_args *a)
     cuda_state *s = cuda_state_of(be);
     const linear_products p = products_of(a);
     void *scratch;
-    MD_TRY(cuda_scratch(be, MD_OP_linear_bwd, cuda_linear_bwd_scratch(be, a), &scratch));
+    MD_TRY(gemm_scratch(be, MD_OP_linear_bwd, cuda_linear_bwd_scratch(be, a), &scratch));
     char *room = static_cast<char *>(scratch);
     if (!a->dx)
         return run_product(be, &p.weights, {MD_OP_linear_bwd, s->stream, room});
     MD_TRY(cuda_ok(cudaEventRecord(s->fork, s->stream), "cudaEventRecord"));
     MD_TRY(run_product(be, &p.weights, {MD_OP_linear_bwd, s->stream, room}));
     MD_TRY(cuda_ok(cudaStreamWaitEvent(s->side, s->fork, 0), "cudaStreamWaitEvent"));
-    MD_TRY(run_product(be, &p.inputs, {MD_OP_linear_bwd, s->side, room + CUDA_GEMM_WORKSPACE}));
-    MD_TRY(cuda_ok(cudaEventRecord(s->join, s->side), "cudaEventRecord"));
-    return cuda_ok(cudaStreamWaitEvent(s->stream, s->join, 0), "cudaStreamWaitEvent");
+    const md_status st =
+        run_product(be, &p.inputs, {MD_OP_linear_bwd, s->side, room + CUDA_GEMM_WORKSPACE});
+    cudaError_t joined = cudaEventRecord(s->join, s->side); /* also after a failure */
+    if (joined == cudaSuccess)
+        joined = cudaStreamWaitEvent(s->stream, s->join, 0);
+    return st != MD_OK ? st : cuda_ok(joined, "joining two products");
 }

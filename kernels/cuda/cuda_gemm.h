@@ -30,7 +30,8 @@ typedef struct cuda_gemm_plan {
     cublasLtMatrixLayout_t a, b, y; /* the library's own first and second operand are b and a */
     cublasLtMatmulAlgo_t algo;
     size_t workspace;
-    bool own; /* the library has no algorithm: the kernel of cuda_gemm.cu */
+    bool own;   /* the library has no algorithm: the kernel of cuda_gemm.cu */
+    bool timed; /* chosen among several for its own number of rows */
 } cuda_gemm_plan;
 
 /* Each number of images that drop path leaves (MD_PACKED_COUNTS) makes shapes of its own. */
@@ -41,6 +42,7 @@ struct cuda_gemm_table {
     cublasLtMatmulPreference_t preference;
     int plans;
     bool tune;
+    md_status failed; /* of the plan that was asked for last */
     cuda_gemm_plan plan[CUDA_GEMM_PLANS];
     uint16_t place[2 * CUDA_GEMM_PLANS]; /* by the hash of a key: 1 + its plan; 0: free */
 };

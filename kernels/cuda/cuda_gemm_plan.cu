@@ -2,7 +2,7 @@
  * first proposal is taken, which is the same for the same library and GPU. With tuning the
  * proposals are timed when the plan is made, before training, and the fastest is taken: another run
  * may then choose another one, and its sums round otherwise. What is fastest at a number of rows is
- * taken for somewhat fewer rows too, of which drop path leaves many numbers. Splitting a long sum
+ * taken down to half as many rows, of which drop path leaves many numbers. Splitting a long sum
  * over blocks adds in a fixed order, so that a plan gives the same bits every time. */
 #include "kernels/cuda/cuda_gemm.h"
 
@@ -220,8 +220,8 @@ static bool choose_as_larger(cuda_gemm_table *t, cuda_gemm_plan *p)
     for (int i = 0; i < t->plans; i++) {
         const cuda_gemm_plan *q = &t->plan[i];
         const int64_t more = key_rows(&q->key);
-        if (!q->own && more > rows && more <= 2 * rows && same_but_rows(&q->key, &p->key) &&
-            (!near || more < key_rows(&near->key)))
+        if (q->timed && !q->own && more > rows && more <= 2 * rows &&
+            same_but_rows(&q->key, &p->key) && (!near || more < key_rows(&near->key)))
             near = q;
     }
     cublasLtMatmulHeuristicResult_t checked;
@@ -256,6 +256,7 @@ static md_status choose(cuda_state *s, cuda_gemm_plan *p)
     p->workspace = found[0].workspaceSize;
     if (t->tune && n > 1)
         tune(s, p, found, n);
+    p->timed = t->tune;
     return MD_OK;
 }
 

@@ -48,14 +48,20 @@ template <int R> struct md_ln_batch {
     float sums[2 * R];
 };
 
-/* Sends the vectors of the rows [row, end) of R, where the cursor is, to this thread's slots of a
+/* The rows [row, end) at the columns from col on. */
+struct md_ln_spot {
+    int row, end, col;
+};
+
+/* Sends the vectors of R rows of a spot, where the cursor is, to this thread's slots of a
  * stage, which lie blockDim.x apart, and reads the statistics. Rows that are not there become
  * zeros.
  */
 template <class T, int R, bool ALL>
-MD_DEV void md_ln_bwd_fetch(const md_ln_bwd<T> &k, md_ln_cursor &cursor, int row, int end, int col,
+MD_DEV void md_ln_bwd_fetch(const md_ln_bwd<T> &k, md_ln_cursor &cursor, md_ln_spot spot,
                             uint4 *slot, md_ln_rows_of<R> &of)
 {
+    const int row = spot.row, end = spot.end, col = spot.col;
     const bool normed = md_given<ALL>(k.dy);
     const T *const from[BWD_OPERANDS] = {k.dr, k.branch, normed ? k.r : nullptr, k.dy};
     md_places_of(cursor, k.images, row, end, of.place);
@@ -160,7 +166,7 @@ MD_DEV void md_ln_bwd_begin(md_ln_columns<md_vec<T>::N> &c, const md_ln_bwd<T> &
         c.dgamma[j] = c.dweight[j] = c.dbias[j] = 0.0f;
 }
 
-/* ALL: every operand but keep, from and to is there. */
+/* ALL: dr, branch, dy with r, dbranch and part are there. */
 template <class T, int THREADS, int R, bool ALL> MD_KERNEL(THREADS) md_ln_bwd_rows(md_ln_bwd<T> k)
 {
     enum { N = md_vec<T>::N };
@@ -178,10 +184,11 @@ template <class T, int THREADS, int R, bool ALL> MD_KERNEL(THREADS) md_ln_bwd_ro
     int row = md_ln_first(k.rows, blockIdx.x);
     md_ln_cursor cursor = {};
     md_cursor_begin(cursor, k.images, row);
-    md_ln_bwd_fetch<T, R, ALL>(k, cursor, row, end, col, slot, coming);
+    md_ln_bwd_fetch<T, R, ALL>(k, cursor, {row, end, col}, slot, coming);
     for (; row < stop; row += R, turn ^= 1) {
         b.row = coming;
-        md_ln_bwd_fetch<T, R, ALL>(k, cursor, row + R, end, col, slot + (turn ^ 1) * stage, coming);
+        md_ln_bwd_fetch<T, R, ALL>(k, cursor, {row + R, end, col}, slot + (turn ^ 1) * stage,
+                                   coming);
         md_async_wait<BWD_STAGES - 1>();
         md_ln_bwd_take<T, R, ALL>(k, slot + turn * stage, b);
         if (md_given<ALL>(k.dy)) {

@@ -47,7 +47,7 @@ looks() { # RANKS RUN [key=value...]
 state() {
     "$host" checkpoint info "$scratch/$1/checkpoints/step-00000008.h5" | grep 'state hash'
 }
-looks 1 alone
+looks 1 alone model.drop_path_mode=mask
 looks 2 zero parallel.zero=1 parallel.comm=mpi
 done_well 2 bf16 "${keys[@]}" parallel.zero=1 parallel.comm=mpi
 paste <(curve cpu) <(curve bf16) | awk '

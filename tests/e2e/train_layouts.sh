@@ -38,6 +38,11 @@ same one checked
 done_well 2 checked_tensor backend=check parallel.tensor=2 parallel.sequence=true parallel.zero=1
 near one checked_tensor
 
+# More images than there are numbers of packed ones: each branch is run for an even number of the 96.
+many=(train.batch=96 train.max_steps=4 optim.warmup_epochs=0)
+done_well 1 many "${many[@]}"
+done_well 1 masked "${many[@]}" model.drop_path_mode=mask
+near many masked
 # Ranks that share a model: near; the same grid again: bit for bit.
 grids=("tensor=2" "tensor=2 sequence=true bucket_mib=0.01" "tensor=2 zero=1 micro=4 bucket_mib=0.01"
     "tensor=2 sequence=true zero=1 overlap=false bucket_mib=0.01" "zero=1 bucket_mib=0.01")

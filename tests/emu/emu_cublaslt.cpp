@@ -237,8 +237,19 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t lt, cublasLtMatmulDesc_t desc, co
                        d,
                        *static_cast<const float *>(alpha),
                        *static_cast<const float *>(beta)};
+    /* A product keeps something in its workspace while it runs, which no other may spoil. */
+    uint64_t *const kept = static_cast<uint64_t *>(workspace);
+    static uint64_t products;
+    const uint64_t mark = ++products;
     emu_queue(stream, [=] {
-        multiply(p);
+        *kept = mark;
+        return true;
+    });
+    emu_queue(stream, [=] {
+        if (*kept != mark)
+            emu_set_error(cudaErrorLaunchFailure);
+        else
+            multiply(p);
         return true;
     });
     return CUBLAS_STATUS_SUCCESS;

@@ -25,12 +25,14 @@ struct emu_graph {
 struct emu_stream {
     std::deque<emu_work> work;
     emu_graph *recording;
-    bool joined_in, waited_for;
+    bool joined_in;
+    uint64_t queued, awaited; /* work, and how much of it was waited for */
 };
 
 struct emu_event {
     emu_stream *stream;
-    emu_graph *graph;           /* whose recording the last record is part of */
+    emu_graph *graph;           /* whose recording the last record is part of, */
+    uint64_t behind;            /* and how much of its stream's work it is behind */
     uint64_t recorded, reached; /* times */
     double when;                /* of the last one reached, in seconds */
 };
@@ -121,6 +123,7 @@ bool emu_fails(const char *what)
 
 void emu_queue(cudaStream_t stream, emu_work work)
 {
+    stream->queued++;
     if (stream->recording)
         stream->recording->work.push_back(std::move(work));
     else
@@ -392,12 +395,14 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream)
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned)
 {
     const uint64_t record = event->recorded;
-    if (event->graph && !stream->recording) {
+    for (const emu_stream *s : streams) {
+        if (!event->graph || s->recording != event->graph)
+            continue;
+        stream->joined_in |= !stream->recording;
         stream->recording = event->graph;
-        stream->joined_in = true;
+        event->stream->awaited = event->behind;
+        break;
     }
-    for (emu_stream *s : streams)
-        s->waited_for |= event->graph && s == event->stream;
     emu_queue(stream, [=] { return event->reached >= record; });
     return cudaSuccess;
 }
@@ -426,6 +431,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream)
         event->when = seconds();
         return true;
     });
+    event->behind = stream->queued;
     return cudaSuccess;
 }
 
@@ -464,9 +470,9 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *out)
     bool left = false;
     for (emu_stream *s : streams)
         if (s->joined_in && s->recording == stream->recording) {
-            left |= !s->waited_for;
+            left |= s->awaited != s->queued;
             s->recording = nullptr;
-            s->joined_in = s->waited_for = false;
+            s->joined_in = false;
         }
     *out = stream->recording;
     stream->recording = nullptr;

@@ -396,16 +396,62 @@ static void test_settings(void **)
     cudaGetLastError();
 }
 
+/* A stream that joins a recording has to be waited for before it ends. */
+static cudaError_t record_two(bool join, bool more)
+{
+    cudaStream_t one, two;
+    cudaEvent_t fork, joined;
+    cudaGraph_t graph = nullptr;
+    void *block;
+    assert_int_equal(cudaMalloc(&block, 64), cudaSuccess);
+    assert_int_equal(cudaStreamCreateWithFlags(&one, cudaStreamNonBlocking), cudaSuccess);
+    assert_int_equal(cudaStreamCreateWithFlags(&two, cudaStreamNonBlocking), cudaSuccess);
+    assert_int_equal(cudaEventCreateWithFlags(&fork, cudaEventDisableTiming), cudaSuccess);
+    assert_int_equal(cudaEventCreateWithFlags(&joined, cudaEventDisableTiming), cudaSuccess);
+    cudaStreamBeginCapture(one, cudaStreamCaptureModeThreadLocal);
+    cudaEventRecord(fork, one);
+    cudaStreamWaitEvent(two, fork, 0);
+    cudaMemsetAsync(block, 0, 64, two);
+    if (join) {
+        cudaEventRecord(joined, two);
+        cudaStreamWaitEvent(one, joined, 0);
+    }
+    if (more)
+        cudaMemsetAsync(block, 0, 64, two);
+    const cudaError_t err = cudaStreamEndCapture(one, &graph);
+    cudaGetLastError();
+    cudaGraphDestroy(graph);
+    cudaEventDestroy(fork);
+    cudaEventDestroy(joined);
+    cudaStreamDestroy(two);
+    cudaStreamDestroy(one);
+    cudaFree(block);
+    return err;
+}
+
+static void test_recordings_of_two_streams(void **)
+{
+    assert_int_equal(record_two(true, false), cudaSuccess);
+    assert_int_not_equal(record_two(false, false), cudaSuccess);
+    assert_int_not_equal(record_two(true, true), cudaSuccess);
+}
+
 int main()
 {
     if (cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) != cudaSuccess)
         return 1;
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_missing_barrier),     cmocka_unit_test(test_overrun_of_shared_memory),
-        cmocka_unit_test(test_divergence),          cmocka_unit_test(test_tensor_cores),
-        cmocka_unit_test(test_asynchronous_copies), cmocka_unit_test(test_bad_launches),
-        cmocka_unit_test(test_missing_wait),        cmocka_unit_test(test_memory_changed_too_early),
-        cmocka_unit_test(test_recording),           cmocka_unit_test(test_settings),
+        cmocka_unit_test(test_missing_barrier),
+        cmocka_unit_test(test_overrun_of_shared_memory),
+        cmocka_unit_test(test_divergence),
+        cmocka_unit_test(test_tensor_cores),
+        cmocka_unit_test(test_asynchronous_copies),
+        cmocka_unit_test(test_bad_launches),
+        cmocka_unit_test(test_missing_wait),
+        cmocka_unit_test(test_memory_changed_too_early),
+        cmocka_unit_test(test_recordings_of_two_streams),
+        cmocka_unit_test(test_recording),
+        cmocka_unit_test(test_settings),
     };
     return cmocka_run_group_tests(tests, nullptr, nullptr);
 }

@@ -107,10 +107,18 @@ bf16_as_cpu() {
         END { exit bad || NR == 0 || last > 0.98 * first }' || fail 'bf16 is not near fp32, or learns nothing'
 }
 
-same_twice() { # PRECISION
+# Passes that are all alike, because nothing is skipped, are recorded and replayed.
+recorded_as_cpu() {
     begin
-    done_well 1 one backend=cuda precision="$1" parallel.comm=mpi
-    done_well 1 two backend=cuda precision="$1" parallel.comm=mpi
+    done_well 1 cpu backend=cpu model.drop_path_mode=mask
+    done_well 1 gpu "${on_gpu[@]}" model.drop_path_mode=mask
+    near cpu gpu
+}
+
+same_twice() { # PRECISION [key=value...]
+    begin
+    done_well 1 one backend=cuda precision="$1" parallel.comm=mpi "${@:2}"
+    done_well 1 two backend=cuda precision="$1" parallel.comm=mpi "${@:2}"
     same one two
 }
 
@@ -200,6 +208,8 @@ check 'backend' backend
 check 'ops in fp32 and bf16' ops
 check 'training in fp32 as on the cpu' fp32_as_cpu
 check 'training in bf16 near the cpu' bf16_as_cpu
+check 'recorded steps, fp32' recorded_as_cpu
+check 'the same bits twice, recorded steps' same_twice bf16 model.drop_path_mode=mask
 check 'the same bits twice, fp32' same_twice fp32
 check 'the same bits twice, bf16' same_twice bf16
 check 'data 2, one GPU' grid 2

@@ -84,9 +84,9 @@ static void ref_layernorm(op_case *c, bool mutant)
     }
 }
 
-/* Which image of a packed operand each image is: all but those with i % every == but; NULL without
- * the flag. *images: how many it holds. */
-static md_tensor *packed_index(op_case *c, unsigned flag, int every, int but, int64_t *images)
+/* Which image of a packed operand each image is; NULL without the flag. left_out: bit i % 4 of
+ * image i, but the last one is always there. *images: how many the operand holds. */
+static md_tensor *packed_index(op_case *c, unsigned flag, unsigned left_out, int64_t *images)
 {
     const int64_t b = c->row->n[0];
     *images = b;
@@ -95,7 +95,7 @@ static md_tensor *packed_index(op_case *c, unsigned flag, int every, int but, in
     md_tensor *index = TENSOR(c, MD_I32, FILL_BYTES, b);
     *images = 0;
     for (int64_t i = 0; i < b; i++)
-        md_i32(index)[i] = i % every == but ? -1 : (int32_t)(*images)++;
+        md_i32(index)[i] = left_out >> i % 4 & 1 && i + 1 < b ? -1 : (int32_t)(*images)++;
     return index;
 }
 
@@ -115,8 +115,8 @@ static void build_residual_ln(op_case *c)
     unsigned f = c->row->flags;
     md_residual_ln_args *a = &c->args.residual_ln;
     int64_t from, to;
-    a->from = packed_index(c, FROM, 3, 1, &from);
-    a->to = packed_index(c, TO, 4, 2, &to);
+    a->from = packed_index(c, FROM, 3, &from);
+    a->to = packed_index(c, TO, 5, &to);
     md_tensor *x = ACT(c, b, t, w);
     a->x = x;
     a->branch = f & BRANCH ? ACT(c, from, t, w) : NULL;
@@ -190,8 +190,8 @@ static void build_residual_ln_bwd(op_case *c)
     unsigned f = c->row->flags;
     md_residual_ln_bwd_args *a = &c->args.residual_ln_bwd;
     int64_t from, to;
-    a->from = packed_index(c, FROM, 3, 1, &from);
-    a->to = packed_index(c, TO, 4, 2, &to);
+    a->from = packed_index(c, FROM, 3, &from);
+    a->to = packed_index(c, TO, 5, &to);
     a->r = f & DY ? ACT(c, b, t, w) : NULL;
     a->branch = f & BRANCH ? ACT(c, from, t, w) : NULL;
     a->gamma = f & GAMMA ? F32(c, w) : NULL;
@@ -338,7 +338,9 @@ const op_row norm_rows[] = {
     LN(65, 257, IN_PLACE),    LN(257, 192, AFFINE | STATS | UNBIASED),
     LN(17, 768, UNBIASED),    ALL_RLN(1, 3, 17),
     ALL_RLN(3, 65, 33),       ALL_RLN(2, 197, 64),
+    ALL_RLN(4, 9, 64),        ALL_RLN(5, 3, 1280),
     ALL_RLN_BWD(1, 1, 3),     ALL_RLN_BWD(3, 17, 33),
     ALL_RLN_BWD(4, 65, 64),   ALL_RLN_BWD(2, 257, 80),
+    ALL_RLN_BWD(5, 3, 1280),
 };
 const int norm_row_count = (int)MD_COUNT(norm_rows);

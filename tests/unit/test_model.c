@@ -388,6 +388,26 @@ static void test_drop_path_modes(void **state)
     same_results((const char *const[]){"all", "skip"}, (const char *const[]){"all", "mask"});
 }
 
+/* The numbers of images that branches are run for: enough, never more than there are, and few. */
+static void test_packed_counts(void **state)
+{
+    (void)state;
+    for (int64_t images = 1; images <= 300; images++) {
+        const md_method m = {.row_images = images};
+        int counts = 0;
+        int64_t before = 0;
+        for (int64_t kept = 0; kept <= images; kept++) {
+            const int64_t n = md_method_packed(&m, kept);
+            assert_true(n >= MD_MAX(kept, 1) && n <= images && n >= before);
+            assert_true(n - kept < (images + MD_PACKED_COUNTS - 1) / MD_PACKED_COUNTS || kept == 0);
+            counts += n != before;
+            before = n;
+        }
+        assert_int_equal(before, images);
+        assert_in_range(counts, 1, MD_PACKED_COUNTS);
+    }
+}
+
 /* AdamW lowers the loss on one batch, and the clip factor is PyTorch's. */
 static void test_update(void **state)
 {
@@ -426,6 +446,7 @@ int main(void)
         cmocka_unit_test(test_accumulation),
         cmocka_unit_test(test_last_block),
         cmocka_unit_test(test_drop_path_modes),
+        cmocka_unit_test(test_packed_counts),
         cmocka_unit_test(test_update),
     };
     return cmocka_run_group_tests_name("model", tests, NULL, NULL);
