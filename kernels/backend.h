@@ -121,9 +121,8 @@ typedef struct md_residual_ln_args {
  * NULL), mean and rstd are needed with dy only. Only the three parameter gradients accumulate; they
  * are f32, as gamma, keep, weight, mean and rstd. Where dx is of a narrower type, dbranch and the
  * sums take g before it is rounded. from and to as in the forward pass: branch and dbranch, and dy,
- * are packed; an image that is not in dy has none, one that is not in branch adds nothing to
- * dgamma.
- */
+ * are packed; an image that is not in dy has none, and one that is not in branch adds nothing to
+ * dgamma. */
 typedef struct md_residual_ln_bwd_args {
     MD_IN(*r, *branch, *gamma, *keep, *weight, *mean, *rstd, *dr, *dy, *from, *to);
     MD_OUT(*dx, *dbranch, *dgamma, *dweight, *dbias);

@@ -48,8 +48,12 @@ static md_timing *find(timing *t, md_op op, const md_operands *a)
             return &t->row[i];
     if (t->rows == ROWS)
         return &t->row[ROWS - 1];
-    key.flops = md_plan_op_flops(op, a);
-    key.bytes = md_plan_op_bytes(a);
+    if (t->rows == ROWS - 1)
+        snprintf(key.shape, sizeof key.shape, "and all that found no row");
+    else {
+        key.flops = md_plan_op_flops(op, a);
+        key.bytes = md_plan_op_bytes(a);
+    }
     t->row[t->rows] = key;
     return &t->row[t->rows++];
 }

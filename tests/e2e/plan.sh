@@ -25,8 +25,8 @@ plan() {
 plan vit_h.cfg '^parameters +631805248 ' '^steps +187500 ' '^compute +1166\.6 GFLOP' \
     '^batch +2048 = 64 data-parallel ranks x 1 passes x 32 images' '^checkpoint +7581662976 bytes' \
     '^ranks +64 = data 64 x tensor 1$' 'gradients 4\.975,' \
-    '^  really run +1[0-9]{3}\.[0-9] .*last_block = chosen, drop path skips\)' -- --ranks 64
-plan vit_h.cfg '^  really run +11[0-9]{2}\.[0-9] .*drop path skips nothing' \
+    '^  really run +1027\.[0-9] .*last_block = chosen, drop path skips\)' -- --ranks 64
+plan vit_h.cfg '^  really run +1149\.[0-9] .*drop path skips nothing' \
     -- --ranks 64 model.drop_path_mode=mask
 plan vit_h.cfg '^batch +2048 = 64 data-parallel ranks x 4 passes x 8 images' \
     '^steps +187500 ' '1166\.6 GFLOP' -- --ranks 64 train.micro_batch=8
