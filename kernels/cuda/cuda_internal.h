@@ -70,6 +70,7 @@ CUDA_OPS_WITH_SCRATCH(CUDA_DECLARE)
 /* Setup of a file's kernels: shared memory limits. */
 md_status cuda_attn_setup(void);
 md_status cuda_norm_setup(void);
+md_status cuda_norm_bwd_setup(void);
 
 /* out[c] (+)= sum of part[chunk][c] over the chunks, part [chunks, width]: in chunk order where
  * they are few, else cut into runs, each added in chunk order, then the runs are. */

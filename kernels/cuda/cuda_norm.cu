@@ -1,6 +1,11 @@
 /* cuda_norm: LayerNorm alone, and fused with the residual step before it. */
 #include "kernels/cuda/cuda_norm.cuh"
 
+/* x, branch. */
+#define FWD_OPERANDS 2
+/* Shared memory begins with two sums of R rows, in bytes; the stages follow. */
+#define FWD_SUMS(R, threads) (2 * (R) * ((threads) / MD_WARP) * (int)sizeof(float))
+
 namespace
 {
 
@@ -29,7 +34,7 @@ MD_DEV void md_residual(uint4 &x, uint4 branch, const float (&gamma)[md_vec<T>::
 }
 
 /* mean and 1 / sqrt(var + eps) of R rows, in two passes: the variance of differences does not
- * cancel. smem: 2 R floats per warp. */
+ * cancel. All threads. */
 template <class T, int R>
 MD_DEV void md_row_stats(const md_ln<T> &k, const uint4 (&x)[R], bool there, float (&mean)[R],
                          float (&rstd)[R])
@@ -62,57 +67,100 @@ MD_DEV void md_row_stats(const md_ln<T> &k, const uint4 (&x)[R], bool there, flo
         rstd[i] = 1.0f / sqrtf(rstd[i] * k.per_term + k.eps);
 }
 
+/* Sends the vectors at col of the rows [row, end) of R to this thread's slots of a stage, which lie
+ * blockDim.x apart. Rows that are not there become zeros. */
+template <class T, int R>
+MD_DEV void md_ln_fetch(const md_ln<T> &k, int row, int end, int col, uint4 *slot,
+                        md_ln_places<R> &place)
+{
+    md_places_of(k.images, row, end, place);
+#pragma unroll
+    for (int i = 0; i < R; i++) {
+        md_ln_send(slot + i * blockDim.x, k.x, row + i < end ? row + i : -1, k.cols, col);
+        if (k.branch)
+            md_ln_send(slot + (R + i) * blockDim.x, k.branch, place.from[i], k.cols, col);
+    }
+    md_async_commit();
+}
+
+/* What one thread keeps of its columns. */
+template <int N> struct md_ln_columns {
+    float gamma[N], weight[N], bias[N];
+};
+
+/* r of a batch that has come, at col of the rows [row, end); writes it where that is wanted. */
+template <class T, int R>
+MD_DEV void md_ln_take(const md_ln<T> &k, int row, int end, int col, const uint4 *slot,
+                       const md_ln_places<R> &place, const float (&gamma)[md_vec<T>::N],
+                       uint4 (&x)[R])
+{
+#pragma unroll
+    for (int i = 0; i < R; i++) {
+        x[i] = slot[i * blockDim.x];
+        if (k.branch)
+            md_residual<T>(x[i], slot[(R + i) * blockDim.x], gamma, place.keep[i]);
+        if (k.r && row + i < end)
+            md_store16(k.r + md_ln_at(row + i, k.cols, col), x[i]);
+    }
+}
+
+/* LayerNorm of the same. All threads. */
+template <class T, int R>
+MD_DEV void md_ln_batch(const md_ln<T> &k, int row, int end, int col, const md_ln_places<R> &place,
+                        const md_ln_columns<md_vec<T>::N> &c, const uint4 (&x)[R])
+{
+    enum { N = md_vec<T>::N };
+    float mean[R], rstd[R];
+    md_row_stats(k, x, end > 0, mean, rstd);
+#pragma unroll
+    for (int i = 0; i < R; i++) {
+        if (row + i >= end)
+            continue;
+        float v[N];
+        md_raw<T>::unpack(x[i], v);
+#pragma unroll
+        for (int j = 0; j < N; j++)
+            v[j] = (v[j] - mean[i]) * rstd[i] * c.weight[j] + c.bias[j];
+        if (k.y && place.to[i] >= 0)
+            md_vec<T>::store(k.y + md_ln_at(place.to[i], k.cols, col), v);
+        if (k.mean && threadIdx.x == 0)
+            k.mean[row + i] = mean[i];
+        if (k.rstd && threadIdx.x == 0)
+            k.rstd[row + i] = rstd[i];
+    }
+}
+
 template <class T> MD_KERNEL(LN_BLOCK) md_ln_rows(md_ln<T> k)
 {
     enum { N = md_vec<T>::N, R = LN_ROWS };
-    const int col = (int)threadIdx.x * N;
-    const bool there = col < k.cols;
-    float gamma[N], weight[N], bias[N];
-    md_parameters(k.gamma, col, there, 1.0f, gamma);
-    md_parameters(k.weight, col, there, 1.0f, weight);
-    md_parameters(k.bias, col, there, 0.0f, bias);
-    const int stop = md_ln_first(k.rows, blockIdx.x + 1), end = there ? stop : 0;
-    int row = md_ln_first(k.rows, blockIdx.x);
-    md_ln_cursor cursor = {};
-    md_cursor_begin(cursor, k.images, row);
-    for (; row < stop; row += R) {
-        const int64_t cols = k.cols, at = row * cols + col;
+    const int threads = (int)blockDim.x, stage = FWD_OPERANDS * R * threads;
+    const int col = (int)threadIdx.x * N, end = col < k.cols ? k.rows : 0;
+    const int next = (int)gridDim.x * R; /* rows from a batch of this block to its next one */
+    uint4 *slot = reinterpret_cast<uint4 *>(md_smem() + FWD_SUMS(R, threads)) + threadIdx.x;
+    md_ln_columns<N> c;
+    md_parameters(k.gamma, col, end > 0, 1.0f, c.gamma);
+    md_parameters(k.weight, col, end > 0, 1.0f, c.weight);
+    md_parameters(k.bias, col, end > 0, 0.0f, c.bias);
+    md_ln_places<R> coming[LN_STAGES - 1];
+    int row = (int)blockIdx.x * R, from = 0, to = 0;
+#pragma unroll
+    for (int s = 0; s < LN_STAGES - 1; s++, to += stage)
+        md_ln_fetch(k, row + s * next, end, col, slot + to, coming[s]);
+    for (; row < k.rows; row += next) {
+        const md_ln_places<R> place = coming[0];
         uint4 x[R];
-        float mean[R], rstd[R];
-        md_ln_places<R> place;
-        md_read_rows(k.x, row, end, at, cols, x);
-        md_places_of(cursor, k.images, row, end, place);
-        if (k.branch) {
-            uint4 branch[R];
-            md_read_places(k.branch, place.from, col, k.cols, branch);
 #pragma unroll
-            for (int i = 0; i < R; i++)
-                md_residual<T>(x[i], branch[i], gamma, place.keep[i]);
-        }
-#pragma unroll
-        for (int i = 0; i < R; i++)
-            if (k.r && row + i < end)
-                md_store16(k.r + at + i * cols, x[i]);
-        if (!k.y && !k.mean && !k.rstd)
-            continue;
-        md_row_stats(k, x, there, mean, rstd);
-#pragma unroll
-        for (int i = 0; i < R; i++) {
-            if (row + i >= end)
-                continue;
-            float v[N];
-            md_raw<T>::unpack(x[i], v);
-#pragma unroll
-            for (int j = 0; j < N; j++)
-                v[j] = (v[j] - mean[i]) * rstd[i] * weight[j] + bias[j];
-            if (k.y && place.to[i] >= 0)
-                md_vec<T>::store(k.y + md_ln_at(place.to[i], k.cols, col), v);
-            if (k.mean && threadIdx.x == 0)
-                k.mean[row + i] = mean[i];
-            if (k.rstd && threadIdx.x == 0)
-                k.rstd[row + i] = rstd[i];
-        }
+        for (int s = 1; s < LN_STAGES - 1; s++)
+            coming[s - 1] = coming[s];
+        md_ln_fetch(k, row + (LN_STAGES - 1) * next, end, col, slot + to, coming[LN_STAGES - 2]);
+        to = to == (LN_STAGES - 1) * stage ? 0 : to + stage;
+        md_async_wait<LN_STAGES - 1>();
+        md_ln_take(k, row, end, col, slot + from, place, c.gamma, x);
+        from = from == (LN_STAGES - 1) * stage ? 0 : from + stage;
+        if (k.y || k.mean || k.rstd)
+            md_ln_batch(k, row, end, col, place, c, x);
     }
+    md_async_wait<0>();
 }
 
 /* The same for any width and address, one row at a time. A thread always has the same columns, so
@@ -121,10 +169,8 @@ template <class T> MD_KERNEL(VEC_BLOCK) md_ln_any(md_ln<T> k)
 {
     float *smem = reinterpret_cast<float *>(md_smem());
     for (int row = (int)blockIdx.x; row < k.rows; row += (int)gridDim.x) {
-        md_ln_cursor cursor = {};
         md_ln_places<1> place;
-        md_cursor_begin(cursor, k.images, row);
-        md_places_of(cursor, k.images, row, k.rows, place);
+        md_places_of(k.images, row, k.rows, place);
         const T *x = k.x + md_ln_at(row, k.cols, 0);
         const T *branch = k.branch && place.from[0] >= 0
                               ? k.branch + md_ln_at(place.from[0], k.cols, 0)
@@ -162,6 +208,12 @@ template <class T> MD_KERNEL(VEC_BLOCK) md_ln_any(md_ln<T> k)
     }
 }
 
+size_t ln_smem(int threads)
+{
+    const int stages = LN_STAGES * FWD_OPERANDS * LN_ROWS * threads;
+    return (size_t)FWD_SUMS(LN_ROWS, threads) + (size_t)stages * sizeof(uint4);
+}
+
 template <class T> md_status ln_run(md_backend *be, md_op op, const md_ln<T> &k)
 {
     if (k.rows == 0 || k.cols == 0)
@@ -173,9 +225,9 @@ template <class T> md_status ln_run(md_backend *be, md_op op, const md_ln<T> &k)
                   cuda_stream(be), k);
         return cuda_launched(op);
     }
-    const int64_t blocks = ln_blocks(k.rows, LN_ROWS, LN_THREADS / threads);
-    const size_t smem = 2 * LN_ROWS * (size_t)(threads / MD_WARP) * sizeof(float);
-    MD_LAUNCH(md_ln_rows<T>, (unsigned)blocks, (unsigned)threads, smem, cuda_stream(be), k);
+    const int64_t blocks = ln_blocks(k.rows, LN_LEAST, LN_THREADS / threads);
+    MD_LAUNCH(md_ln_rows<T>, (unsigned)blocks, (unsigned)threads, ln_smem(threads), cuda_stream(be),
+              k);
     return cuda_launched(op);
 }
 
@@ -218,6 +270,13 @@ template <class T> md_status residual_run(md_backend *be, const md_residual_ln_a
 }
 
 } // namespace
+
+md_status cuda_norm_setup(void)
+{
+    MD_TRY(cuda_ok(MD_ALLOW_SMEM(md_ln_rows<float>, ln_smem(LN_BLOCK)), "shared memory"));
+    MD_TRY(cuda_ok(MD_ALLOW_SMEM(md_ln_rows<md_bf16>, ln_smem(LN_BLOCK)), "shared memory"));
+    return cuda_norm_bwd_setup();
+}
 
 md_status cuda_layernorm(md_backend *be, const md_layernorm_args *a)
 {

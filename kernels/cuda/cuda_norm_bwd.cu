@@ -1,11 +1,8 @@
-/* cuda_norm_bwd: backward of the residual step with its LayerNorm. Blocks have chunks of rows; the
- * sums of a chunk for the gradients of parameters go to the scratch, [3][chunks][C]: dgamma,
- * dweight, dbias. While a batch of rows is worked on, the next one is on its way to shared memory:
- * each thread copies what it alone will read. */
+/* cuda_norm_bwd: backward of the residual step with its LayerNorm. A block's sums for the gradients
+ * of parameters go to the scratch, [3][blocks][C]: dgamma, dweight, dbias. */
 #include "kernels/cuda/cuda_norm.cuh"
 
-/* Batches of rows whose copies may be under way, of so many operands. */
-#define BWD_STAGES   2
+/* dr, branch, r, dy. */
 #define BWD_OPERANDS 4
 /* Shared memory begins with the sums of two batches of R rows, in bytes; the stages follow. */
 #define BWD_SUMS(R, threads) (2 * 2 * (R) * ((threads) / MD_WARP) * (int)sizeof(float))
@@ -48,23 +45,15 @@ template <int R> struct md_ln_batch {
     float sums[2 * R];
 };
 
-/* The rows [row, end) at the columns from col on. */
-struct md_ln_spot {
-    int row, end, col;
-};
-
-/* Sends the vectors of R rows of a spot, where the cursor is, to this thread's slots of a
- * stage, which lie blockDim.x apart, and reads the statistics. Rows that are not there become
- * zeros.
- */
+/* Sends the vectors at col of the rows [row, end) of R to this thread's slots of a stage, which lie
+ * blockDim.x apart, and reads the statistics. Rows that are not there become zeros. */
 template <class T, int R, bool ALL>
-MD_DEV void md_ln_bwd_fetch(const md_ln_bwd<T> &k, md_ln_cursor &cursor, md_ln_spot spot,
-                            uint4 *slot, md_ln_rows_of<R> &of)
+MD_DEV void md_ln_bwd_fetch(const md_ln_bwd<T> &k, int row, int end, int col, uint4 *slot,
+                            md_ln_rows_of<R> &of)
 {
-    const int row = spot.row, end = spot.end, col = spot.col;
     const bool normed = md_given<ALL>(k.dy);
     const T *const from[BWD_OPERANDS] = {k.dr, k.branch, normed ? k.r : nullptr, k.dy};
-    md_places_of(cursor, k.images, row, end, of.place);
+    md_places_of(k.images, row, end, of.place);
 #pragma unroll
     for (int i = 0; i < R; i++) {
         const int own = row + i < end ? row + i : -1, to = of.place.to[i];
@@ -72,8 +61,7 @@ MD_DEV void md_ln_bwd_fetch(const md_ln_bwd<T> &k, md_ln_cursor &cursor, md_ln_s
 #pragma unroll
         for (int o = 0; o < BWD_OPERANDS; o++)
             if (md_given<ALL>(from[o]))
-                md_async_copy16(slot + (o * R + i) * blockDim.x,
-                                from[o] + md_ln_at(at[o] < 0 ? 0 : at[o], k.cols, col), at[o] >= 0);
+                md_ln_send(slot + (o * R + i) * blockDim.x, from[o], at[o], k.cols, col);
         of.mean[i] = normed && own >= 0 ? k.mean[own] : 0.0f;
         of.rstd[i] = normed && own >= 0 ? k.rstd[own] : 0.0f;
     }
@@ -171,26 +159,30 @@ template <class T, int THREADS, int R, bool ALL> MD_KERNEL(THREADS) md_ln_bwd_ro
 {
     enum { N = md_vec<T>::N };
     const int threads = (int)blockDim.x, stage = BWD_OPERANDS * R * threads;
-    const int col = (int)threadIdx.x * N;
-    const bool there = col < k.cols;
-    const int stop = md_ln_first(k.rows, blockIdx.x + 1), end = there ? stop : 0;
+    const int col = (int)threadIdx.x * N, end = col < k.cols ? k.rows : 0;
+    const int next = (int)gridDim.x * R; /* rows from a batch of this block to its next one */
     float *smem = reinterpret_cast<float *>(md_smem());
     uint4 *slot = reinterpret_cast<uint4 *>(md_smem() + BWD_SUMS(R, threads)) + threadIdx.x;
-    int turn = 0; /* of the stages; and two calls of md_block_sums in a row need two places */
     md_ln_columns<N> c;
     md_ln_batch<R> b;
-    md_ln_rows_of<R> coming;
-    md_ln_bwd_begin(c, k, col, there);
-    int row = md_ln_first(k.rows, blockIdx.x);
-    md_ln_cursor cursor = {};
-    md_cursor_begin(cursor, k.images, row);
-    md_ln_bwd_fetch<T, R, ALL>(k, cursor, {row, end, col}, slot, coming);
-    for (; row < stop; row += R, turn ^= 1) {
-        b.row = coming;
-        md_ln_bwd_fetch<T, R, ALL>(k, cursor, {row + R, end, col}, slot + (turn ^ 1) * stage,
-                                   coming);
-        md_async_wait<BWD_STAGES - 1>();
-        md_ln_bwd_take<T, R, ALL>(k, slot + turn * stage, b);
+    md_ln_rows_of<R> coming[LN_STAGES - 1];
+    md_ln_bwd_begin(c, k, col, col < k.cols);
+    /* turn: two calls of md_block_sums in a row need two places */
+    int row = (int)blockIdx.x * R, from = 0, to = 0, turn = 0;
+#pragma unroll
+    for (int s = 0; s < LN_STAGES - 1; s++, to += stage)
+        md_ln_bwd_fetch<T, R, ALL>(k, row + s * next, end, col, slot + to, coming[s]);
+    for (; row < k.rows; row += next, turn ^= 1) {
+        b.row = coming[0];
+#pragma unroll
+        for (int s = 1; s < LN_STAGES - 1; s++)
+            coming[s - 1] = coming[s];
+        md_ln_bwd_fetch<T, R, ALL>(k, row + (LN_STAGES - 1) * next, end, col, slot + to,
+                                   coming[LN_STAGES - 2]);
+        to = to == (LN_STAGES - 1) * stage ? 0 : to + stage;
+        md_async_wait<LN_STAGES - 1>();
+        md_ln_bwd_take<T, R, ALL>(k, slot + from, b);
+        from = from == (LN_STAGES - 1) * stage ? 0 : from + stage;
         if (md_given<ALL>(k.dy)) {
             md_ln_bwd_sums<T>(b, c.weight);
             md_block_sums(b.sums, smem + turn * 2 * R * (threads / MD_WARP));
@@ -201,13 +193,13 @@ template <class T, int THREADS, int R, bool ALL> MD_KERNEL(THREADS) md_ln_bwd_ro
                 md_ln_bwd_row<T, R, ALL>(k, b, i, row + i, col, c);
     }
     md_async_wait<0>();
-    if (!md_given<ALL>(k.part) || !there)
+    if (!md_given<ALL>(k.part) || end == 0)
         return;
     float *part = k.part + md_ln_at((int)blockIdx.x, k.cols, col);
-    const int64_t next = (int64_t)gridDim.x * k.cols;
+    const int64_t sums = (int64_t)gridDim.x * k.cols;
     md_put(part, c.dgamma);
-    md_put(part + next, c.dweight);
-    md_put(part + 2 * next, c.dbias);
+    md_put(part + sums, c.dweight);
+    md_put(part + 2 * sums, c.dbias);
 }
 
 /* One row of md_ln_bwd_any; s1, s2 as the sums above over the width. */
@@ -250,14 +242,11 @@ template <class T> MD_KERNEL(VEC_BLOCK) md_ln_bwd_any(md_ln_bwd<T> k)
     for (int c = (int)threadIdx.x; part && c < k.cols; c += VEC_BLOCK)
         for (int s = 0; s < 3; s++)
             part[s * (int64_t)gridDim.x * k.cols + c] = 0.0f;
-    const int end = md_ln_first(k.rows, blockIdx.x + 1);
-    int turn = 0, row = md_ln_first(k.rows, blockIdx.x);
-    md_ln_cursor cursor = {};
-    md_cursor_begin(cursor, k.images, row);
-    for (; row < end; row++, turn ^= 1) {
+    int turn = 0;
+    for (int row = (int)blockIdx.x; row < k.rows; row += (int)gridDim.x, turn ^= 1) {
         float sums[2] = {0.0f, 0.0f};
         md_ln_rows_of<1> of;
-        md_places_of(cursor, k.images, row, end, of.place);
+        md_places_of(k.images, row, k.rows, of.place);
         of.mean[0] = k.dy ? k.mean[row] : 0.0f;
         of.rstd[0] = k.dy ? k.rstd[row] : 0.0f;
         if (k.dy && of.place.to[0] >= 0) {
@@ -285,21 +274,20 @@ int64_t bwd_chunks(const md_tensor *dx)
     const int64_t vectors = md_tensor_cols(dx) / (cuda_is_bf16(dx) ? 8 : 4);
     const int64_t threads = cuda_ceil(vectors > 0 ? vectors : 1, MD_WARP) * MD_WARP;
     const int64_t per_sm = LN_BWD_THREADS / threads;
-    return ln_blocks(md_tensor_rows(dx), LN_ROWS, per_sm > 4 ? 4 : per_sm);
+    return ln_blocks(md_tensor_rows(dx), LN_LEAST, per_sm > 4 ? 4 : per_sm);
 }
 
 /* Up to 256 threads, and up to LN_BLOCK, which have fewer rows in the same shared memory. */
 template <class T> struct ln_bwd_launch {
-    enum { NARROW = 256, NARROW_ROWS = 2, WIDE_ROWS = 1 };
+    enum { NARROW = 256, NARROW_ROWS = LN_ROWS, WIDE_ROWS = 1 };
     static constexpr auto narrow = md_ln_bwd_rows<T, NARROW, NARROW_ROWS, false>;
     static constexpr auto narrow_all = md_ln_bwd_rows<T, NARROW, NARROW_ROWS, true>;
     static constexpr auto wide = md_ln_bwd_rows<T, LN_BLOCK, WIDE_ROWS, false>;
 
     static size_t smem(int threads)
     {
-        const bool is_narrow = threads <= NARROW;
-        const int rows = is_narrow ? NARROW_ROWS : WIDE_ROWS;
-        const int stages = BWD_STAGES * BWD_OPERANDS * rows * threads;
+        const int rows = threads <= NARROW ? NARROW_ROWS : WIDE_ROWS;
+        const int stages = LN_STAGES * BWD_OPERANDS * rows * threads;
         return (size_t)BWD_SUMS(rows, threads) + (size_t)stages * sizeof(uint4);
     }
 };
@@ -366,7 +354,7 @@ md_status bwd_check(const md_residual_ln_bwd_args *a)
 
 } // namespace
 
-md_status cuda_norm_setup(void)
+md_status cuda_norm_bwd_setup(void)
 {
     MD_TRY(allow_smem<float>());
     return allow_smem<md_bf16>();

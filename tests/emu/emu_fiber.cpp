@@ -213,12 +213,16 @@ void run_block(const emu_launch &how, dim3 block)
 {
     const int n = (int)how.block.x;
     begin_block(how, block);
+    /* Some warps lag behind: in every other round others, or the same ones until all the others
+     * wait for them. */
+    const bool long_lag = emu_random()() % 2;
+    unsigned lag = 0;
     int round = 0;
     for (int left = n; left > 0; round++) {
         std::shuffle(m.order.begin(), m.order.end(), emu_random());
-        /* In every other round some warps lag behind. */
-        const unsigned lag = round % 2 ? (unsigned)emu_random()() : 0;
-        int ran = lag != 0, at_barrier = 0;
+        if (!long_lag || lag == 0)
+            lag = round % 2 ? (unsigned)emu_random()() : 0;
+        int ran = 0, at_barrier = 0;
         for (int i : m.order) {
             fiber &f = m.fibers[(size_t)i];
             if (!can_run(f) || (lag >> i / 32 & 1))
@@ -232,6 +236,8 @@ void run_block(const emu_launch &how, dim3 block)
         if (at_barrier == n)
             for (int i = 0; i < n; i++)
                 m.fibers[(size_t)i].wait = RUNS;
+        else if (ran == 0 && lag != 0)
+            lag = 0;
         else if (ran == 0 && left > 0)
             die(at_barrier ? "not all threads of the block reach a barrier"
                            : "the lanes of a warp do not all come to a warp operation");
