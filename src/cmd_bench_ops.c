@@ -11,9 +11,9 @@ static void print_row(const md_timing *r, int steps, double all)
     const double calls = (double)r->calls / steps;
     printf("%-16s %-40s %6.0f %9.1f %9.3f %6.1f", md_op_name(r->op), r->shape, calls, 1e6 * each,
            1e3 * r->seconds / steps, 100.0 * r->seconds / all);
-    printf(" %9.1f", 1e-9 * r->bytes / each);
+    printf(" %9.1f", 1e-9 * r->bytes / r->seconds);
     if (r->flops > 0)
-        printf(" %9.2f", 1e-12 * r->flops / each);
+        printf(" %9.2f", 1e-12 * r->flops / r->seconds);
     putchar('\n');
 }
 

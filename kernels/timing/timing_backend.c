@@ -50,10 +50,6 @@ static md_timing *find(timing *t, md_op op, const md_operands *a)
         return &t->row[ROWS - 1];
     if (t->rows == ROWS - 1)
         snprintf(key.shape, sizeof key.shape, "and all that found no row");
-    else {
-        key.flops = md_plan_op_flops(op, a);
-        key.bytes = md_plan_op_bytes(a);
-    }
     t->row[t->rows] = key;
     return &t->row[t->rows++];
 }
@@ -64,6 +60,8 @@ static md_status note(timing *t, md_op op, const void *args, double begun)
     md_timing *row = find(t, op, args);
     row->seconds += md_now() - begun;
     row->calls += t->repeat;
+    row->flops += t->repeat * md_plan_op_flops(op, args);
+    row->bytes += t->repeat * md_plan_op_bytes(args);
     return MD_OK;
 }
 

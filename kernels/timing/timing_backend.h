@@ -10,7 +10,7 @@ typedef struct md_timing {
     char shape[64];      /* of the operands that tell most */
     int64_t calls;       /* times `repeat` */
     double seconds;      /* of all of them */
-    double flops, bytes; /* of one call: useful work, and every operand moved once */
+    double flops, bytes; /* of all of them: useful work, and every operand moved once */
 } md_timing;
 
 /* Wraps `inner`, which it owns from then on. Each op is issued `repeat` times between two waits for
