@@ -60,6 +60,8 @@ static md_status parse(int argc, char **argv, options *o)
 
 typedef struct plan {
     md_config config;
+    md_teacher_info info;
+    const md_teacher_info *teacher; /* &info where the method has one */
     md_loader_args loader;
     int64_t images;     /* of the image store, or assumed */
     size_t index_bytes; /* of the store's index, shared by the ranks of a node */
@@ -108,7 +110,7 @@ static md_status look_at_data(plan *p, const options *o)
 
 /* The convention for training FLOPs: 3 x student forward + teacher forward, with every token in
  * every block, whatever the program leaves out because the loss does not depend on it. */
-static md_status count_flops(plan *p, const md_teacher_info *info)
+static md_status count_flops(plan *p)
 {
     md_config *c = &p->config;
     md_method whole;
@@ -121,7 +123,7 @@ static md_status count_flops(plan *p, const md_teacher_info *info)
     char chosen[sizeof c->model_last_block];
     memcpy(chosen, c->model_last_block, sizeof chosen);
     snprintf(c->model_last_block, sizeof c->model_last_block, "all");
-    md_status st = md_method_resolve(&whole, c, info, NULL);
+    md_status st = md_method_resolve(&whole, c, p->teacher, NULL);
     if (st == MD_OK)
         st = md_method_build(&whole, 1, 1);
     if (st == MD_OK)
@@ -136,16 +138,15 @@ static md_status count_flops(plan *p, const md_teacher_info *info)
 static md_status work_out(plan *p, const options *o)
 {
     char path[MD_CONFIG_STR], hash[17];
-    md_teacher_info info;
     md_config *c = &p->config;
     MD_TRY(md_config_init(c));
     MD_TRY(md_config_find(o->config, path, sizeof path));
     MD_TRY(md_config_load(c, path, o->n_overrides, o->overrides));
     MD_TRY(md_batch_layout_make(c, o->ranks, &p->layout));
-    MD_TRY(md_teacher_info_get(c, true, &info, hash));
-    const md_teacher_info *known = md_method_needs_weights(c) ? &info : NULL;
+    MD_TRY(md_teacher_info_get(c, true, &p->info, hash));
+    p->teacher = md_method_needs_weights(c) ? &p->info : NULL;
     MD_TRY(md_topo_plan(o->ranks, p->layout.tp, &p->topo));
-    MD_TRY(md_model_make(c, known, &p->topo, &p->layout, &p->model));
+    MD_TRY(md_model_make(c, p->teacher, &p->topo, &p->layout, &p->model));
     const bool cuda = strcmp(c->backend, "cuda") == 0;
     MD_TRY(md_backend_make(&(md_backend_args){.name = cuda ? "cuda" : "cpu",
                                               .threads = (int)c->threads,
@@ -153,7 +154,7 @@ static md_status work_out(plan *p, const options *o)
                                               .planning = true},
                            &p->be));
     MD_TRY(md_stepper_plan(&p->model.method, p->be, &p->step));
-    MD_TRY(count_flops(p, known));
+    MD_TRY(count_flops(p));
     MD_TRY(look_at_data(p, o));
     if (p->images < c->train_batch)
         MD_FAIL(MD_ERR_CONFIG, "train.batch = %lld is more than the %lld images there are",
@@ -192,9 +193,13 @@ static void report_work(const plan *p)
         "compute                    %.1f GFLOP an image (3 x student forward + teacher forward), "
         "%.4g FLOP in all\n",
         1e-9 * p->nominal, p->nominal * (double)l->batch * (double)p->steps);
-    printf("  really run               %.1f GFLOP an image (model.last_block = %s, drop path %s)\n",
+    printf("  really run               %.1f GFLOP an image (model.last_block = %s, drop path %s",
            1e-9 * p->executed, md_method_chosen_last(&p->model.method) ? "chosen" : "all",
            p->step.student_skipped > 0 ? "skips" : "skips nothing");
+    const int again = md_vit_recomputed(&p->model.method.student_vit.spec);
+    if (again > 0)
+        printf(", %d blocks run again", again);
+    puts(")");
 }
 
 static void report_traffic(const plan *p)
@@ -251,6 +256,11 @@ static void report_memory(const plan *p, double limit_gib)
     fputs(text, stdout);
     if (limit_gib > 0)
         printf("  %s\n", fits ? "fits" : "does NOT fit");
+    if (limit_gib > 0 && !fits && f.device) {
+        md_footprint_changes(&p->config, p->teacher, p->layout.ranks, limit_gib * 1073741824.0,
+                             text, sizeof text);
+        fputs(text, stdout);
+    }
 }
 
 static void report(const plan *p, const options *o)

@@ -138,6 +138,9 @@ static void check_schedule(const md_config *c, md_config_errors *e)
     RULE(c->train_micro_batch == 0 || c->train_batch % c->train_micro_batch == 0, "train.batch",
          "train.micro_batch", "train.micro_batch = %lld must divide train.batch = %lld",
          LL(c->train_micro_batch), LL(c->train_batch));
+    RULE(c->train_recompute <= c->model_layers, "train.recompute", "model.layers",
+         "train.recompute = %lld must not exceed the model's %lld blocks", LL(c->train_recompute),
+         LL(c->model_layers));
     RULE(
         c->checkpoint_every == 0 || c->checkpoint_keep_every % c->checkpoint_every == 0,
         "checkpoint.keep_every", "checkpoint.every",

@@ -109,6 +109,7 @@ X(optim_max_skipped, "optim.max_skipped", INT, "10", 1, 1000000, "steps", "Stop 
 X(train_epochs, "train.epochs", REAL, "300", 1e-6, 1000000, "epochs", "Length of the run, and of the cosine.")
 X(train_max_steps, "train.max_steps", INT, "0", 0, 1000000000000, "steps", "Stop (finished) after this step; 0 = at the end of the epochs. The schedule is not changed.")
 X(train_batch, "train.batch", INT, "2048", 1, 16777216, "images", "Global batch of one optimizer step.")
+X(train_recompute, "train.recompute", INT, "0", 0, 4096, "blocks", "The first so many blocks of the student keep only what they begin with and are run again in the backward pass, but for their last product: less memory, the same numbers, more work. The last block never is, for it would gain nothing; 0 = none, model.layers = all others.")
 X(train_micro_batch, "train.micro_batch", INT, "0", 0, 65536, "images", "Images of one forward and backward pass of the ranks that share a model; 0 = all of theirs at once.")
 
 /* evaluation */

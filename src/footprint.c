@@ -180,42 +180,85 @@ typedef struct change {
     const char *cost;
 } change;
 
-static void add_change(const md_config *c, const md_teacher_info *info, int ranks, const change *h,
-                       char *buf, size_t size)
+/* What the changes begin from: a valid config, the memory it needs, and what that is to fit into, 0
+ * where that is not known. */
+typedef struct start {
+    const md_config *config;
+    const md_teacher_info *info;
+    int ranks;
+    double now, limit;
+} start;
+
+static void add_change(const start *from, const change *h, char *buf, size_t size)
 {
-    md_config changed = *c;
+    md_config changed = *from->config;
     md_memory_map m;
     const size_t used = strlen(buf);
     if (strcmp(h->key, "train.micro_batch") == 0)
         changed.train_micro_batch = h->value;
     else if (strcmp(h->key, "parallel.zero") == 0)
         changed.parallel_zero = h->value;
+    else if (strcmp(h->key, "train.recompute") == 0)
+        changed.train_recompute = h->value;
     else
         changed.parallel_tensor = h->value;
-    if (plan(&changed, info, ranks, &m))
-        snprintf(buf + used, size - used, "  %s = %lld: %.2f GiB (%s)\n", h->key,
-                 (long long)h->value, m.total / 1073741824.0, h->cost);
+    if (plan(&changed, from->info, from->ranks, &m) && m.total < from->now)
+        snprintf(buf + used, size - used, "  %s = %lld: %.2f GiB%s (%s)\n", h->key,
+                 (long long)h->value, m.total / 1073741824.0,
+                 m.total <= from->limit ? ", fits" : "", h->cost);
 }
 
-void md_footprint_advice(const md_config *c, const md_teacher_info *info, int ranks, char *buf,
-                         size_t size)
+static bool fits_with(const start *from, int64_t blocks)
+{
+    md_config changed = *from->config;
+    md_memory_map m;
+    changed.train_recompute = blocks;
+    return plan(&changed, from->info, from->ranks, &m) && m.total <= from->limit;
+}
+
+/* The fewest blocks to recompute so that it fits; all, where that is not enough or not known. */
+static int64_t blocks_to_recompute(const start *from)
+{
+    int64_t below = from->config->train_recompute, enough = from->config->model_layers - 1;
+    if (from->now <= from->limit || !fits_with(from, enough))
+        return enough;
+    while (enough - below > 1) {
+        const int64_t middle = (below + enough) / 2;
+        *(fits_with(from, middle) ? &enough : &below) = middle;
+    }
+    return enough;
+}
+
+void md_footprint_changes(const md_config *c, const md_teacher_info *info, int ranks, double limit,
+                          char *buf, size_t size)
 {
     md_memory_map now;
     md_batch_layout l;
     buf[0] = 0;
     if (md_batch_layout_make(c, ranks, &l) != MD_OK || !plan(c, info, ranks, &now))
         return;
-    md_memory_map_print(&now, "what a GPU has to hold", buf, size);
-    size_t used = strlen(buf);
-    snprintf(buf + used, size - used, "what would lessen it\n");
+    const start from = {c, info, ranks, now.total, limit};
+    snprintf(buf, size, "what would lessen it\n");
     const change changes[] = {
         {"train.micro_batch", l.micro / 2, "twice the passes, smaller products"},
         {"parallel.zero", 1, "the same traffic"},
+        {"train.recompute", blocks_to_recompute(&from), "most of these blocks' forward pass again"},
         {"parallel.tensor", 2 * l.tp, "sums of activations between GPUs"}};
-    if (l.micro % 2 == 0)
-        add_change(c, info, ranks, &changes[0], buf, size);
-    if (!c->parallel_zero && l.dp > 1)
-        add_change(c, info, ranks, &changes[1], buf, size);
-    if (l.dp % 2 == 0)
-        add_change(c, info, ranks, &changes[2], buf, size);
+    const bool can[] = {l.micro % 2 == 0, !c->parallel_zero && l.dp > 1,
+                        c->train_recompute + 1 < c->model_layers, l.dp % 2 == 0};
+    for (size_t i = 0; i < MD_COUNT(changes); i++)
+        if (can[i])
+            add_change(&from, &changes[i], buf, size);
+}
+
+void md_footprint_advice(const md_config *c, const md_teacher_info *info, int ranks, char *buf,
+                         size_t size)
+{
+    md_memory_map now;
+    buf[0] = 0;
+    if (!plan(c, info, ranks, &now))
+        return;
+    md_memory_map_print(&now, "what a GPU has to hold", buf, size);
+    const size_t used = strlen(buf);
+    md_footprint_changes(c, info, ranks, 0, buf + used, size - used);
 }

@@ -44,9 +44,13 @@ void md_footprint_make(const md_footprint_args *a, md_footprint *out);
 /* A line a family and the total. */
 void md_memory_map_print(const md_memory_map *m, const char *title, char *buf, size_t size);
 
-/* What to say when the operands of a run of `ranks` ranks do not fit on a device: the map, and
- * changes of micro-batch, ZeRO and tensor parallelism that lessen it, each with its total; cheapest
- * first. info as for md_model_make. Local. */
+/* Changes of micro-batch, ZeRO, recomputation and tensor parallelism that lessen what a run of
+ * `ranks` ranks keeps on a device, each with what it would leave and whether that fits into `limit`
+ * bytes (0: not known); cheapest first. "" where c is no valid config for so many ranks. info as
+ * for md_model_make. Local. */
+void md_footprint_changes(const md_config *c, const md_teacher_info *info, int ranks, double limit,
+                          char *buf, size_t size);
+/* What to say when the operands do not fit on a device: the map, and these changes. Local. */
 void md_footprint_advice(const md_config *c, const md_teacher_info *info, int ranks, char *buf,
                          size_t size);
 

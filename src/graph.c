@@ -1,5 +1,4 @@
-/* graph: table, lifetimes, walkers. Time of node i is i in the forward and 2n - 1 - i in the
- * backward pass; a block lives from the first to the last time anything touches it. */
+/* graph: table, places, walkers. */
 #include "src/graph.h"
 #include "src/arena.h"
 #include "src/watchdog.h"
@@ -53,6 +52,7 @@ static md_slot add_slot(md_graph *g, const char *name, const md_tensor *t, int p
                        .first_use = -1,
                        .last_use = -1,
                        .value_block = -1,
+                       .again_block = -1,
                        .grad_block = -1,
                        .packed_by = MD_NO_SLOT};
     snprintf(s->name, sizeof s->name, "%s", name);
@@ -112,13 +112,18 @@ void md_graph_set_external(md_graph *g, md_slot s)
         g->slot[s].external = true;
 }
 
+void md_graph_recompute(md_graph *g, bool on)
+{
+    g->run = on && g->training ? ++g->runs : 0;
+}
+
 const md_tensor *md_graph_tensor(const md_graph *g, md_slot s)
 {
     static const md_tensor none;
     return s == MD_NO_SLOT || g->status != MD_OK ? &none : &g->slot[s].value;
 }
 
-static bool node_needs_grad(const md_graph *g, const md_node *n)
+bool md_node_runs_backward(const md_graph *g, const md_node *n)
 {
     if (!g->training || !n->kind->bwd)
         return false;
@@ -143,7 +148,7 @@ md_status md_node_output(md_graph *g, md_node *n, int k, md_dtype dtype, int ran
     n->out[k] = s;
     if (s == MD_NO_SLOT)
         return g->status;
-    g->slot[s].needs_grad = node_needs_grad(g, n) && (dtype == MD_F32 || dtype == MD_BF16);
+    g->slot[s].needs_grad = md_node_runs_backward(g, n) && (dtype == MD_F32 || dtype == MD_BF16);
     g->slot[s].packed_by = md_in_packed(g, n, 0);
     return MD_OK;
 }
@@ -247,6 +252,7 @@ md_node *md_graph_add(md_graph *g, const md_node *node)
         return NULL;
     md_node *n = &g->node[g->nodes];
     *n = *node;
+    n->run = g->run;
     for (int k = 0; k < MD_NODE_OUT; k++)
         n->out[k] = MD_NO_SLOT;
     for (int k = 0; k < MD_NODE_IN; k++) {
@@ -266,134 +272,6 @@ md_node *md_graph_add(md_graph *g, const md_node *node)
     return n;
 }
 
-/* ---- lifetimes ---- */
-
-static int backward_time(const md_graph *g, int node)
-{
-    return 2 * g->nodes - 1 - node;
-}
-
-/* Whether the backward of node i will run at all. */
-static bool runs_backward(const md_graph *g, const md_node *n)
-{
-    return node_needs_grad(g, n);
-}
-
-static int new_block(md_graph *g, size_t bytes, int first, int last)
-{
-    g->blocks[g->n_blocks] = (md_arena_block){.bytes = bytes, .first = first, .last = last};
-    return g->n_blocks++;
-}
-
-/* Last time the value of slot s is read. */
-static int value_end(const md_graph *g, md_slot s)
-{
-    const md_slot_row *row = &g->slot[s];
-    int end = MD_MAX(row->producer, row->last_use);
-    if (!g->training)
-        return end;
-    for (int i = MD_MAX(row->producer, 0); i <= MD_MAX(row->last_use, row->producer); i++) {
-        const md_node *n = &g->node[i];
-        bool reads = false;
-        for (int k = 0; k < MD_NODE_IN; k++)
-            reads |= n->in[k] == s && (n->kind->keep_in >> k & 1);
-        for (int k = 0; k < MD_NODE_OUT; k++)
-            reads |= n->out[k] == s && (n->kind->keep_out >> k & 1);
-        if (reads && runs_backward(g, n))
-            return MD_MAX(end, backward_time(g, i));
-    }
-    return end;
-}
-
-static void plan_value(md_graph *g, md_slot s)
-{
-    md_slot_row *row = &g->slot[s];
-    if (row->external || row->producer < 0)
-        return;
-    const md_node *n = &g->node[row->producer];
-    int end = value_end(g, s);
-    md_slot x = n->in[0];
-    if (n->kind->alias_fwd && n->out[0] == s && x != MD_NO_SLOT && g->slot[x].value_block >= 0 &&
-        value_end(g, x) == row->producer &&
-        md_tensor_bytes(&g->slot[x].value) == md_tensor_bytes(&row->value)) {
-        row->value_block = g->slot[x].value_block;
-        md_arena_block *b = &g->blocks[row->value_block];
-        b->last = MD_MAX(b->last, end);
-        return;
-    }
-    row->value_block = new_block(g, md_tensor_bytes(&row->value), row->producer, end);
-}
-
-/* The gradient of slot s is written first by its last reader and read by its producer's backward.
- */
-static void plan_grad(md_graph *g, md_slot s)
-{
-    md_slot_row *row = &g->slot[s];
-    if (!row->needs_grad || row->last_use < 0)
-        return;
-    row->grad = row->value;
-    if (row->grad_f32)
-        row->grad.dtype = MD_F32;
-    int begin = backward_time(g, row->last_use), end = backward_time(g, row->producer);
-    const md_node *reader = &g->node[row->last_use];
-    md_slot y = reader->out[0];
-    if (reader->kind->alias_bwd && reader->in[0] == s && row->first_use == row->last_use &&
-        y != MD_NO_SLOT && g->slot[y].grad_block >= 0 &&
-        md_tensor_bytes(&g->slot[y].grad) == md_tensor_bytes(&row->grad)) {
-        row->grad_block = g->slot[y].grad_block;
-        md_arena_block *b = &g->blocks[row->grad_block];
-        b->last = MD_MAX(b->last, end);
-        return;
-    }
-    row->grad_block = new_block(g, md_tensor_bytes(&row->grad), begin, end);
-}
-
-/* Where several nodes feed the gradient of one slot, all but the first in backward order add. */
-static md_status plan_accumulation(md_graph *g)
-{
-    for (int i = 0; i < g->nodes; i++) {
-        md_node *n = &g->node[i];
-        for (int k = 0; k < MD_NODE_IN; k++) {
-            md_slot s = n->in[k];
-            if (s == MD_NO_SLOT || !g->slot[s].needs_grad || g->slot[s].last_use == i)
-                continue;
-            if (!(n->kind->accumulates >> k & 1))
-                MD_FAIL(MD_ERR_BUG,
-                        "node %d (%s) cannot add to the gradient of %s, which node %d "
-                        "reads too",
-                        i, n->kind->name, g->slot[s].name, g->slot[s].last_use);
-            n->accumulate_in |= 1u << k;
-        }
-    }
-    return MD_OK;
-}
-
-md_status md_graph_finish(md_graph *g)
-{
-    MD_TRY(g->status);
-    MD_NEW(g->blocks, 2 * g->slots + 1, "arena plan");
-    for (md_slot s = 0; s < g->slots; s++)
-        plan_value(g, s);
-    if (g->training) {
-        MD_TRY(plan_accumulation(g));
-        for (md_slot s = g->slots - 1; s >= 0; s--)
-            plan_grad(g, s);
-    }
-    return md_arena_plan(g->blocks, g->n_blocks, &g->region_bytes);
-}
-
-void md_graph_bind_region(md_graph *g, void *region)
-{
-    char *base = region;
-    for (md_slot s = 0; s < g->slots; s++) {
-        md_slot_row *row = &g->slot[s];
-        if (row->value_block >= 0)
-            row->value.data = base + g->blocks[row->value_block].offset;
-        if (row->grad_block >= 0)
-            row->grad.data = base + g->blocks[row->grad_block].offset;
-    }
-}
-
 void md_graph_bind(md_graph *g, md_slot s, void *data)
 {
     MD_ASSERT(g->slot[s].external, "slot %s is planned", g->slot[s].name);
@@ -402,17 +280,36 @@ void md_graph_bind(md_graph *g, md_slot s, void *data)
 
 /* ---- walkers ---- */
 
+static md_status forward_node(md_graph *g, int i)
+{
+    const md_node *n = &g->node[i];
+    md_status st = n->kind->fwd(g, n);
+    return st == MD_OK ? st : md_error_prefix(st, "forward of node %d (%s)", i, n->kind->name);
+}
+
 md_status md_graph_forward(md_graph *g, md_backend *be)
 {
     g->be = be;
+    md_graph_place(g, 0, g->nodes, false);
     for (int i = 0; i < g->nodes; i++) {
         md_phase("forward");
-        md_status st = g->node[i].kind->fwd(g, &g->node[i]);
-        if (st != MD_OK)
-            return md_error_prefix(st, "forward of node %d (%s)", i, g->node[i].kind->name);
+        MD_TRY(forward_node(g, i));
         if (g->between)
             g->between(g->between_context);
     }
+    return MD_OK;
+}
+
+/* Where the backward pass comes to the last node of a run, the run's values are made again. */
+static md_status recompute(md_graph *g, int last)
+{
+    const int first = md_graph_run_first(g, last);
+    if (first < 0)
+        return MD_OK;
+    md_graph_place(g, first, last + 1, true);
+    for (int i = first; i <= last; i++)
+        if (g->node[i].again)
+            MD_TRY(forward_node(g, i));
     return MD_OK;
 }
 
@@ -424,9 +321,10 @@ md_status md_graph_backward(md_graph *g, md_backend *be, bool accumulate, md_gra
     g->accumulate = accumulate;
     for (int i = g->nodes - 1; i >= 0; i--) {
         const md_node *n = &g->node[i];
-        if (!runs_backward(g, n))
-            continue;
         md_phase("backward");
+        MD_TRY(recompute(g, i));
+        if (!md_node_runs_backward(g, n))
+            continue;
         md_status st = n->kind->bwd(g, n);
         if (st != MD_OK)
             return md_error_prefix(st, "backward of node %d (%s)", i, n->kind->name);
@@ -441,7 +339,7 @@ int md_graph_grad_order(const md_graph *g, int *order)
 {
     int count = 0;
     for (int i = g->nodes - 1; i >= 0; i--)
-        for (int k = MD_NODE_PARAM - 1; runs_backward(g, &g->node[i]) && k >= 0; k--)
+        for (int k = MD_NODE_PARAM - 1; md_node_runs_backward(g, &g->node[i]) && k >= 0; k--)
             if (g->node[i].param[k] != MD_NO_PARAM)
                 order[count++] = g->node[i].param[k];
     return count;

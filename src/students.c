@@ -25,6 +25,7 @@ static md_vit_spec student_spec(const md_method *m)
         .layer_scale = (float)c->model_layer_scale,
         .drop_path = (float)c->model_drop_path,
         .init_std = (float)c->model_init_std,
+        .recompute = (int)c->train_recompute,
     };
 }
 

@@ -160,6 +160,13 @@ static md_slot of_branch(const md_vit *v, const md_slot *list, int branch)
     return list && branch < 2 * v->spec.layers ? list[branch] : MD_NO_SLOT;
 }
 
+/* Before the residual step whose norm block k begins with: what the block keeps is what that step
+ * reads, the stream and the branch before it. */
+static void begin_block(const md_vit *v, md_graph *g, int k)
+{
+    md_graph_recompute(g, k < md_vit_recomputed(&v->spec));
+}
+
 /* One block: takes the stream with y = LN1(x), leaves the next one. */
 static void build_block(const md_vit *v, md_graph *g, const md_vit_in *in, int k, md_slot rel,
                         md_vit_stream *r)
@@ -192,6 +199,7 @@ static void build_block(const md_vit *v, md_graph *g, const md_vit_in *in, int k
                      &r->x, &r->y);
     md_slot hidden = md_n_linear(g, md_n_enter(g, r->y, b->fc1_w), b->fc1_w, b->fc1_b, s->act);
     hidden = md_n_exit(g, md_n_linear(g, hidden, b->fc2_w, b->fc2_b, MD_ACT_NONE), r->x);
+    begin_block(v, g, k + 1);
     md_n_residual_ln(g,
                      &(md_residual_in){.x = r->x,
                                        .branch = hidden,
@@ -223,6 +231,7 @@ void md_vit_build(const md_vit *v, md_graph *g, const md_vit_in *in, md_slot *ou
     md_slot rel = s->rel_pos == MD_REL_SHARED ? md_n_rel_bias(g, in->index, v->rel) : MD_NO_SLOT;
     md_vit_stream r = {.x = x};
     md_slot unused;
+    begin_block(v, g, 0);
     md_n_residual_ln(g,
                      &(md_residual_in){.x = x,
                                        .branch = MD_NO_SLOT,

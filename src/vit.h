@@ -23,6 +23,7 @@ typedef struct md_vit_spec {
     float layer_scale; /* initial value; 0 = none */
     float drop_path;   /* of the last block; inputs keep[] are made when > 0 */
     float init_std;
+    int recompute; /* the first so many blocks are run again in the backward pass, not the last */
 } md_vit_spec;
 
 /* Registry rows of one block; MD_NO_PARAM where the spec has none. */
@@ -49,6 +50,12 @@ static inline int md_vit_patches(const md_vit_spec *s)
 static inline int md_vit_tokens(const md_vit_spec *s)
 {
     return md_vit_patches(s) + 1;
+}
+/* Blocks that are run again in the backward pass. That of the last block comes at once: nothing
+ * would be gained. Local. */
+static inline int md_vit_recomputed(const md_vit_spec *s)
+{
+    return MD_MIN(s->recompute, s->layers - 1);
 }
 /* Rows of a relative position table: (2g - 1)^2 + 3 (BEiT; 3 = cls to token, token to cls, cls). */
 static inline int md_vit_rel_rows(const md_vit_spec *s)

@@ -32,6 +32,9 @@ md_volume md_volume_predict(const md_model *model, const md_batch_layout *layout
     /* Of the last block only the first of the four runs at all tokens. */
     double sums = md_method_chosen_last(m) ? (4.0 * s->layers - 3.0) * tokens + 3.0 * chosen
                                            : 4.0 * s->layers * tokens;
+    /* Blocks that are run again: the sum behind the attention; spread over the rows, it is half of
+     * one, and so is each of the two gathers. */
+    sums += md_vit_recomputed(s) * (m->split.sequence ? 1.5 : 1.0) * tokens;
     v.activations = passes * all_reduce(t) * images * row * sums;
     if (!m->split.sequence) {
         v.targets = passes * 0.5 * all_reduce(t) * images * chosen * size * m->target_width;

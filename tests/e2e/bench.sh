@@ -21,8 +21,9 @@ sends 2
 sends 2 parallel.zero=1 train.micro_batch=4
 sends 2 parallel.tensor=2
 sends 2 parallel.tensor=2 parallel.sequence=true model.last_block=all
-sends 4 parallel.tensor=2 train.micro_batch=4
+sends 4 parallel.tensor=2 train.micro_batch=4 train.recompute=2
 sends 4 parallel.tensor=2 parallel.sequence=true parallel.zero=1
+sends 2 parallel.tensor=2 parallel.sequence=true train.recompute=3
 "$MPIRUN" -np 2 "$MD_HPC" bench step --threads 1 --steps 1 --warmup 0 "${keys[@]}" parallel.tensor=2 \
     >"$log" 2>&1 || fail "bench step"
 says '"data": 1, "tensor": 2' '"images_per_second"'

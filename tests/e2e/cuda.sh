@@ -33,12 +33,14 @@ done_well 1 bf16 "${cuda[@]}"
 close cpu bf16
 grep -q "emulated" "$log" || fail "the table of ranks does not name the device"
 for seed in 1 2; do
-    MD_EMU_SEED=$seed done_well 1 "bf16_$seed" "${cuda[@]}"
+    MD_EMU_SEED=$seed done_well 1 "bf16_$seed" "${cuda[@]}" "train.recompute=$((seed - 1))"
     same bf16 "bf16_$seed"
 done
 # With nothing skipped all passes are alike, and are recorded.
 done_well 1 mask "${cuda[@]}" precision=fp32 model.drop_path_mode=mask
 near cpu mask
+done_well 1 recomputed "${cuda[@]}" precision=fp32 model.drop_path_mode=mask train.recompute=2
+same mask recomputed
 grid=(parallel.tensor=2 parallel.comm=mpi)
 done_well 4 grid "${cuda[@]}" precision=fp32 "${grid[@]}"
 near cpu grid
@@ -93,7 +95,8 @@ refused() {
 }
 MD_EMU_DEVICES=-1 refused 78 'no NVIDIA driver' 'backend = "cpu"' --
 MD_EMU_DEVICES=0 refused 78 'no GPU can be used' 'backend = "cpu"' --
-MD_EMU_MEMORY=200000 refused 71 'do not fit on' 'what a GPU has to hold' 'train.micro_batch = 8' --
+MD_EMU_MEMORY=200000 refused 71 'do not fit on' 'what a GPU has to hold' 'train.micro_batch = 8' \
+    'train.recompute = 1' --
 MD_FAULT=cuda.alloc#3 refused 71 'do not fit on' --
 MD_FAULT=cuda.sync#4 refused 69 'waiting for the GPU' --
 MD_EMU_FAIL=launch#40 refused 69 'invalid argument' --
@@ -110,3 +113,7 @@ for words in "help" "version" "plan $scratch/tiny.cfg method.teacher.weights=$sc
     MD_EMU_DEVICES=-1 "$emu" $words >"$log" 2>&1 || fail "$words without a driver"
 done
 says "memory of a GPU"
+"$emu" plan config/vit_h.cfg backend=cuda --ranks 8 --memory 80 >"$log" 2>&1 || fail "plan of vit_h"
+says 'does NOT fit'
+grep -qE 'train\.micro_batch = 128: .* GiB, fits' "$log" || fail "no smaller micro-batch"
+grep -qE 'train\.recompute = 1[0-9]: .* GiB, fits' "$log" || fail "no blocks to recompute"

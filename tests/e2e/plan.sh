@@ -30,6 +30,8 @@ plan vit_h.cfg '^  really run +1149\.[0-9] .*drop path skips nothing' \
     -- --ranks 64 model.drop_path_mode=mask
 plan vit_h.cfg '^batch +2048 = 64 data-parallel ranks x 4 passes x 8 images' \
     '^steps +187500 ' '1166\.6 GFLOP' -- --ranks 64 train.micro_batch=8
+plan vit_h.cfg 'drop path skips, 31 blocks run again\)$' '^compute +1166\.6 GFLOP' \
+    -- --ranks 64 train.recompute=32
 plan vit_b.cfg '^batch +2048 = 8 data-parallel ranks' '^steps +187500 ' -- --ranks 8
 
 # 64 ranks as 8 x 8: an eighth of the cut parameters, 2 (t - 1) / t of 4 sums a block and image.

@@ -35,6 +35,8 @@ done_well 2 hdf5 data.reader=hdf5 check.every=3
 same two hdf5
 done_well 1 checked backend=check
 same one checked
+done_well 1 recomputed train.recompute=1 backend=check
+same one recomputed
 done_well 2 checked_tensor backend=check parallel.tensor=2 parallel.sequence=true parallel.zero=1
 near one checked_tensor
 
@@ -43,7 +45,7 @@ many=(train.batch=96 train.max_steps=4 optim.warmup_epochs=0)
 done_well 1 many "${many[@]}"
 done_well 1 masked "${many[@]}" model.drop_path_mode=mask
 near many masked
-# Ranks that share a model: near; the same grid again: bit for bit.
+# Ranks that share a model: near; the same grid again, with blocks recomputed: bit for bit.
 grids=("tensor=2" "tensor=2 sequence=true bucket_mib=0.01" "tensor=2 zero=1 micro=4 bucket_mib=0.01"
     "tensor=2 sequence=true zero=1 overlap=false bucket_mib=0.01" "zero=1 bucket_mib=0.01")
 grid_keys() { # "tensor=2 zero=1"
@@ -56,7 +58,7 @@ for grid in "${grids[@]}"; do
     mapfile -t keys < <(grid_keys "$grid")
     done_well 4 grid "${keys[@]}" check.every=3
     near one grid
-    done_well 4 grid_again "${keys[@]}"
+    done_well 4 grid_again "${keys[@]}" train.recompute=2
     same grid grid_again
     rm -rf "$scratch/grid" "$scratch/grid_again"
 done

@@ -122,6 +122,14 @@ same_twice() { # PRECISION [key=value...]
     same one two
 }
 
+# Blocks that are run again before their backward pass make the same bits.
+recomputed() { # key=value...
+    begin
+    done_well 1 kept backend=cuda precision=bf16 parallel.comm=mpi "$@"
+    done_well 1 again backend=cuda precision=bf16 parallel.comm=mpi "$@" train.recompute=2
+    same kept again
+}
+
 grid() { # RANKS key=value...: as one rank, whatever the grid
     begin
     local ranks=$1
@@ -212,6 +220,8 @@ check 'recorded steps, fp32' recorded_as_cpu
 check 'the same bits twice, recorded steps' same_twice bf16 model.drop_path_mode=mask
 check 'the same bits twice, fp32' same_twice fp32
 check 'the same bits twice, bf16' same_twice bf16
+check 'recomputed, bf16' recomputed
+check 'recomputed, recorded steps' recomputed model.drop_path_mode=mask
 check 'data 2, one GPU' grid 2
 check 'data 2 x tensor 2, one GPU' grid 4 parallel.tensor=2
 check 'data 2 x tensor 2, sequence, ZeRO-1' grid 4 parallel.tensor=2 parallel.sequence=true parallel.zero=1
