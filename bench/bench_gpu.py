@@ -318,6 +318,12 @@ def limit_gemm(a, m, n, k):
 
 
 def limit_copies(a):
+    """A large one, and such as move what the residual steps, forward and backward, move."""
+    stream = a.batch * (17 if a.small else 257) * (64 if a.small else STUDENT["width"]) * 2
+    for tensors in (2, 4, 6):
+        x, y = (torch.empty(tensors * stream // 2, dtype=torch.uint8, device=a.device) for _ in range(2))
+        seconds = timed(a, lambda: y.copy_(x))
+        yield limit(f"copy of as much as {tensors} streams, read + write", seconds, moved=tensors * stream)
     n = 1 << (20 if a.small else 30)
     x, y = (torch.empty(n, dtype=torch.uint8, device=a.device) for _ in range(2))
     host = torch.empty(n, dtype=torch.uint8, pin_memory=a.device != "cpu")

@@ -97,6 +97,23 @@ table() {
         }' "$log"
 }
 
+# The ops that $out lists, each with its share of the larger limit that was measured: products and
+# attention of 8192^3, what moves memory of a copy.
+ops_table() {
+    awk -v gemm="$(sed -n 's/.*"gemm 8192 8192 8192 bf16".*"tflops": \([0-9.]*\).*/\1/p' "$log" | tail -n 1)" \
+        -v copy="$(sed -n 's/.*"copy on the device, read + write".*"gb_per_second": \([0-9.]*\).*/\1/p' "$log" |
+            tail -n 1)" '
+        /^{/ { next }
+        $1 == "op" { print $0 "  of limit"; next }
+        $1 == "all" { print; next }
+        {
+            gbs = substr($0, 92, 10) + 0; tflops = substr($0, 102, 10) + 0
+            share = copy ? gbs / copy : 0
+            if (gemm && tflops / gemm > share) share = tflops / gemm
+            printf "%-111s%s\n", $0, share ? sprintf(" %9.2f", share) : ""
+        }' "$out"
+}
+
 limits_table() {
     sed -n 's/.*"name": "\([^"]*\)", "ms": \([0-9.]*\)\(.*\)}/\1|\2 ms|\3/p' "$log" |
         sed 's/, "tflops": \([0-9.]*\)/\1 TFLOP\/s/; s/, "gb_per_second": \([0-9.]*\)/\1 GB\/s/' |
@@ -124,7 +141,7 @@ done
 if wants ours; then
     record ops 64 "$program" bench ops --case vit_h14 --repeat 10 --steps 1 \
         backend=cuda precision=bf16 train.batch=64 train.micro_batch=64
-    grep -v '^{' "$out"
+    ops_table
 fi
 echo
 limits_table
