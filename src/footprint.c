@@ -1,6 +1,7 @@
 /* footprint: see footprint.h. */
 #include "src/footprint.h"
 
+#include <stddef.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -173,13 +174,6 @@ static bool plan(const md_config *c, const md_teacher_info *info, int ranks, md_
     return st == MD_OK;
 }
 
-/* A change, cheapest first: what it costs in speed. */
-typedef struct change {
-    const char *key;
-    int64_t value;
-    const char *cost;
-} change;
-
 /* What the changes begin from: a valid config, the memory it needs, and what that is to fit into, 0
  * where that is not known. */
 typedef struct start {
@@ -189,42 +183,63 @@ typedef struct start {
     double now, limit;
 } start;
 
-static void add_change(const start *from, const change *h, char *buf, size_t size)
+/* A whole number of the config, as an offset in it; and what another value costs in speed. */
+typedef struct change {
+    const char *key;
+    size_t field;
+    const char *cost;
+} change;
+#define CHANGE(key, field, cost)              \
+    {                                         \
+        key, offsetof(md_config, field), cost \
+    }
+
+/* In the order in which they are told: the cheapest first. */
+enum { MICRO, ZERO, RECOMPUTE, TENSOR, CHANGES };
+static const change changes[CHANGES] = {
+    [MICRO] = CHANGE("train.micro_batch", train_micro_batch, "more passes, smaller products"),
+    [ZERO] = CHANGE("parallel.zero", parallel_zero, "the same traffic"),
+    [RECOMPUTE] =
+        CHANGE("train.recompute", train_recompute, "most of these blocks' forward pass again"),
+    [TENSOR] = CHANGE("parallel.tensor", parallel_tensor, "sums of activations between GPUs"),
+};
+
+/* Bytes with another value; false where that is no valid config. */
+static bool bytes_with(const start *from, const change *h, int64_t value, double *out)
 {
     md_config changed = *from->config;
     md_memory_map m;
-    const size_t used = strlen(buf);
-    if (strcmp(h->key, "train.micro_batch") == 0)
-        changed.train_micro_batch = h->value;
-    else if (strcmp(h->key, "parallel.zero") == 0)
-        changed.parallel_zero = h->value;
-    else if (strcmp(h->key, "train.recompute") == 0)
-        changed.train_recompute = h->value;
-    else
-        changed.parallel_tensor = h->value;
-    if (plan(&changed, from->info, from->ranks, &m) && m.total < from->now)
-        snprintf(buf + used, size - used, "  %s = %lld: %.2f GiB%s (%s)\n", h->key,
-                 (long long)h->value, m.total / 1073741824.0,
-                 m.total <= from->limit ? ", fits" : "", h->cost);
+    memcpy((char *)&changed + h->field, &value, sizeof value);
+    if (!plan(&changed, from->info, from->ranks, &m))
+        return false;
+    *out = m.total;
+    return true;
 }
 
-static bool fits_with(const start *from, int64_t blocks)
+static bool fits_with(const start *from, const change *h, int64_t value)
 {
-    md_config changed = *from->config;
-    md_memory_map m;
-    changed.train_recompute = blocks;
-    return plan(&changed, from->info, from->ranks, &m) && m.total <= from->limit;
+    double bytes;
+    return bytes_with(from, h, value, &bytes) && bytes <= from->limit;
 }
 
-/* The fewest blocks to recompute so that it fits; all, where that is not enough or not known. */
-static int64_t blocks_to_recompute(const start *from)
+/* The largest half, quarter, ... that fits; the half, where none does. */
+static int64_t smaller_micro(const start *from, int64_t micro)
+{
+    for (int64_t less = micro / 2, last = micro; last % 2 == 0; last = less, less /= 2)
+        if (fits_with(from, &changes[MICRO], less))
+            return less;
+    return micro / 2;
+}
+
+/* The fewest blocks with which it fits; all, where that is not enough. */
+static int64_t more_recomputed(const start *from)
 {
     int64_t below = from->config->train_recompute, enough = from->config->model_layers - 1;
-    if (from->now <= from->limit || !fits_with(from, enough))
+    if (!fits_with(from, &changes[RECOMPUTE], enough))
         return enough;
     while (enough - below > 1) {
         const int64_t middle = (below + enough) / 2;
-        *(fits_with(from, middle) ? &enough : &below) = middle;
+        *(fits_with(from, &changes[RECOMPUTE], middle) ? &enough : &below) = middle;
     }
     return enough;
 }
@@ -238,21 +253,22 @@ void md_footprint_changes(const md_config *c, const md_teacher_info *info, int r
     if (md_batch_layout_make(c, ranks, &l) != MD_OK || !plan(c, info, ranks, &now))
         return;
     const start from = {c, info, ranks, now.total, limit};
-    snprintf(buf, size, "what would lessen it\n");
-    const change changes[] = {
-        {"train.micro_batch", l.micro / 2, "twice the passes, smaller products"},
-        {"parallel.zero", 1, "the same traffic"},
-        {"train.recompute", blocks_to_recompute(&from), "most of these blocks' forward pass again"},
-        {"parallel.tensor", 2 * l.tp, "sums of activations between GPUs"}};
-    const bool can[] = {l.micro % 2 == 0, !c->parallel_zero && l.dp > 1,
-                        c->train_recompute + 1 < c->model_layers, l.dp % 2 == 0};
-    for (size_t i = 0; i < MD_COUNT(changes); i++)
-        if (can[i])
-            add_change(&from, &changes[i], buf, size);
+    const int64_t value[CHANGES] = {[MICRO] = smaller_micro(&from, l.micro),
+                                    [ZERO] = 1,
+                                    [RECOMPUTE] = more_recomputed(&from),
+                                    [TENSOR] = 2 * l.tp};
+    size_t used = (size_t)snprintf(buf, size, "what would lessen it\n");
+    for (int i = 0; i < CHANGES; i++) {
+        double bytes;
+        if (bytes_with(&from, &changes[i], value[i], &bytes) && bytes < now.total && used < size)
+            used += (size_t)snprintf(buf + used, size - used, "  %s = %lld: %.2f GiB%s (%s)\n",
+                                     changes[i].key, (long long)value[i], bytes / 1073741824.0,
+                                     bytes <= limit ? ", fits" : "", changes[i].cost);
+    }
 }
 
-void md_footprint_advice(const md_config *c, const md_teacher_info *info, int ranks, char *buf,
-                         size_t size)
+void md_footprint_advice(const md_config *c, const md_teacher_info *info, int ranks, double limit,
+                         char *buf, size_t size)
 {
     md_memory_map now;
     buf[0] = 0;
@@ -260,5 +276,5 @@ void md_footprint_advice(const md_config *c, const md_teacher_info *info, int ra
         return;
     md_memory_map_print(&now, "what a GPU has to hold", buf, size);
     const size_t used = strlen(buf);
-    md_footprint_changes(c, info, ranks, 0, buf + used, size - used);
+    md_footprint_changes(c, info, ranks, limit, buf + used, size - used);
 }

@@ -333,8 +333,8 @@ static md_status agree_on_memory(md_run *r, md_status st)
     snprintf(reason, sizeof reason, "%s", md_error_text());
     const md_config *c = &r->config;
     if (md_teacher_info_get(c, false, &info, hash) == MD_OK) {
-        md_footprint_advice(c, md_method_needs_weights(c) ? &info : NULL, r->layout.ranks, advice,
-                            sizeof advice);
+        md_footprint_advice(c, md_method_needs_weights(c) ? &info : NULL, r->layout.ranks,
+                            (double)r->be->device_bytes, advice, sizeof advice);
         for (char *line = advice, *end; *line && (end = strchr(line, '\n')); line = end + 1)
             md_log_warn("%.*s", (int)(end - line), line);
     }

@@ -292,6 +292,7 @@ static md_status describe_device(md_backend *be, int device)
     CUDA_TRY(cudaDeviceGetPCIBusId(pci, (int)sizeof pci, device));
     const char *name = strncmp(prop.name, "NVIDIA ", 7) == 0 ? prop.name + 7 : prop.name;
     snprintf(be->device, sizeof be->device, "%.40s %.20s", name, pci);
+    be->device_bytes = prop.totalGlobalMem;
     if (prop.major < 8)
         MD_FAIL(MD_ERR_CONFIG,
                 "backend \"cuda\": %s has compute capability %d.%d, and 8.0 is needed" REMEDY,

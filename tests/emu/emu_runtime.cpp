@@ -208,6 +208,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *prop, int)
     std::snprintf(prop->name, sizeof prop->name, "emulated GPU");
     prop->major = 9;
     prop->minor = 0;
+    prop->totalGlobalMem = memory_limit();
     return cudaSuccess;
 }
 
