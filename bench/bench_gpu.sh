@@ -97,8 +97,8 @@ table() {
         }' "$log"
 }
 
-# The ops that $out lists, each with its share of the larger limit that was measured: products and
-# attention of 8192^3, what moves memory of a copy.
+# The ops that $out lists, each with its share of what was measured last: products and attention of
+# 8192^3, what only moves memory of a copy.
 ops_table() {
     awk -v gemm="$(sed -n 's/.*"gemm 8192 8192 8192 bf16".*"tflops": \([0-9.]*\).*/\1/p' "$log" | tail -n 1)" \
         -v copy="$(sed -n 's/.*"copy on the device, read + write".*"gb_per_second": \([0-9.]*\).*/\1/p' "$log" |
@@ -108,8 +108,7 @@ ops_table() {
         $1 == "all" { print; next }
         {
             gbs = substr($0, 92, 10) + 0; tflops = substr($0, 102, 10) + 0
-            share = copy ? gbs / copy : 0
-            if (gemm && tflops / gemm > share) share = tflops / gemm
+            share = tflops ? (gemm ? tflops / gemm : 0) : copy ? gbs / copy : 0
             printf "%-111s%s\n", $0, share ? sprintf(" %9.2f", share) : ""
         }' "$out"
 }

@@ -209,17 +209,18 @@ static int by_value(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-/* flops: of a step, of these what drop path skips. */
-static void report(md_bench *b, const md_bench_options *o, double flops, double skipped)
+/* flops: of a step, as the model asks for them, and as they were run. */
+static void report(md_bench *b, const md_bench_options *o, double flops, double executed)
 {
     int n = o->steps;
     const double batch = (double)b->layout.batch;
     printf("{\"program\": \"md_hpc\", \"version\": \"%s\", \"case\": \"%s\", \"data\": %d, "
-           "\"tensor\": %d, \"sequence\": %s, \"zero\": %s, \"threads\": %d, \"batch\": %.0f, "
-           "\"steps\": %d, ",
+           "\"tensor\": %d, \"sequence\": %s, \"zero\": %s, \"recompute\": %d, \"threads\": %d, "
+           "\"batch\": %.0f, \"steps\": %d, ",
            MD_VERSION, o->case_name, b->layout.dp, b->layout.tp,
            b->model.method.split.sequence ? "true" : "false",
-           b->model.shard.zero ? "true" : "false", o->threads, batch, n);
+           b->model.shard.zero ? "true" : "false",
+           md_vit_recomputed(&b->model.method.student_vit.spec), o->threads, batch, n);
     printf("\"ms\": [");
     for (int i = 0; i < n; i++)
         printf("%s%.1f", i ? ", " : "", b->ms[i]);
@@ -228,7 +229,7 @@ static void report(md_bench *b, const md_bench_options *o, double flops, double 
     printf("], \"images_per_second\": %.3f, \"images_per_second_median\": %.3f, "
            "\"gflops_median\": %.1f, \"gflops_executed_median\": %.1f, \"loss\": [%.6f, %.6f]}\n",
            1e3 * batch / b->ms[0], 1e3 * batch / median, 1e-6 * flops / median,
-           1e-6 * (flops - skipped) / median, b->loss[0], b->loss[n - 1]);
+           1e-6 * executed / median, b->loss[0], b->loss[n - 1]);
 }
 
 static md_status bench_step(md_bench *b, const md_bench_options *o)
@@ -239,9 +240,10 @@ static md_status bench_step(md_bench *b, const md_bench_options *o)
     MD_TRY(md_bench_steps(b, o->steps, true, &last));
     MD_TRY(md_agree(b->world, md_stepper_plan(&b->model.method, NULL, &plan)));
     const double passes = (double)b->layout.accumulation * b->layout.ranks; /* all ranks do alike */
+    const double flops = plan.student_forward + plan.student_backward + plan.teacher_forward;
     if (md_comm_rank(b->world) == 0)
-        report(b, o, (plan.student_forward + plan.student_backward + plan.teacher_forward) * passes,
-               plan.student_skipped * passes);
+        report(b, o, flops * passes,
+               (flops + plan.student_recomputed - plan.student_skipped) * passes);
     return MD_OK;
 }
 

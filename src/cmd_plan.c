@@ -117,8 +117,8 @@ static md_status count_flops(plan *p)
     md_stepper_bytes s;
     const double share =
         (double)p->layout.micro / p->layout.tp; /* images' worth of a rank's pass */
-    p->executed = (p->step.student_forward + p->step.student_backward + p->step.teacher_forward -
-                   p->step.student_skipped) /
+    p->executed = (p->step.student_forward + p->step.student_backward + p->step.teacher_forward +
+                   p->step.student_recomputed - p->step.student_skipped) /
                   share;
     char chosen[sizeof c->model_last_block];
     memcpy(chosen, c->model_last_block, sizeof chosen);
@@ -302,4 +302,6 @@ const md_verb md_verb_plan = {
     "--ranks   ranks in all, of which parallel.tensor share a model (default 1)\n"
     "--images  images of an epoch where data.train is not there (default ImageNet-1k's)\n"
     "--tflops  sustained TFLOP/s of a rank, as `md_hpc bench step` reports: adds the time\n"
-    "--memory  GiB a rank, or with backend=cuda its GPU, has: adds whether it fits"};
+    "--memory  GiB a rank, or with backend=cuda its GPU, has: adds whether it fits; and where a "
+    "GPU's\n"
+    "          are not enough, which changes would lessen it"};

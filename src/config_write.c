@@ -222,6 +222,7 @@ static key_change change_of(const char *key)
         {"run.seed", CHANGE_EXPERIMENT},
         {"train.max_steps", CHANGE_FREE},
         {"train.micro_batch", CHANGE_FREE}, /* layout */
+        {"train.recompute", CHANGE_FREE},   /* the same bits from less memory */
         {"train.", CHANGE_TUNED},
         {"optim.", CHANGE_TUNED},
     };

@@ -174,13 +174,13 @@ static bool plan(const md_config *c, const md_teacher_info *info, int ranks, md_
     return st == MD_OK;
 }
 
-/* What the changes begin from: a valid config, the memory it needs, and what that is to fit into, 0
- * where that is not known. */
+/* What the changes begin from: a valid config, and what its memory is to fit into, 0 where that is
+ * not known. */
 typedef struct start {
     const md_config *config;
     const md_teacher_info *info;
     int ranks;
-    double now, limit;
+    double limit;
 } start;
 
 /* A whole number of the config, as an offset in it; and what another value costs in speed. */
@@ -195,10 +195,10 @@ typedef struct change {
     }
 
 /* In the order in which they are told: the cheapest first. */
-enum { MICRO, ZERO, RECOMPUTE, TENSOR, CHANGES };
+enum { ZERO, MICRO, RECOMPUTE, TENSOR, CHANGES };
 static const change changes[CHANGES] = {
-    [MICRO] = CHANGE("train.micro_batch", train_micro_batch, "more passes, smaller products"),
     [ZERO] = CHANGE("parallel.zero", parallel_zero, "the same traffic"),
+    [MICRO] = CHANGE("train.micro_batch", train_micro_batch, "more passes, smaller products"),
     [RECOMPUTE] =
         CHANGE("train.recompute", train_recompute, "most of these blocks' forward pass again"),
     [TENSOR] = CHANGE("parallel.tensor", parallel_tensor, "sums of activations between GPUs"),
@@ -222,16 +222,22 @@ static bool fits_with(const start *from, const change *h, int64_t value)
     return bytes_with(from, h, value, &bytes) && bytes <= from->limit;
 }
 
-/* The largest half, quarter, ... that fits; the half, where none does. */
+/* The largest divisor that fits, or, where none does, the largest. */
 static int64_t smaller_micro(const start *from, int64_t micro)
 {
-    for (int64_t less = micro / 2, last = micro; last % 2 == 0; last = less, less /= 2)
-        if (fits_with(from, &changes[MICRO], less))
-            return less;
-    return micro / 2;
+    double bytes;
+    int64_t largest = 0;
+    for (int64_t less = micro / 2; less >= 1; less--)
+        if (micro % less == 0 && bytes_with(from, &changes[MICRO], less, &bytes)) {
+            if (bytes <= from->limit)
+                return less;
+            largest = MD_MAX(largest, less);
+        }
+    return largest;
 }
 
-/* The fewest blocks with which it fits; all, where that is not enough. */
+/* So many blocks that it fits, not many more than needed: each drops what it keeps, but the region
+ * is packed anew and need not shrink by as much. All blocks, where these are not enough. */
 static int64_t more_recomputed(const start *from)
 {
     int64_t below = from->config->train_recompute, enough = from->config->model_layers - 1;
@@ -252,19 +258,22 @@ void md_footprint_changes(const md_config *c, const md_teacher_info *info, int r
     buf[0] = 0;
     if (md_batch_layout_make(c, ranks, &l) != MD_OK || !plan(c, info, ranks, &now))
         return;
-    const start from = {c, info, ranks, now.total, limit};
-    const int64_t value[CHANGES] = {[MICRO] = smaller_micro(&from, l.micro),
-                                    [ZERO] = 1,
+    /* What should fit by the plan and did not says nothing of what else would. */
+    const start from = {c, info, ranks, now.total > limit ? limit : 0};
+    const int64_t value[CHANGES] = {[ZERO] = 1,
+                                    [MICRO] = smaller_micro(&from, l.micro),
                                     [RECOMPUTE] = more_recomputed(&from),
                                     [TENSOR] = 2 * l.tp};
-    size_t used = (size_t)snprintf(buf, size, "what would lessen it\n");
+    size_t used = (size_t)snprintf(buf, size, "what would lessen it\n"), none = used;
     for (int i = 0; i < CHANGES; i++) {
         double bytes;
         if (bytes_with(&from, &changes[i], value[i], &bytes) && bytes < now.total && used < size)
             used += (size_t)snprintf(buf + used, size - used, "  %s = %lld: %.2f GiB%s (%s)\n",
                                      changes[i].key, (long long)value[i], bytes / 1073741824.0,
-                                     bytes <= limit ? ", fits" : "", changes[i].cost);
+                                     bytes <= from.limit ? ", fits" : "", changes[i].cost);
     }
+    if (used == none)
+        snprintf(buf + used, size - used, "  nothing but a smaller model or a larger GPU\n");
 }
 
 void md_footprint_advice(const md_config *c, const md_teacher_info *info, int ranks, double limit,

@@ -52,7 +52,7 @@ static md_slot add_slot(md_graph *g, const char *name, const md_tensor *t, int p
                        .first_use = -1,
                        .last_use = -1,
                        .value_block = -1,
-                       .again_block = -1,
+                       .recompute_block = -1,
                        .grad_block = -1,
                        .packed_by = MD_NO_SLOT};
     snprintf(s->name, sizeof s->name, "%s", name);
@@ -114,7 +114,7 @@ void md_graph_set_external(md_graph *g, md_slot s)
 
 void md_graph_recompute(md_graph *g, bool on)
 {
-    g->run = on && g->training ? ++g->runs : 0;
+    g->segment = on && g->training ? ++g->segments : 0;
 }
 
 const md_tensor *md_graph_tensor(const md_graph *g, md_slot s)
@@ -252,7 +252,7 @@ md_node *md_graph_add(md_graph *g, const md_node *node)
         return NULL;
     md_node *n = &g->node[g->nodes];
     *n = *node;
-    n->run = g->run;
+    n->segment = g->segment;
     for (int k = 0; k < MD_NODE_OUT; k++)
         n->out[k] = MD_NO_SLOT;
     for (int k = 0; k < MD_NODE_IN; k++) {
@@ -280,11 +280,11 @@ void md_graph_bind(md_graph *g, md_slot s, void *data)
 
 /* ---- walkers ---- */
 
-static md_status forward_node(md_graph *g, int i)
+static md_status forward_node(md_graph *g, int i, const char *what)
 {
     const md_node *n = &g->node[i];
     md_status st = n->kind->fwd(g, n);
-    return st == MD_OK ? st : md_error_prefix(st, "forward of node %d (%s)", i, n->kind->name);
+    return st == MD_OK ? st : md_error_prefix(st, "%s of node %d (%s)", what, i, n->kind->name);
 }
 
 md_status md_graph_forward(md_graph *g, md_backend *be)
@@ -293,23 +293,25 @@ md_status md_graph_forward(md_graph *g, md_backend *be)
     md_graph_place(g, 0, g->nodes, false);
     for (int i = 0; i < g->nodes; i++) {
         md_phase("forward");
-        MD_TRY(forward_node(g, i));
+        MD_TRY(forward_node(g, i, "forward"));
         if (g->between)
             g->between(g->between_context);
     }
     return MD_OK;
 }
 
-/* Where the backward pass comes to the last node of a run, the run's values are made again. */
+/* Where the backward pass comes to the last node of a segment, what was dropped there is made
+ * again.
+ */
 static md_status recompute(md_graph *g, int last)
 {
-    const int first = md_graph_run_first(g, last);
-    if (first < 0)
+    const int first = md_graph_segment_first(g, last);
+    if (first < 0 || !g->recomputes)
         return MD_OK;
     md_graph_place(g, first, last + 1, true);
     for (int i = first; i <= last; i++)
-        if (g->node[i].again)
-            MD_TRY(forward_node(g, i));
+        if (g->node[i].recomputed)
+            MD_TRY(forward_node(g, i, "recomputation"));
     return MD_OK;
 }
 

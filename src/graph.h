@@ -14,7 +14,7 @@
  * memory is planned for all images, and before a pass md_graph_pack tells how many there are. What
  * a node makes of a packed input is packed alike; only residual_ln packs and unpacks.
  *
- * A run of nodes may be recomputed (md_graph_recompute): between its two passes only what others
+ * A segment of the list may be recomputed (md_graph_recompute): between its passes only what others
  * read of it is kept.
  *
  * Running: md_graph_forward walks the nodes, md_graph_backward walks them in reverse. Every
@@ -74,9 +74,9 @@ struct md_node {
     uint32_t
         accumulate_in; /* bit k: this node adds to the gradient of input k instead of writing it */
     md_attr attr;
-    int run;                   /* that it belongs to (md_graph_recompute); 0: none */
-    bool again;                /* runs again before the backward pass of its run */
-    int again_at, backward_at; /* times; that of the forward pass is the node's number */
+    int segment;                   /* that it belongs to (md_graph_recompute); 0: none */
+    bool recomputed;               /* runs once more before its segment's backward pass */
+    int recompute_at, backward_at; /* times; that of the forward pass is the node's number */
 };
 
 typedef struct md_slot_row {
@@ -87,7 +87,7 @@ typedef struct md_slot_row {
     int producer;                /* node, -1 for inputs */
     int first_use, last_use;     /* nodes that read the value in the forward pass; -1 none */
     int value_block, grad_block; /* arena blocks, -1 none */
-    int again_block;             /* of the value when it is made again; -1: where it was */
+    int recompute_block;         /* of the value when it is recomputed; -1: where it was */
     md_slot packed_by;           /* the index of the images it holds; MD_NO_SLOT: all of them */
 } md_slot_row;
 
@@ -108,7 +108,8 @@ struct md_graph {
     md_status status;
     void (*between)(void *context); /* called between the nodes of a forward pass; may be NULL */
     void *between_context;
-    int run, runs; /* being added to, and how many there are */
+    int segment, segments; /* being added to, and how many there are */
+    bool recomputes; /* off: a backward pass on the plan backend counts without recomputation */
     size_t region_bytes;
     char *region;
     struct md_arena_block *blocks;
@@ -133,10 +134,10 @@ void md_graph_set_packed(md_graph *g, md_slot s, md_slot index);
 void md_graph_pack(md_graph *g, md_slot index, int64_t images);
 /* Takes a node's output out of the planned region: the caller binds memory of its own. */
 void md_graph_set_external(md_graph *g, md_slot s);
-/* From now on nodes form a run that is recomputed (on), or are kept as usual (off): the values that
- * only nodes of the run read are dropped after the forward pass and made again before the run's
+/* From now on nodes form a segment that is recomputed (on), or are kept as usual (off): the values
+ * that only nodes of the segment read are dropped after the forward pass and made again before its
  * backward pass (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"). Nodes that
- * make nothing which is needed are left out. Each call begins another run. Nothing happens in a
+ * make nothing which is needed are left out. Each call begins another segment. Nothing happens in a
  * graph that does not train. */
 void md_graph_recompute(md_graph *g, bool on);
 /* Shape of a slot. */
@@ -199,10 +200,11 @@ bool md_node_runs_backward(const md_graph *g, const md_node *n);
 
 /* ---- graph_plan.c, for the walkers ---- */
 
-/* First node of the run whose last node is `last`; -1: no run ends there. */
-int md_graph_run_first(const md_graph *g, int last);
-/* Points the values that nodes [from, to) make at their memory, that of the forward pass or that in
- * which they are made again. Nothing happens before there is memory. */
+/* First node of the segment whose last node is `last`; -1: none ends there. */
+int md_graph_segment_first(const md_graph *g, int last);
+/* Points the dropped values of nodes [from, to) at their memory, that of the forward pass or that
+ * in which they are recomputed: what they point at is right within one pass only, and each pass
+ * begins with this. Nothing happens before there is memory. */
 void md_graph_place(md_graph *g, int from, int to, bool again);
 
 /* ---- nodes_core.c ---- */

@@ -1,18 +1,18 @@
 /* graph_plan: when each node runs, from when to when each value and gradient is needed, and so
  * where in the region it lies. Time counts the nodes that run: forward, then backward in reverse,
- * each run that is recomputed once more before its own. A block lives from the first to the last
+ * each recomputed segment once more before its own. A block lives from the first to the last
  * time anything touches it. */
 #include "src/arena.h"
 #include "src/graph.h"
 
 /* ---- times ---- */
 
-int md_graph_run_first(const md_graph *g, int last)
+int md_graph_segment_first(const md_graph *g, int last)
 {
-    const int run = g->node[last].run;
-    if (run == 0 || (last + 1 < g->nodes && g->node[last + 1].run == run))
+    const int segment = g->node[last].segment;
+    if (segment == 0 || (last + 1 < g->nodes && g->node[last + 1].segment == segment))
         return -1;
-    while (last > 0 && g->node[last - 1].run == run)
+    while (last > 0 && g->node[last - 1].segment == segment)
         last--;
     return last;
 }
@@ -21,9 +21,9 @@ static void plan_times(md_graph *g)
 {
     int now = g->nodes;
     for (int i = g->nodes - 1; i >= 0; i--) {
-        const int first = md_graph_run_first(g, i);
+        const int first = md_graph_segment_first(g, i);
         for (int k = first; first >= 0 && k <= i; k++)
-            g->node[k].again_at = now++;
+            g->node[k].recompute_at = now++;
         g->node[i].backward_at = now++;
     }
 }
@@ -47,45 +47,47 @@ static bool reads_backward(const md_graph *g, const md_node *n, md_slot s)
     return reads && md_node_runs_backward(g, n);
 }
 
-#define ANY_RUN (-1)
+/* Which nodes are asked, as seen from the segment of the one that makes a value; what belongs to no
+ * segment counts as one. */
+typedef enum scope { ANYWHERE, INSIDE, OUTSIDE } scope;
 
-/* Last time that the backward pass, or a node that runs again, reads the value of slot s, of nodes
- * of `run`, or, with `others`, of all nodes but those; -1: never. */
-static int last_read(const md_graph *g, md_slot s, int run, bool others)
+/* Last time that the backward pass, or a node that is recomputed, reads the value of slot s, which
+ * a node makes; -1: never. */
+static int last_read(const md_graph *g, md_slot s, scope where)
 {
     const md_slot_row *row = &g->slot[s];
+    const int segment = g->node[row->producer].segment;
     int last = -1;
-    for (int i = MD_MAX(row->producer, 0); i <= MD_MAX(row->last_use, row->producer); i++) {
+    for (int i = row->producer; i <= MD_MAX(row->last_use, row->producer); i++) {
         const md_node *n = &g->node[i];
-        if ((n->run == run) == others)
+        if (where != ANYWHERE && (n->segment == segment) != (where == INSIDE))
             continue;
         if (reads_backward(g, n, s))
             last = MD_MAX(last, n->backward_at);
-        if (n->again && is_input(n, s))
-            last = MD_MAX(last, n->again_at);
+        if (n->recomputed && is_input(n, s))
+            last = MD_MAX(last, n->recompute_at);
     }
     return last;
 }
 
-/* Whether a value that a node of a run makes stays where it is until the backward pass: others read
+/* Whether a value stays where it is until the backward pass: its node is in no segment, others read
  * it there, or it is not ours to drop. */
 static bool stays(const md_graph *g, md_slot s)
 {
     const md_slot_row *row = &g->slot[s];
-    const int run = g->node[row->producer].run;
-    return run == 0 || row->external || last_read(g, s, run, true) >= 0;
+    return g->node[row->producer].segment == 0 || row->external || last_read(g, s, OUTSIDE) >= 0;
 }
 
-/* Which nodes of runs make something again. Later runs come first: they may read what earlier ones
- * make, and later nodes what earlier ones do. */
-static void plan_again(md_graph *g)
+/* Which nodes make something that was dropped and is needed. Later segments come first, for they
+ * may read what earlier ones make, and so do later nodes of a segment. */
+static void plan_recomputed(md_graph *g)
 {
     for (int i = g->nodes - 1; i >= 0; i--) {
         md_node *n = &g->node[i];
-        for (int k = 0; n->run != 0 && k < MD_NODE_OUT; k++)
+        for (int k = 0; n->segment != 0 && k < MD_NODE_OUT; k++)
             if (n->out[k] != MD_NO_SLOT && !stays(g, n->out[k]) &&
-                last_read(g, n->out[k], n->run, false) >= 0)
-                n->again = true;
+                last_read(g, n->out[k], INSIDE) >= 0)
+                n->recomputed = true;
     }
 }
 
@@ -98,8 +100,8 @@ static int new_block(md_graph *g, size_t bytes, int first, int last)
 }
 
 /* Last time the value of slot s, which a node makes, is touched where the forward pass put it, or,
- * `again`, where it is made again. A node that runs again may put it in its first place once more,
- * the same as it was. */
+ * `again`, where it is recomputed. A node that is recomputed may put it in its first place once
+ * more, the same as it was. */
 static int value_end(const md_graph *g, md_slot s, bool again)
 {
     const md_slot_row *row = &g->slot[s];
@@ -107,8 +109,8 @@ static int value_end(const md_graph *g, md_slot s, bool again)
     const int end = MD_MAX(row->producer, row->last_use);
     if (!again && (!g->training || !stays(g, s)))
         return end;
-    const int late = last_read(g, s, again ? n->run : ANY_RUN, !again);
-    return MD_MAX(n->again ? MD_MAX(end, n->again_at) : end, late);
+    const int late = last_read(g, s, again ? INSIDE : ANYWHERE);
+    return MD_MAX(n->recomputed ? MD_MAX(end, n->recompute_at) : end, late);
 }
 
 /* A block for the value of slot s, or that of the node's input 0 where it may take it. */
@@ -117,10 +119,10 @@ static int value_block(md_graph *g, md_slot s, bool again)
     const md_slot_row *row = &g->slot[s];
     const md_node *n = &g->node[row->producer];
     const md_slot x = n->in[0];
-    const int made = again ? n->again_at : row->producer, end = value_end(g, s, again);
+    const int made = again ? n->recompute_at : row->producer, end = value_end(g, s, again);
     const size_t bytes = md_tensor_bytes(&row->value);
     if (n->kind->alias_fwd && n->out[0] == s && x != MD_NO_SLOT) {
-        const int block = again ? g->slot[x].again_block : g->slot[x].value_block;
+        const int block = again ? g->slot[x].recompute_block : g->slot[x].value_block;
         if (block >= 0 && value_end(g, x, again) == made &&
             md_tensor_bytes(&g->slot[x].value) == bytes) {
             g->blocks[block].last = MD_MAX(g->blocks[block].last, end);
@@ -136,8 +138,8 @@ static void plan_value(md_graph *g, md_slot s)
     if (row->external || row->producer < 0)
         return;
     row->value_block = value_block(g, s, false);
-    if (g->node[row->producer].again && !stays(g, s))
-        row->again_block = value_block(g, s, true);
+    if (g->node[row->producer].recomputed && !stays(g, s))
+        row->recompute_block = value_block(g, s, true);
 }
 
 /* The gradient of slot s is written first by its last reader and read by its producer's backward.
@@ -187,10 +189,11 @@ static md_status plan_accumulation(md_graph *g)
 md_status md_graph_finish(md_graph *g)
 {
     MD_TRY(g->status);
+    g->recomputes = true;
     MD_NEW(g->blocks, 3 * g->slots + 1, "arena plan");
     if (g->training) {
         plan_times(g);
-        plan_again(g);
+        plan_recomputed(g);
     }
     for (md_slot s = 0; s < g->slots; s++)
         plan_value(g, s);
@@ -207,9 +210,9 @@ void md_graph_place(md_graph *g, int from, int to, bool again)
     for (int i = from; g->region && i < to; i++)
         for (int k = 0; k < MD_NODE_OUT; k++) {
             md_slot_row *row = g->node[i].out[k] < 0 ? NULL : &g->slot[g->node[i].out[k]];
-            if (row && row->again_block >= 0)
+            if (row && row->recompute_block >= 0)
                 row->value.data =
-                    g->region + g->blocks[again ? row->again_block : row->value_block].offset;
+                    g->region + g->blocks[again ? row->recompute_block : row->value_block].offset;
         }
 }
 

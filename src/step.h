@@ -57,9 +57,9 @@ void md_stepper_free(md_stepper *t);
  * the plan carrier, or alone. */
 typedef struct md_stepper_bytes {
     size_t activations, scratch, batch, host_batch;
-    /* FLOP of one micro-batch, as if drop path skipped nothing; and how many of the student's it
-     * is expected to skip. */
-    double student_forward, student_backward, teacher_forward, student_skipped;
+    /* FLOP of one micro-batch, as if drop path skipped nothing; what of the student's forward pass
+     * is done once more in the backward pass; and how many of all these it is expected to skip. */
+    double student_forward, student_backward, teacher_forward, student_recomputed, student_skipped;
 } md_stepper_bytes;
 md_status md_stepper_plan(const md_method *method, md_backend *backend, md_stepper_bytes *out);
 

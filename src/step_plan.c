@@ -34,17 +34,31 @@ static void pack_all(md_method *m, int64_t images)
     }
 }
 
+/* What the student's passes come to; `recomputed` of the backward pass is work done twice. */
+typedef struct student_plan {
+    double forward, backward, recomputed; /* FLOP */
+    size_t scratch;
+} student_plan;
+
 /* Both ways to run backward, because they may be different products to the backend. */
-static md_status plan_student(md_method *m, md_backend *plan, md_plan_total *forward,
-                              md_plan_total *backward)
+static md_status plan_student(md_method *m, md_backend *plan, student_plan *out)
 {
-    md_status st = md_graph_forward(&m->student_graph, plan);
-    *forward = md_plan_take(plan);
+    md_graph *g = &m->student_graph;
+    md_status st = md_graph_forward(g, plan);
+    md_plan_total pass = md_plan_take(plan);
+    *out = (student_plan){.forward = pass.flops, .scratch = pass.scratch};
     for (int add = 0; add < 2 && st == MD_OK; add++) {
-        st = md_graph_backward(&m->student_graph, plan, add, NULL, NULL);
-        const md_plan_total pass = md_plan_take(plan);
-        *backward = (md_plan_total){.flops = pass.flops,
-                                    .scratch = MD_MAX(backward->scratch, pass.scratch)};
+        st = md_graph_backward(g, plan, add, NULL, NULL);
+        pass = md_plan_take(plan);
+        out->scratch = MD_MAX(out->scratch, pass.scratch);
+    }
+    out->backward = pass.flops;
+    if (st == MD_OK && g->segments > 0) {
+        g->recomputes = false;
+        st = md_graph_backward(g, plan, false, NULL, NULL);
+        g->recomputes = true;
+        out->backward = md_plan_take(plan).flops;
+        out->recomputed = pass.flops - out->backward;
     }
     return st;
 }
@@ -53,23 +67,24 @@ static md_status plan_student(md_method *m, md_backend *plan, md_plan_total *for
  * met every shape. */
 static md_status plan_passes(md_method *m, md_backend *plan, md_stepper_bytes *out)
 {
-    md_plan_total forward, backward = {0};
+    student_plan student;
     pack_all(m, m->row_images);
     MD_TRY(md_graph_forward(&m->teacher_graph, plan));
     const md_plan_total teacher = md_plan_take(plan);
-    MD_TRY(plan_student(m, plan, &forward, &backward));
+    MD_TRY(plan_student(m, plan, &student));
     out->teacher_forward = teacher.flops;
-    out->student_forward = forward.flops;
-    out->student_backward = backward.flops;
-    out->student_skipped = forward.flops + backward.flops;
-    out->scratch = MD_MAX(teacher.scratch, MD_MAX(forward.scratch, backward.scratch));
+    out->student_forward = student.forward;
+    out->student_backward = student.backward;
+    out->student_recomputed = student.recomputed;
+    out->scratch = MD_MAX(teacher.scratch, student.scratch);
     const int64_t unit = md_method_packed(m, 1), most = m->s_packed ? m->row_images - 1 : 0;
     for (int64_t images = most / unit * unit; images >= 0; images -= unit) {
         pack_all(m, images);
-        MD_TRY(plan_student(m, plan, &forward, &backward));
-        out->scratch = MD_MAX(out->scratch, MD_MAX(forward.scratch, backward.scratch));
+        MD_TRY(plan_student(m, plan, &student));
+        out->scratch = MD_MAX(out->scratch, student.scratch);
     }
-    out->student_skipped -= forward.flops + backward.flops;
+    out->student_skipped = out->student_forward + out->student_backward + out->student_recomputed -
+                           (student.forward + student.backward + student.recomputed);
     pack_all(m, m->row_images);
     MD_TRY(plan_norm(&m->params, plan));
     const md_plan_total norm = md_plan_take(plan);
@@ -79,8 +94,8 @@ static md_status plan_passes(md_method *m, md_backend *plan, md_stepper_bytes *o
 
 md_status md_stepper_plan(const md_method *method, md_backend *backend, md_stepper_bytes *out)
 {
-    /* Running the graphs only reads them, apart from backend and group; and how many images are
-     * packed is said before every pass. */
+    /* What running the graphs changes in them, each pass says anew: backend and group, how many
+     * images are packed, and where dropped values lie (md_graph_place). */
     md_method m = *method;
     md_backend *plan;
     md_comm *tp;

@@ -276,7 +276,8 @@ md_status columns_run(md_backend *be, const Op &k, const column_args *a)
     const auto kernel = width == W ? md_columns<Op, W, U> : md_columns<Op, 1, U>;
     const dim3 grid(cuda_blocks(m.cols, MD_WARP * width), (unsigned)chunks);
     MD_LAUNCH(kernel, grid, VEC_BLOCK, VEC_BLOCK * width * sizeof(float), cuda_stream(be), k, m);
-    return cuda_reduce_chunks(be, a->op, m.part, chunks, m.cols, a->out, a->accumulate);
+    const cuda_sums sums = {m.part, chunks, m.cols, {a->out}, {a->accumulate}};
+    return cuda_reduce_sums(be, a->op, &sums);
 }
 
 template <class T, int ACT> md_status act_bwd_run(md_backend *be, const md_act_bwd_args *a)
@@ -356,18 +357,6 @@ md_status cuda_reduce_sums(md_backend *be, md_op op, const cuda_sums *sums)
         MD_LAUNCH(md_reduce, grid, VEC_BLOCK, VEC_BLOCK * sizeof(float), cuda_stream(be), *sums);
     }
     return cuda_launched(op);
-}
-
-md_status cuda_reduce_chunks(md_backend *be, md_op op, const float *part, int64_t chunks,
-                             int64_t width, float *out, bool accumulate)
-{
-    cuda_sums s = {};
-    s.part = part;
-    s.chunks = chunks;
-    s.width = width;
-    s.out[0] = out;
-    s.accumulate[0] = accumulate;
-    return cuda_reduce_sums(be, op, &s);
 }
 
 size_t cuda_colsum_scratch(md_backend *be, const md_colsum_args *a)

@@ -485,7 +485,10 @@ md_status cuda_attention_bwd(md_backend *be, const md_attention_bwd_args *a)
     }
     if (!a->drel)
         return MD_OK;
-    return cuda_reduce_chunks(be, MD_OP_attention_bwd, room.part, room.chunks,
-                              (int64_t)d.heads * d.tokens * d.tokens, cuda_data<float>(a->drel),
-                              a->accumulate >> 1 & 1);
+    const cuda_sums sums = {room.part,
+                            room.chunks,
+                            (int64_t)d.heads * d.tokens * d.tokens,
+                            {cuda_data<float>(a->drel)},
+                            {(a->accumulate >> 1 & 1) != 0}};
+    return cuda_reduce_sums(be, MD_OP_attention_bwd, &sums);
 }

@@ -292,7 +292,6 @@ static md_status describe_device(md_backend *be, int device)
     CUDA_TRY(cudaDeviceGetPCIBusId(pci, (int)sizeof pci, device));
     const char *name = strncmp(prop.name, "NVIDIA ", 7) == 0 ? prop.name + 7 : prop.name;
     snprintf(be->device, sizeof be->device, "%.40s %.20s", name, pci);
-    be->device_bytes = prop.totalGlobalMem;
     if (prop.major < 8)
         MD_FAIL(MD_ERR_CONFIG,
                 "backend \"cuda\": %s has compute capability %d.%d, and 8.0 is needed" REMEDY,
@@ -307,6 +306,8 @@ static md_status open_device(md_backend *be, cuda_state *s, const md_backend_arg
     CUDA_TRY(cudaStreamCreateWithFlags(&s->stream, cudaStreamNonBlocking));
     CUDA_TRY(cudaStreamCreateWithFlags(&s->side, cudaStreamNonBlocking));
     CUDA_TRY(cudaStreamCreateWithFlags(&s->copy, cudaStreamNonBlocking));
+    size_t total;
+    CUDA_TRY(cudaMemGetInfo(&be->device_bytes, &total));
     CUDA_TRY(cudaEventCreateWithFlags(&s->fork, cudaEventDisableTiming));
     CUDA_TRY(cudaEventCreateWithFlags(&s->join, cudaEventDisableTiming));
     for (int i = 0; i < MD_FEED_SLOTS; i++) {

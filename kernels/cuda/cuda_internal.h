@@ -72,10 +72,17 @@ md_status cuda_attn_setup(void);
 md_status cuda_norm_setup(void);
 md_status cuda_norm_bwd_setup(void);
 
-/* out[c] (+)= sum of part[chunk][c] over the chunks, part [chunks, width]: in chunk order where
- * they are few, else cut into runs, each added in chunk order, then the runs are. */
-md_status cuda_reduce_chunks(md_backend *be, md_op op, const float *part, int64_t chunks,
-                             int64_t width, float *out, bool accumulate);
+/* Column sums that are cut into chunks: for s below 3, out[s] (where not NULL) = or += the sum of
+ * part[s][chunk][width] over the chunks: in chunk order where they are few, else cut into runs,
+ * each added in chunk order, then the runs are. */
+typedef struct cuda_sums {
+    const float *part;
+    int64_t chunks, width;
+    float *out[3];
+    bool accumulate[3];
+} cuda_sums;
+
+md_status cuda_reduce_sums(md_backend *be, md_op op, const cuda_sums *sums);
 
 /* y = act(x) of any act, all elements; x and y of one type, x may be y. */
 md_status cuda_act_forward(md_backend *be, md_op op, const md_tensor *x, md_tensor *y, md_act act);

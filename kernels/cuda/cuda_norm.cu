@@ -67,54 +67,54 @@ MD_DEV void md_row_stats(const md_ln<T> &k, const uint4 (&x)[R], bool there, flo
         rstd[i] = 1.0f / sqrtf(rstd[i] * k.per_term + k.eps);
 }
 
-/* Sends the vectors at col of the rows [row, end) of R to this thread's slots of a stage, which lie
- * blockDim.x apart. Rows that are not there become zeros. */
+/* Sends a batch to this thread's slots of a stage, which lie blockDim.x apart. Rows that are not
+ * there become zeros. */
 template <class T, int R>
-MD_DEV void md_ln_fetch(const md_ln<T> &k, int row, int end, int col, uint4 *slot,
-                        md_ln_places<R> &place)
+MD_DEV void md_ln_fetch(const md_ln<T> &k, md_ln_spot at, uint4 *slot, md_ln_places<R> &place)
 {
-    md_places_of(k.images, row, end, place);
+    md_places_of(k.images, at.row, at.end, place);
 #pragma unroll
     for (int i = 0; i < R; i++) {
-        md_ln_send(slot + i * blockDim.x, k.x, row + i < end ? row + i : -1, k.cols, col);
+        const int own = at.row + i < at.end ? at.row + i : -1;
+        md_ln_send(slot + i * blockDim.x, k.x, own, k.cols, at.col);
         if (k.branch)
-            md_ln_send(slot + (R + i) * blockDim.x, k.branch, place.from[i], k.cols, col);
+            md_ln_send(slot + (R + i) * blockDim.x, k.branch, place.from[i], k.cols, at.col);
     }
     md_async_commit();
 }
 
-/* What one thread keeps of its columns. */
-template <int N> struct md_ln_columns {
+/* The parameters at a thread's columns. */
+template <int N> struct md_ln_affine {
     float gamma[N], weight[N], bias[N];
 };
 
-/* r of a batch that has come, at col of the rows [row, end); writes it where that is wanted. */
+/* r of a batch that has come; writes it where that is wanted. */
 template <class T, int R>
-MD_DEV void md_ln_take(const md_ln<T> &k, int row, int end, int col, const uint4 *slot,
-                       const md_ln_places<R> &place, const float (&gamma)[md_vec<T>::N],
-                       uint4 (&x)[R])
+MD_DEV void md_ln_residual(const md_ln<T> &k, md_ln_spot at, const uint4 *slot,
+                           const md_ln_places<R> &place, const md_ln_affine<md_vec<T>::N> &c,
+                           uint4 (&x)[R])
 {
 #pragma unroll
     for (int i = 0; i < R; i++) {
         x[i] = slot[i * blockDim.x];
         if (k.branch)
-            md_residual<T>(x[i], slot[(R + i) * blockDim.x], gamma, place.keep[i]);
-        if (k.r && row + i < end)
-            md_store16(k.r + md_ln_at(row + i, k.cols, col), x[i]);
+            md_residual<T>(x[i], slot[(R + i) * blockDim.x], c.gamma, place.keep[i]);
+        if (k.r && at.row + i < at.end)
+            md_store16(k.r + md_ln_at(at.row + i, k.cols, at.col), x[i]);
     }
 }
 
 /* LayerNorm of the same. All threads. */
 template <class T, int R>
-MD_DEV void md_ln_batch(const md_ln<T> &k, int row, int end, int col, const md_ln_places<R> &place,
-                        const md_ln_columns<md_vec<T>::N> &c, const uint4 (&x)[R])
+MD_DEV void md_ln_normalise(const md_ln<T> &k, md_ln_spot at, const md_ln_places<R> &place,
+                            const md_ln_affine<md_vec<T>::N> &c, const uint4 (&x)[R])
 {
     enum { N = md_vec<T>::N };
     float mean[R], rstd[R];
-    md_row_stats(k, x, end > 0, mean, rstd);
+    md_row_stats(k, x, at.end > 0, mean, rstd);
 #pragma unroll
     for (int i = 0; i < R; i++) {
-        if (row + i >= end)
+        if (at.row + i >= at.end)
             continue;
         float v[N];
         md_raw<T>::unpack(x[i], v);
@@ -122,11 +122,11 @@ MD_DEV void md_ln_batch(const md_ln<T> &k, int row, int end, int col, const md_l
         for (int j = 0; j < N; j++)
             v[j] = (v[j] - mean[i]) * rstd[i] * c.weight[j] + c.bias[j];
         if (k.y && place.to[i] >= 0)
-            md_vec<T>::store(k.y + md_ln_at(place.to[i], k.cols, col), v);
+            md_vec<T>::store(k.y + md_ln_at(place.to[i], k.cols, at.col), v);
         if (k.mean && threadIdx.x == 0)
-            k.mean[row + i] = mean[i];
+            k.mean[at.row + i] = mean[i];
         if (k.rstd && threadIdx.x == 0)
-            k.rstd[row + i] = rstd[i];
+            k.rstd[at.row + i] = rstd[i];
     }
 }
 
@@ -134,31 +134,33 @@ template <class T> MD_KERNEL(LN_BLOCK) md_ln_rows(md_ln<T> k)
 {
     enum { N = md_vec<T>::N, R = LN_ROWS };
     const int threads = (int)blockDim.x, stage = FWD_OPERANDS * R * threads;
-    const int col = (int)threadIdx.x * N, end = col < k.cols ? k.rows : 0;
-    const int next = (int)gridDim.x * R; /* rows from a batch of this block to its next one */
+    const int col = (int)threadIdx.x * N,
+              next = (int)gridDim.x * R; /* to this block's next batch */
+    md_ln_spot at = {(int)blockIdx.x * R, col < k.cols ? k.rows : 0, col};
     uint4 *slot = reinterpret_cast<uint4 *>(md_smem() + FWD_SUMS(R, threads)) + threadIdx.x;
-    md_ln_columns<N> c;
-    md_parameters(k.gamma, col, end > 0, 1.0f, c.gamma);
-    md_parameters(k.weight, col, end > 0, 1.0f, c.weight);
-    md_parameters(k.bias, col, end > 0, 0.0f, c.bias);
+    md_ln_affine<N> c;
+    md_parameters(k.gamma, col, at.end > 0, 1.0f, c.gamma);
+    md_parameters(k.weight, col, at.end > 0, 1.0f, c.weight);
+    md_parameters(k.bias, col, at.end > 0, 0.0f, c.bias);
     md_ln_places<R> coming[LN_STAGES - 1];
-    int row = (int)blockIdx.x * R, from = 0, to = 0;
+    int from = 0, to = 0;
 #pragma unroll
     for (int s = 0; s < LN_STAGES - 1; s++, to += stage)
-        md_ln_fetch(k, row + s * next, end, col, slot + to, coming[s]);
-    for (; row < k.rows; row += next) {
+        md_ln_fetch(k, {at.row + s * next, at.end, col}, slot + to, coming[s]);
+    for (; at.row < k.rows; at.row += next) {
         const md_ln_places<R> place = coming[0];
         uint4 x[R];
 #pragma unroll
         for (int s = 1; s < LN_STAGES - 1; s++)
             coming[s - 1] = coming[s];
-        md_ln_fetch(k, row + (LN_STAGES - 1) * next, end, col, slot + to, coming[LN_STAGES - 2]);
+        md_ln_fetch(k, {at.row + (LN_STAGES - 1) * next, at.end, col}, slot + to,
+                    coming[LN_STAGES - 2]);
         to = to == (LN_STAGES - 1) * stage ? 0 : to + stage;
         md_async_wait<LN_STAGES - 1>();
-        md_ln_take(k, row, end, col, slot + from, place, c.gamma, x);
+        md_ln_residual(k, at, slot + from, place, c, x);
         from = from == (LN_STAGES - 1) * stage ? 0 : from + stage;
         if (k.y || k.mean || k.rstd)
-            md_ln_batch(k, row, end, col, place, c, x);
+            md_ln_normalise(k, at, place, c, x);
     }
     md_async_wait<0>();
 }

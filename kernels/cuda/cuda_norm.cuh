@@ -2,10 +2,10 @@
  *
  * A block has whole rows, each of its threads the same 16 bytes of every row: so the parameters and
  * the sums of their gradients stay in registers, and memory is read once. The blocks take batches
- * of rows in turn: what all of them read at a time lies close together, which DRAM gives faster
- * than as many runs far apart. While a block works on a batch, its next ones are on their way to
- * shared memory: each thread copies what it alone will read. Rows that are too long for that, or
- * not in whole aligned vectors, take slow kernels, which read a row several times. */
+ * of rows in turn, so that what all of them read at a time lies close together. While a block works
+ * on a batch, its next ones are on their way to shared memory: each thread copies what it alone
+ * will read. Rows that are too long for that, or not in whole aligned vectors, take slow kernels,
+ * which read a row several times. */
 #ifndef MD_CUDA_NORM_CUH
 #define MD_CUDA_NORM_CUH
 
@@ -14,13 +14,14 @@
 /* Rows of a batch, and batches of a block that are in shared memory or on their way to it. */
 #define LN_ROWS   2
 #define LN_STAGES 3
-/* Rows of a block at least: a batch more than are under way. */
+/* Rows of a block at least: every stage is used, and one of them twice. */
 #define LN_LEAST ((LN_STAGES + 1) * LN_ROWS)
 /* Threads of a block at most. */
 #define LN_BLOCK 512
-/* Threads of a multiprocessor, forward and backward: these have 80 KiB of reads under way at any
- * time. As many fit, by registers and shared memory; so all blocks run at once, with equal shares
- * of the rows. */
+/* Threads of a multiprocessor, forward and backward. With all operands and full warps these have 80
+ * KiB of reads under way, but for those that a block waits for. As many fit on one of an H100's by
+ * registers and shared memory, so that all blocks run at once there, with equal shares of the rows.
+ */
 #define LN_THREADS     640
 #define LN_BWD_THREADS 320
 
@@ -38,6 +39,12 @@ MD_DEV int64_t md_ln_at(int row, int cols, int col)
 {
     return (int64_t)row * cols + col;
 }
+
+/* What a thread works on: a batch of the rows [row, end), at the columns from col on. end is 0
+ * where there are no such columns. */
+struct md_ln_spot {
+    int row, end, col;
+};
 
 /* Sends the vector at `col` of row `at`, zeros where that is -1, to shared memory. */
 template <class T> MD_DEV void md_ln_send(uint4 *slot, const T *p, int at, int cols, int col)
@@ -60,7 +67,7 @@ template <int R> struct md_ln_places {
     int from[R], to[R];
 };
 
-/* Those of the rows [row, end) of R. */
+/* Those of R rows from `row` on, below `end`. */
 template <int R>
 MD_DEV void md_places_of(const md_ln_images &k, int row, int end, md_ln_places<R> &p)
 {

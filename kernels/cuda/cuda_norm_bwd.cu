@@ -45,23 +45,23 @@ template <int R> struct md_ln_batch {
     float sums[2 * R];
 };
 
-/* Sends the vectors at col of the rows [row, end) of R to this thread's slots of a stage, which lie
- * blockDim.x apart, and reads the statistics. Rows that are not there become zeros. */
+/* Sends a batch to this thread's slots of a stage, which lie blockDim.x apart, and reads the
+ * statistics. Rows that are not there become zeros. */
 template <class T, int R, bool ALL>
-MD_DEV void md_ln_bwd_fetch(const md_ln_bwd<T> &k, int row, int end, int col, uint4 *slot,
+MD_DEV void md_ln_bwd_fetch(const md_ln_bwd<T> &k, md_ln_spot spot, uint4 *slot,
                             md_ln_rows_of<R> &of)
 {
     const bool normed = md_given<ALL>(k.dy);
     const T *const from[BWD_OPERANDS] = {k.dr, k.branch, normed ? k.r : nullptr, k.dy};
-    md_places_of(k.images, row, end, of.place);
+    md_places_of(k.images, spot.row, spot.end, of.place);
 #pragma unroll
     for (int i = 0; i < R; i++) {
-        const int own = row + i < end ? row + i : -1, to = of.place.to[i];
+        const int own = spot.row + i < spot.end ? spot.row + i : -1, to = of.place.to[i];
         const int at[BWD_OPERANDS] = {own, of.place.from[i], to < 0 ? -1 : own, to};
 #pragma unroll
         for (int o = 0; o < BWD_OPERANDS; o++)
             if (md_given<ALL>(from[o]))
-                md_ln_send(slot + (o * R + i) * blockDim.x, from[o], at[o], k.cols, col);
+                md_ln_send(slot + (o * R + i) * blockDim.x, from[o], at[o], k.cols, spot.col);
         of.mean[i] = normed && own >= 0 ? k.mean[own] : 0.0f;
         of.rstd[i] = normed && own >= 0 ? k.rstd[own] : 0.0f;
     }
@@ -171,13 +171,13 @@ template <class T, int THREADS, int R, bool ALL> MD_KERNEL(THREADS) md_ln_bwd_ro
     int row = (int)blockIdx.x * R, from = 0, to = 0, turn = 0;
 #pragma unroll
     for (int s = 0; s < LN_STAGES - 1; s++, to += stage)
-        md_ln_bwd_fetch<T, R, ALL>(k, row + s * next, end, col, slot + to, coming[s]);
+        md_ln_bwd_fetch<T, R, ALL>(k, {row + s * next, end, col}, slot + to, coming[s]);
     for (; row < k.rows; row += next, turn ^= 1) {
         b.row = coming[0];
 #pragma unroll
         for (int s = 1; s < LN_STAGES - 1; s++)
             coming[s - 1] = coming[s];
-        md_ln_bwd_fetch<T, R, ALL>(k, row + (LN_STAGES - 1) * next, end, col, slot + to,
+        md_ln_bwd_fetch<T, R, ALL>(k, {row + (LN_STAGES - 1) * next, end, col}, slot + to,
                                    coming[LN_STAGES - 2]);
         to = to == (LN_STAGES - 1) * stage ? 0 : to + stage;
         md_async_wait<LN_STAGES - 1>();

@@ -93,15 +93,17 @@ template <class T, int W> MD_KERNEL(VEC_BLOCK) md_patchify(md_patchify_pass<T> k
     }
 }
 
-/* Number (y * side + x) * 3 + ch of an image with the record m. */
-template <class T>
-MD_DEV float md_erased(const md_patchify_pass<T> &k, const md_mix &m, const uint8_t *image,
-                       const float *table, int x, int y, int ch)
+/* One colour of a pixel; `at` is its place in the image. */
+struct md_colour {
+    int x, y, ch, at;
+};
+
+/* It in an image with the record m. */
+MD_DEV float md_erased(const md_mix &m, const uint8_t *image, const float *table, md_colour c)
 {
-    const int at = (y * k.image_side + x) * 3 + ch;
-    if (md_in_box(m.erase, x, y))
-        return md_rng_normal(m.key, (uint32_t)at);
-    return table[ch * 256 + image[at]];
+    if (md_in_box(m.erase, c.x, c.y))
+        return md_rng_normal(m.key, (uint32_t)c.at);
+    return table[c.ch * 256 + image[c.at]];
 }
 
 /* The same with an md_mix of every image; those of the image and its partner lie behind the table.
@@ -125,9 +127,10 @@ template <class T, int W> MD_KERNEL(VEC_BLOCK) md_patchify_mix(md_patchify_pass<
         for (int j = 0; j < W; j++) {
             const int x = p.gx * k.side + p.x, y = top + p.y;
             const bool swapped = md_in_box(mix[0].box, x, y);
-            v[j] = md_erased(k, mix[swapped], swapped ? partner : own, table, x, y, p.ch);
+            const md_colour c = {x, y, p.ch, (y * k.image_side + x) * 3 + p.ch};
+            v[j] = md_erased(mix[swapped], swapped ? partner : own, table, c);
             if (!swapped && lambda != 1.0f)
-                v[j] = md_blend(lambda, v[j], md_erased(k, mix[1], partner, table, x, y, p.ch));
+                v[j] = md_blend(lambda, v[j], md_erased(mix[1], partner, table, c));
             md_patch_next(p, k.side, k.hwc);
         }
         md_put(patch + i, v);

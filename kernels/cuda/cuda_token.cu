@@ -282,8 +282,12 @@ md_status tokens_bwd_run(md_backend *be, const md_tokens_bwd_args *a, float *par
     const dim3 grid((unsigned)k.tokens, cuda_blocks(k.cols, MD_WARP * width));
     MD_LAUNCH(kernel, grid, VEC_BLOCK, VEC_BLOCK * width * sizeof(float), cuda_stream(be), k);
     MD_TRY(cuda_launched(MD_OP_tokens_bwd));
-    return cuda_reduce_chunks(be, MD_OP_tokens_bwd, part, k.tokens, k.cols,
-                              cuda_data<float>(a->dmask_token), a->accumulate >> 2 & 1);
+    const cuda_sums sums = {part,
+                            k.tokens,
+                            k.cols,
+                            {cuda_data<float>(a->dmask_token)},
+                            {(a->accumulate >> 2 & 1) != 0}};
+    return cuda_reduce_sums(be, MD_OP_tokens_bwd, &sums);
 }
 
 template <class T> md_status gather_run(md_backend *be, const md_gather_rows_args *a)

@@ -213,15 +213,4 @@ static md_status cuda_each(md_backend *be, md_op op, const Op &k, int64_t n, boo
     return cuda_launched(op);
 }
 
-/* Column sums that are cut into chunks: for s below 3, out[s] (where not NULL) = or += the sum of
- * part[s][chunk][width] over the chunks. */
-typedef struct cuda_sums {
-    const float *part;
-    int64_t chunks, width;
-    float *out[3];
-    bool accumulate[3];
-} cuda_sums;
-
-md_status cuda_reduce_sums(md_backend *be, md_op op, const cuda_sums *sums);
-
 #endif

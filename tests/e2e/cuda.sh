@@ -70,7 +70,7 @@ near demo demo_grid
 
 # ---- gone on, here and on the cpu ----
 done_well 1 stopped "${cuda[@]}" train.max_steps=3
-done_well 1 stopped "${cuda[@]}"
+done_well 1 stopped "${cuda[@]}" train.recompute=1
 same bf16 stopped
 done_well 1 moved "${cuda[@]}" precision=fp32 train.max_steps=3
 MD_HPC=$host done_well 1 moved "${short[@]}"
@@ -117,3 +117,6 @@ says "memory of a GPU"
 says 'does NOT fit'
 grep -qE 'train\.micro_batch = 128: .* GiB, fits' "$log" || fail "no smaller micro-batch"
 grep -qE 'train\.recompute = 1[0-9]: .* GiB, fits' "$log" || fail "no blocks to recompute"
+"$emu" plan config/vit_h.cfg backend=cuda --ranks 8 --memory 30 parallel.zero=1 train.recompute=20 >"$log" 2>&1
+grep -qE 'train\.recompute = 2[1-9]: .* GiB, fits' "$log" || fail "no more blocks to recompute"
+! grep -q 'parallel\.[a-z]* = ' "$log" || fail "ZeRO is on, and a model on two GPUs has twice the images"

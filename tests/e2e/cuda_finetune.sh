@@ -27,7 +27,7 @@ MD_HPC=$emu
 keys+=(backend=cuda)
 done_well 1 fp32 "${keys[@]}" precision=fp32
 done_well 4 grid "${keys[@]}" precision=fp32 parallel.tensor=2 parallel.sequence=true parallel.zero=1 \
-    parallel.comm=mpi
+    parallel.comm=mpi train.recompute=2
 for run in fp32 grid; do
     near cpu "$run"
     [ "$(counts cpu)" = "$(counts "$run")" ] || fail "cpu: $(counts cpu), $run: $(counts "$run")"

@@ -208,7 +208,6 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *prop, int)
     std::snprintf(prop->name, sizeof prop->name, "emulated GPU");
     prop->major = 9;
     prop->minor = 0;
-    prop->totalGlobalMem = memory_limit();
     return cudaSuccess;
 }
 

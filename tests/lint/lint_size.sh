@@ -15,5 +15,5 @@ done < <(files '*.[ch]' '*.sh' '*.cu' '*.cuh' '*.cpp' | grep -v '^tests/golden/'
 
 while read -r what text; do
     "$what" "$text"
-done < <(files '*.[ch]' | grep -v '^tests/golden/' | xargs awk -f tests/lint/functions.awk)
+done < <(files '*.[ch]' '*.cu' '*.cuh' | grep -v '^tests/golden/' | xargs awk -f tests/lint/functions.awk)
 finish

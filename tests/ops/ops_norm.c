@@ -339,8 +339,9 @@ const op_row norm_rows[] = {
     LN(17, 768, UNBIASED),    ALL_RLN(1, 3, 17),
     ALL_RLN(3, 65, 33),       ALL_RLN(2, 197, 64),
     ALL_RLN(4, 9, 64),        ALL_RLN(5, 3, 1280),
-    ALL_RLN_BWD(1, 1, 3),     ALL_RLN_BWD(3, 17, 33),
-    ALL_RLN_BWD(4, 65, 64),   ALL_RLN_BWD(2, 257, 80),
-    ALL_RLN_BWD(5, 3, 1280),
+    ALL_RLN(3, 7, 264),       ALL_RLN_BWD(1, 1, 3),
+    ALL_RLN_BWD(3, 17, 33),   ALL_RLN_BWD(4, 65, 64),
+    ALL_RLN_BWD(2, 257, 80),  ALL_RLN_BWD(5, 3, 1280),
+    ALL_RLN_BWD(3, 7, 264),
 };
 const int norm_row_count = (int)MD_COUNT(norm_rows);

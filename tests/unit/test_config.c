@@ -222,7 +222,7 @@ static void a_run_is_compared_with_its_past(void **state)
         static const char *const may[] = {"train.max_steps",        "train.micro_batch",
                                           "model.last_block",       "method.teacher.arch",
                                           "method.teacher.weights", "finetune.from",
-                                          "model.drop_path_mode"};
+                                          "model.drop_path_mode",   "train.recompute"};
         bool free = k->type == MD_KEY_CHOICE && !strchr(k->unit, ',');
         for (size_t j = 0; j < MD_COUNT(may); j++)
             free |= strcmp(k->name, may[j]) == 0;

@@ -167,6 +167,8 @@ static void keys_that_do_not_fit_are_refused(void **state)
         {"optim = { lr = 1e-6; };", "optim.min_lr = 1e-05 must not exceed optim.lr = 1e-06"},
         {"train = { batch = 10; micro_batch = 4; };", "train.micro_batch = 4 must divide"},
         {"train = { batch = 12; micro_batch = 4; };", NULL},
+        {"train = { recompute = 13; };", "train.recompute = 13 must not exceed the model's 12"},
+        {"train = { recompute = 12; };", NULL},
         {"method = { mask = { kind = \"none\"; }; };", "needs a mask"},
         {"method = { mask = { kind = \"none\"; }; loss = { on = \"all\"; }; };", NULL},
         {"method = { mask = { kind = \"none\"; count = 3; }; loss = { on = \"all\"; }; };",

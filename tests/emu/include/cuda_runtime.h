@@ -41,7 +41,6 @@ typedef enum cudaDataType { CUDA_R_32F, CUDA_R_16BF } cudaDataType_t;
 typedef struct cudaDeviceProp {
     char name[64];
     int major, minor;
-    size_t totalGlobalMem;
 } cudaDeviceProp;
 
 #ifdef __cplusplus
