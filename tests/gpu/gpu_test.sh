@@ -4,12 +4,12 @@
 #
 #   tests/gpu/gpu_test.sh [PATTERN...]     only lines whose name holds one of the patterns
 #
-# One line a test: "ok", "skipped" with the reason, or "FAILED" with its output; last line "N passed,
-# N failed". The same in $BUILD/gpu_test.json.
+# One line a test as it ends: "ok", "skipped" with the reason, or "FAILED" with its output; last line
+# "N passed, N failed". The same in $BUILD/gpu_test.json.
 #
-# Environment: BUILD, MPIRUN, MD_GPU_SECONDS (570: no test starts later), MD_GPU_STANDIN=1 (the cuda
-# backend of this build needs no GPU), MD_SANITIZER (compute-sanitizer). Exit status: 0 all passed, 1,
-# or 69: there is no GPU.
+# Environment: BUILD, MPIRUN, MD_GPU_JOBS (tests at once; one for every four cores, at most 6),
+# MD_GPU_SECONDS (570: no test starts later), MD_GPU_STANDIN=1 (the cuda backend of this build needs no
+# GPU), MD_SANITIZER (compute-sanitizer). Exit status: 0 all passed, 1, or 69: there is no GPU.
 set -u
 cd "$(dirname "$0")/../.." || exit 1
 build=${BUILD:-build}
@@ -18,9 +18,10 @@ export MD_HPC
 export MPIRUN=${MPIRUN:-mpirun}
 sanitizer=${MD_SANITIZER:-compute-sanitizer}
 patterns=("$@")
-passed=0 failed=0 skipped=0
-out=$(mktemp) rows=$(mktemp)
-trap 'rm -f "$out" "$rows"' EXIT
+jobs=${MD_GPU_JOBS:-$(($(nproc) / 4))}
+jobs=$((jobs < 1 ? 1 : jobs > 6 && ${MD_GPU_JOBS:-0} == 0 ? 6 : jobs))
+results=$(mktemp -d) # of each test its output, OUT, and a line of the report, OUT.json
+trap 'rm -rf "$results"' EXIT
 
 gpus() {
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null
@@ -41,11 +42,10 @@ skip() {
     exit 77
 }
 
-# check NAME COMMAND...: one test, in a subshell, so that whatever ends it ends it alone.
-check() {
-    local name=$1 start=$EPOCHREALTIME rc seconds word result
-    shift
-    selected "$name" || return 0
+# run_test OUT NAME COMMAND...: the command in a subshell, so that whatever ends it ends it alone.
+run_test() {
+    local out=$1 name=$2 start=$EPOCHREALTIME rc=0 seconds word=ok result=passed
+    shift 2
     if [ "$SECONDS" -ge "${MD_GPU_SECONDS:-570}" ]; then
         echo "no time was left for it" >"$out"
         rc=77
@@ -54,14 +54,22 @@ check() {
         rc=$?
     fi
     case $rc in
-    0) result=passed word=ok passed=$((passed + 1)) ;;
-    77) result=skipped word="skipped: $(tail -n 1 "$out")" skipped=$((skipped + 1)) ;;
-    *) result=failed word=FAILED failed=$((failed + 1)) ;;
+    0) ;;
+    77) result=skipped word="skipped: $(tail -n 1 "$out")" ;;
+    *) result=failed word=FAILED$'\n'$(tail -n 40 "$out" | sed 's/^/    /') ;;
     esac
     seconds=$(awk "BEGIN { printf \"%.1f\", $EPOCHREALTIME - $start }")
+    printf '{"name": "%s", "result": "%s", "seconds": %s}\n' "$name" "$result" "$seconds" >"$out.json"
     printf '%-44s %7.1f s  %s\n' "$name" "$seconds" "$word"
-    [ "$result" != failed ] || tail -n 40 "$out" | sed 's/^/    /'
-    printf '{"name": "%s", "result": "%s", "seconds": %s}\n' "$name" "$result" "$seconds" >>"$rows"
+}
+
+# check NAME COMMAND...: starts a test as soon as there is room for it.
+started=0
+check() {
+    selected "$1" || return 0
+    while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n; done
+    started=$((started + 1))
+    run_test "$results/$(printf '%03d' "$started")" "$@" &
 }
 
 # ---- ops ----
@@ -192,15 +200,23 @@ sanitized_training() {
         precision=bf16 train.max_steps=2
 }
 
+count() { # RESULT
+    cat "$results"/*.json 2>/dev/null | grep -c "\"result\": \"$1\""
+}
+
 report() {
+    local passed failed skipped
+    passed=$(count passed) skipped=$(count skipped)
+    failed=$((started - passed - skipped)) # also what left no line
     {
         printf '{"gpu": "%s", "program": "%s", "passed": %d, "failed": %d, "skipped": %d, "tests": [\n' \
             "$(gpus | head -n 1)" "$("$MD_HPC" version 2>/dev/null | awk '/^source/ { print $2 }')" \
             "$passed" "$failed" "$skipped"
-        sed '$!s/$/,/' "$rows"
+        cat "$results"/*.json 2>/dev/null | sed '$!s/$/,/'
         echo ']}'
     } >"$build/gpu_test.json"
     echo "$passed passed, $failed failed$([ "$skipped" = 0 ] || echo ", $skipped skipped")"
+    [ "$failed" = 0 ] && [ "$passed" -gt 0 ]
 }
 
 if [ -z "$(gpus)" ] && [ "${MD_GPU_STANDIN:-0}" != 1 ]; then
@@ -212,8 +228,12 @@ gpus
 CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
 export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES%%,*}
 
-check 'backend' backend
+# The longest first: they would end last.
+check 'racecheck: ops' sanitized_ops racecheck
 check 'ops in fp32 and bf16' ops
+check 'memcheck: ops' sanitized_ops memcheck
+check 'memcheck: training' sanitized_training memcheck
+check 'backend' backend
 check 'training in fp32 as on the cpu' fp32_as_cpu
 check 'training in bf16 near the cpu' bf16_as_cpu
 check 'recorded steps, fp32' recorded_as_cpu
@@ -230,8 +250,5 @@ check 'NCCL, one rank' nccl_one
 check 'NCCL, two GPUs' nccl_two
 check 'resumed, fp32' resumed fp32
 check 'resumed, bf16' resumed bf16
-check 'memcheck: ops' sanitized_ops memcheck
-check 'racecheck: ops' sanitized_ops racecheck
-check 'memcheck: training' sanitized_training memcheck
+wait
 report
-[ "$failed" = 0 ] && [ "$passed" -gt 0 ]
