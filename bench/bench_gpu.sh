@@ -138,7 +138,7 @@ for ((round = 0; round < rounds; round++)); do
     done
 done
 if wants ours; then
-    record ops 64 "$program" bench ops --case vit_h14 --repeat 10 --steps 1 \
+    record ops 64 "$program" bench ops --case vit_h14 --repeat 30 --warmup 1 --steps 1 \
         backend=cuda precision=bf16 train.batch=64 train.micro_batch=64
     ops_table
 fi

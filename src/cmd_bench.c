@@ -53,6 +53,24 @@ static md_status whole_number(const char *option, const char *value, int least, 
     return MD_OK;
 }
 
+/* Names of ops, between commas. */
+static md_status ops_named(const char *names, md_bench_options *o)
+{
+    o->some = true;
+    for (const char *at = names; at; at = strchr(at, ',')) {
+        at += *at == ',';
+        int op = 0;
+        const size_t length = strcspn(at, ",");
+        while (op < MD_OP_COUNT && (strlen(md_op_name((md_op)op)) != length ||
+                                    strncmp(at, md_op_name((md_op)op), length) != 0))
+            op++;
+        if (op == MD_OP_COUNT)
+            return md_usage_error("bench", "no op \"%.*s\"", (int)length, at);
+        o->only[op] = true;
+    }
+    return MD_OK;
+}
+
 static md_status parse(int argc, char **argv, md_bench_options *o)
 {
     static const char *const whats[] = {"step", "ops", "comm"};
@@ -79,6 +97,8 @@ static md_status parse(int argc, char **argv, md_bench_options *o)
             MD_TRY(whole_number(argv[i], value, 0, &o->warmup));
         else if (strcmp(argv[i], "--repeat") == 0)
             MD_TRY(whole_number(argv[i], value, 1, &o->repeat));
+        else if (strcmp(argv[i], "--only") == 0)
+            MD_TRY(ops_named(value, o));
         else if (strcmp(argv[i], "--case") == 0)
             MD_TRY(choose_case(o, value));
         else
@@ -183,7 +203,7 @@ static md_status set_up(md_bench *b, const md_bench_options *o)
         md_backend *timed;
         if (md_comm_size(b->world) > 1)
             MD_FAIL(MD_ERR_CONFIG, "bench ops runs on one rank");
-        MD_TRY(md_timing_create(b->be, o->repeat, &timed));
+        MD_TRY(md_timing_create(b->be, o->repeat, o->some ? o->only : NULL, &timed));
         b->be = timed;
     }
     return md_agree(b->world, make(b, o));
@@ -281,11 +301,12 @@ const md_verb md_verb_bench = {
     "bench", cmd_bench,
     "measure training steps and their ops, or count what ranks send, on made-up pictures",
     "[mpirun -np N] md_hpc bench step|ops|comm [--case vit_b16|small|vit_h14] [--threads N]\n"
-    "                       [--steps N] [--warmup N] [--repeat N] [key=value ...]\n"
+    "                       [--steps N] [--warmup N] [--repeat N] [--only OP,...] [key=value ...]\n"
     "\n"
     "step  one JSON line with the milliseconds of each step and images per second\n"
     "ops   a line for each op and shape: time, share, bytes and FLOP a second; every op is issued\n"
     "      --repeat times and waited for (more than once: the numbers trained on are nonsense);\n"
+    "      with --only these ops alone are, so that many repetitions take little time;\n"
     "      drop path skips nothing here, unless model.drop_path_mode says so\n"
     "comm  bytes that rank 0 sends in a step, by group of ranks, beside what formulas predict\n"
     "      where drop path skips nothing, and when each gradient bucket was started\n"

@@ -13,7 +13,8 @@ typedef struct md_bench_options {
     char **overrides; /* the user's, behind them */
     int n_overrides;
     int threads, steps, warmup;
-    int repeat; /* of each op in `bench ops` */
+    int repeat;                   /* of each op in `bench ops` */
+    bool some, only[MD_OP_COUNT]; /* of the ops, these are timed */
 } md_bench_options;
 
 /* Everything one run holds; zero-initialised, freed in one place. */

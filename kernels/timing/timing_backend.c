@@ -12,6 +12,7 @@ typedef struct timing {
     md_backend base;
     md_backend *inner;
     int repeat, rows;
+    bool untimed[MD_OP_COUNT];
     md_timing row[ROWS];
 } timing;
 
@@ -71,6 +72,8 @@ static md_status note(timing *t, md_op op, const void *args, double begun)
         timing *t = (timing *)be;                                                 \
         t->inner->scratch = be->scratch;                                          \
         t->inner->scratch_size = be->scratch_size;                                \
+        if (t->untimed[MD_OP_##op_name])                                          \
+            return t->inner->ops->op_name(t->inner, a);                           \
         MD_TRY(md_backend_sync(t->inner));                                        \
         double begun = md_now();                                                  \
         for (int i = 0; i < t->repeat; i++)                                       \
@@ -168,7 +171,7 @@ static const md_memory_ops memory = {.alloc = time_alloc,
 
 /* ---- public ---- */
 
-md_status md_timing_create(md_backend *inner, int repeat, md_backend **out)
+md_status md_timing_create(md_backend *inner, int repeat, const bool *only, md_backend **out)
 {
     timing *t;
     MD_NEW(t, 1, "timing backend");
@@ -181,6 +184,8 @@ md_status md_timing_create(md_backend *inner, int repeat, md_backend **out)
     memcpy(t->base.device, inner->device, sizeof t->base.device);
     t->inner = inner;
     t->repeat = repeat;
+    for (int op = 0; op < MD_OP_COUNT; op++)
+        t->untimed[op] = only && !only[op];
     *out = &t->base;
     return MD_OK;
 }

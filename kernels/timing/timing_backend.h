@@ -15,8 +15,9 @@ typedef struct md_timing {
 
 /* Wraps `inner`, which it owns from then on. Each op is issued `repeat` times between two waits for
  * the backend, so that the wait weighs little; with repeat above 1 results are meaningless, times
- * are not. MD_ERR_MEMORY. Local. */
-md_status md_timing_create(md_backend *inner, int repeat, md_backend **out);
+ * are not. only [MD_OP_COUNT]: ops that are not among them are passed on and no more; NULL: all are
+ * timed. MD_ERR_MEMORY. Local. */
+md_status md_timing_create(md_backend *inner, int repeat, const bool *only, md_backend **out);
 
 /* The rows so far, longest time first; *n is their number. They live until the next call. Local. */
 const md_timing *md_timing_rows(md_backend *be, int *n);

@@ -27,4 +27,13 @@ sends 2 parallel.tensor=2 parallel.sequence=true train.recompute=3
 "$MPIRUN" -np 2 "$MD_HPC" bench step --threads 1 --steps 1 --warmup 0 "${keys[@]}" parallel.tensor=2 \
     >"$log" 2>&1 || fail "bench step"
 says '"data": 1, "tensor": 2' '"images_per_second"'
+"$MD_HPC" bench ops --threads 1 --steps 1 --warmup 0 --only colsum,adamw --repeat 3 "${keys[@]}" \
+    >"$log" 2>&1 || fail "bench ops"
+awk '$1 == "colsum" || $1 == "adamw" { seen[$1] = 1; next }
+    $1 != "op" && $1 != "all" { bad = 1 }
+    END { exit bad || !seen["colsum"] || !seen["adamw"] }' "$log" || fail "bench ops --only"
+rc=0
+"$MD_HPC" bench ops --only colsum,none "${keys[@]}" >"$log" 2>&1 || rc=$?
+[ "$rc" = 64 ] || fail "bench ops of no op: $rc"
+says 'no op "none"'
 echo ok
