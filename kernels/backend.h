@@ -79,6 +79,19 @@ typedef struct md_colsum_args {
     MD_OUT(*y);
 } md_colsum_args;
 
+/* y = [q, 0, v]: the bias of qkv in BEiT's attention, which has none of keys. q, v [C], y [3C]. */
+typedef struct md_qv_bias_args {
+    MD_IN(*q, *v);
+    MD_OUT(*y);
+} md_qv_bias_args;
+
+/* Their gradients from that of qkv, x [N, 3C]: dq f32 [C] = column sums of its first third, dv f32
+ * [C] of the last. */
+typedef struct md_qv_bias_bwd_args {
+    MD_IN(*x);
+    MD_OUT(*dq, *dv);
+} md_qv_bias_bwd_args;
+
 /* dx = dy * act'(x) with x the value before the activation; dx may be dy. dbias f32 [C] (optional,
  * may accumulate) = column sums of dx. */
 typedef struct md_act_bwd_args {
@@ -269,13 +282,6 @@ typedef struct md_adamw_args {
     int64_t step;
 } md_adamw_args;
 
-/* y = value. */
-typedef struct md_fill_args {
-    MD_IN(*unused);
-    MD_OUT(*y);
-    float value;
-} md_fill_args;
-
 /* y = alpha * x (accumulate: y += alpha * x). Same shapes; y may be x when not accumulating. */
 typedef struct md_axpy_args {
     MD_IN(*x);
@@ -293,6 +299,8 @@ typedef struct md_cast_args {
     X(gemm)            \
     X(linear_bwd)      \
     X(colsum)          \
+    X(qv_bias)         \
+    X(qv_bias_bwd)     \
     X(act_bwd)         \
     X(layernorm)       \
     X(residual_ln)     \
@@ -312,7 +320,6 @@ typedef struct md_cast_args {
     X(cross_entropy)   \
     X(sumsq)           \
     X(adamw)           \
-    X(fill)            \
     X(axpy)            \
     X(cast)
 

@@ -21,6 +21,8 @@ static const op_rule rules[MD_OP_COUNT] = {
     [MD_OP_gemm] = {{"a ~ M K", "b ~ K N", "bias? # N"}, {"y:FLOAT ~ M N", "pre? ~ M N"}},
     [MD_OP_linear_bwd] = {{"x ~ N I", "w? ~ O I", "dy ~ N O"}, {"dw:F32 ~ O I", "dx? ~ N I"}},
     [MD_OP_colsum] = {{"x ~ N C"}, {"y:F32 # C"}},
+    [MD_OP_qv_bias] = {{"q # C", "v # C"}, {"y # 3C"}},
+    [MD_OP_qv_bias_bwd] = {{"x ~ N 3C"}, {"dq:F32 # C", "dv:F32 # C"}},
     [MD_OP_act_bwd] = {{"x ~ N C", "dy ~ N C"}, {"dx@dy ~ N C", "dbias?:F32 # C"}},
     [MD_OP_layernorm] = {{"x ~ N C", "weight?:F32 # C", "bias?:F32 # C"},
                          {"y@x ~ N C", "mean?:F32 # N", "rstd?:F32 # N"}},
@@ -55,7 +57,6 @@ static const op_rule rules[MD_OP_COUNT] = {
     [MD_OP_sumsq] = {{"x:F32 # E"}, {"sum:F64 # 1", "nonfinite:F64 # 1"}},
     [MD_OP_adamw] = {{"grad:F32 # E"},
                      {"param:F32 # E", "m:F32 # E", "v:F32 # E", "copy?:BF16 # E"}},
-    [MD_OP_fill] = {{NULL}, {"y # E"}},
     [MD_OP_axpy] = {{"x # E"}, {"y@x # E"}},
     [MD_OP_cast] = {{"x:FLOAT # E"}, {"y:FLOAT # E"}},
 };

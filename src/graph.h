@@ -214,10 +214,9 @@ void md_graph_place(md_graph *g, int from, int to, bool again);
 md_slot md_n_patchify(md_graph *g, md_slot image, md_slot mix, const md_attr *attr);
 /* y = act(x w^T + b): x [.., I], w [O, I], -> [.., O]. bias: a parameter, MD_NO_PARAM for none. */
 md_slot md_n_linear(md_graph *g, md_slot x, int w, int bias, md_act act);
-/* The same with the bias in a slot [O]. */
-md_slot md_n_linear_slot(md_graph *g, md_slot x, int w, md_slot bias);
-/* [q_bias, 0, v_bias] of BEiT's attention, which has no key bias: -> [3C]. */
-md_slot md_n_qv_bias(md_graph *g, int q_bias, int v_bias);
+/* The same with the bias [q_bias, 0, v_bias] of BEiT's attention, which has no key bias: w [3C, I],
+ * -> [.., 3C]. */
+md_slot md_n_linear_qv(md_graph *g, md_slot x, int w, int q_bias, int v_bias);
 /* Token sequence: cls first, masked patches replaced. patch [B*G, C] -> [B, G+1, C]. mask (u8 [B,
  * G]) and mask_token go together; pos [G+1, C] optional. */
 md_slot md_n_tokens(md_graph *g, md_slot patch, md_slot mask, int64_t images, const int params[3]);

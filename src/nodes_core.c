@@ -73,7 +73,8 @@ static bool adds_whole_to_rows(const md_graph *g, md_place place)
     return !g->training && place == MD_CUT_ROWS;
 }
 
-/* ---- linear: in x, bias slot; param w, bias; out y, value before the activation.
+/* ---- linear: in x; param w, bias; out y, value before the activation. Or, for qkv with biases of
+ * queries and values only: param w, q_bias, v_bias; out y, -, bias.
  * With w whole, y lies where x does. A column-cut w (its outputs, dimension 0) reads the entered x
  * and makes this rank's channels; a row-cut w (its inputs, dimension 1) reads these and makes
  * partial sums, whose bias the first rank alone adds. ---- */
@@ -82,6 +83,11 @@ static md_tensor weight_matrix(md_tensor w)
 {
     int64_t rows = w.dim[0], cols = md_tensor_count(&w) / rows;
     return MD_TENSOR(w.data, (md_dtype)w.dtype, rows, cols);
+}
+
+static bool has_qv_bias(const md_node *n)
+{
+    return n->param[2] != MD_NO_PARAM;
 }
 
 static bool row_cut(const md_graph *g, const md_node *n)
@@ -94,19 +100,15 @@ static md_status linear_place(md_graph *g, const md_node *n, md_place *out)
 {
     const md_param *w = &g->params->row[n->param[0]];
     const bool columns = w->cut && w->cut_dim == 0, rows = row_cut(g, n);
-    const int bias = n->param[1];
     MD_TRY(md_want_place(g, n, 0,
                          columns ? MD_PLACE_BIT(MD_ENTERED)
                          : rows  ? MD_PLACE_BIT(MD_CUT_COLS)
                                  : MD_PLACE_BIT(MD_REPL) | MD_PLACE_BIT(MD_CUT_ROWS)));
     *out = columns ? MD_CUT_COLS : rows ? MD_PARTIAL : md_in_place(g, n, 0);
-    MD_TRY(md_want_place(g, n, 1, MD_PLACE_BIT(columns ? MD_CUT_COLS : MD_REPL)));
-    if (n->in[1] != MD_NO_SLOT && *out != MD_CUT_COLS && *out != MD_REPL &&
-        !adds_whole_to_rows(g, *out))
-        MD_FAIL(MD_ERR_BUG, "a bias that is no parameter cannot be added to what is %s",
-                md_place_name(*out));
-    if (bias != MD_NO_PARAM && g->params->row[bias].cut != columns)
-        MD_FAIL(MD_ERR_BUG, "%s and %s are not cut alike", w->name, g->params->row[bias].name);
+    for (int k = 1; k <= 2; k++)
+        if (n->param[k] != MD_NO_PARAM && g->params->row[n->param[k]].cut != columns)
+            MD_FAIL(MD_ERR_BUG, "%s and %s are not cut alike", w->name,
+                    g->params->row[n->param[k]].name);
     if (rows && n->attr.act != MD_ACT_NONE)
         MD_FAIL(MD_ERR_BUG, "an activation cannot come before the sum of %s", w->name);
     return MD_OK;
@@ -119,8 +121,9 @@ static md_status linear_infer(md_graph *g, md_node *n)
     const md_tensor *x = md_in(g, n, 0);
     md_tensor w = weight_matrix(md_param_value(g->params, n->param[0])), b;
     MD_TRY(md_want_cols(x, w.dim[1], "input"));
-    MD_TRY(md_want_count(MD_PARAM(1, b), w.dim[0], "bias"));
-    MD_TRY(md_want_count(md_in(g, n, 1), w.dim[0], "bias"));
+    const int64_t biases = has_qv_bias(n) ? w.dim[0] / 3 : w.dim[0];
+    MD_TRY(md_want_count(MD_PARAM(1, b), biases, "bias"));
+    MD_TRY(md_want_count(MD_PARAM(2, b), biases, "v_bias"));
     int64_t dim[MD_MAX_RANK];
     int rank = x->rank;
     for (int i = 0; i < rank; i++)
@@ -129,15 +132,23 @@ static md_status linear_infer(md_graph *g, md_node *n)
     MD_TRY(md_node_output(g, n, 0, MD_COMPUTE(g), rank, dim));
     if (n->attr.act != MD_ACT_NONE && g->training)
         MD_TRY(md_node_output(g, n, 1, MD_COMPUTE(g), rank, dim));
-    md_node_set_place(g, n, 0, place);
-    md_node_set_place(g, n, 1, place);
+    if (has_qv_bias(n))
+        MD_TRY(md_node_output(g, n, 2, MD_COMPUTE(g), 1, &w.dim[0]));
+    for (int k = 0; k < 3; k++)
+        md_node_set_place(g, n, k, place);
+    md_node_set_packed(g, n, 2, MD_NO_SLOT);
     return MD_OK;
 }
 
 static md_status linear_fwd(md_graph *g, const md_node *n)
 {
     md_tensor w = weight_matrix(md_param_value(g->params, n->param[0])), b;
-    const md_tensor *bias = n->in[1] != MD_NO_SLOT ? md_in(g, n, 1) : MD_PARAM_ROUNDED(1, b);
+    const md_tensor *bias = has_qv_bias(n) ? md_out(g, n, 2) : MD_PARAM_ROUNDED(1, b);
+    if (has_qv_bias(n)) {
+        md_tensor v;
+        MD_TRY(MD_RUN(qv_bias, .q = MD_PARAM_ROUNDED(1, b), .v = MD_PARAM_ROUNDED(2, v),
+                      .y = md_out(g, n, 2)));
+    }
     if (row_cut(g, n) && g->tp_rank != 0)
         bias = NULL;
     return MD_RUN(gemm, .a = md_in(g, n, 0), .b = &w, .bias = bias, .y = md_out(g, n, 0),
@@ -151,21 +162,26 @@ static md_tensor own_rows(const md_graph *g, const md_tensor *t)
     return MD_TENSOR(md_tensor_from(t, g->tp_rank * rows * cols), (md_dtype)t->dtype, rows, cols);
 }
 
+/* Gradients of the biases from dy, which becomes that of what is before the activation. */
+static md_status bias_bwd(md_graph *g, const md_node *n, md_tensor *dy)
+{
+    md_tensor db, dv, own = n->attr.scattered ? own_rows(g, dy) : *dy;
+    md_tensor *dbias = MD_PARAM_GRAD(1, db);
+    if (has_qv_bias(n))
+        return MD_RUN(qv_bias_bwd, .x = &own, .dq = dbias, .dv = MD_PARAM_GRAD(2, dv),
+                      .accumulate = g->accumulate ? 3u : 0u);
+    if (n->attr.act != MD_ACT_NONE)
+        return MD_RUN(act_bwd, .x = md_out(g, n, 1), .dy = dy, .dx = dy, .dbias = dbias,
+                      .act = n->attr.act, .accumulate = dbias && g->accumulate ? 2u : 0u);
+    return dbias ? MD_RUN(colsum, .x = &own, .y = dbias, .accumulate = g->accumulate) : MD_OK;
+}
+
 static md_status linear_bwd(md_graph *g, const md_node *n)
 {
-    md_tensor *dy = md_out_grad(g, n, 0), *dx = md_in_grad(g, n, 0),
-              *dbias_slot = md_in_grad(g, n, 1);
+    md_tensor *dy = md_out_grad(g, n, 0), *dx = md_in_grad(g, n, 0);
     md_tensor w = weight_matrix(md_param_value(g->params, n->param[0]));
-    md_tensor dw = weight_matrix(md_param_grad(g->params, n->param[0])), db;
-    md_tensor *dbias = dbias_slot ? dbias_slot : MD_PARAM_GRAD(1, db);
-    bool add_bias = dbias_slot ? n->accumulate_in >> 1 & 1 : g->accumulate;
-    if (n->attr.act != MD_ACT_NONE)
-        MD_TRY(MD_RUN(act_bwd, .x = md_out(g, n, 1), .dy = dy, .dx = dy, .dbias = dbias,
-                      .act = n->attr.act, .accumulate = dbias && add_bias ? 2u : 0u));
-    else if (dbias) {
-        md_tensor own = n->attr.scattered ? own_rows(g, dy) : *dy;
-        MD_TRY(MD_RUN(colsum, .x = &own, .y = dbias, .accumulate = add_bias));
-    }
+    md_tensor dw = weight_matrix(md_param_grad(g->params, n->param[0]));
+    MD_TRY(bias_bwd(g, n, dy));
     return MD_RUN(linear_bwd, .x = md_in(g, n, 0), .w = dx ? &w : NULL, .dy = dy, .dw = &dw,
                   .dx = dx, .accumulate = g->accumulate);
 }
@@ -188,64 +204,14 @@ md_slot md_n_linear(md_graph *g, md_slot x, int w, int bias, md_act act)
     return md_node_append(g, &n);
 }
 
-md_slot md_n_linear_slot(md_graph *g, md_slot x, int w, md_slot bias)
+md_slot md_n_linear_qv(md_graph *g, md_slot x, int w, int q_bias, int v_bias)
 {
     md_node n = MD_NO_NODE;
     n.kind = &kind_linear;
     n.in[0] = x;
-    n.in[1] = bias;
     n.param[0] = w;
-    return md_node_append(g, &n);
-}
-
-/* ---- qv_bias: param q, v; out [q, 0, v] ---- */
-
-static md_status qv_bias_infer(md_graph *g, md_node *n)
-{
-    md_tensor q = md_param_value(g->params, n->param[0]), v;
-    int64_t c = md_tensor_count(&q);
-    MD_TRY(md_want_count(MD_PARAM(1, v), c, "v_bias"));
-    MD_TRY(md_node_output(g, n, 0, MD_COMPUTE(g), 1, (int64_t[]){3 * c}));
-    md_node_grad_f32(g, n, 0);
-    md_node_set_place(g, n, 0, g->params->row[n->param[0]].cut ? MD_CUT_COLS : MD_REPL);
-    return MD_OK;
-}
-
-/* The k-th third of a [3C] tensor. */
-static md_tensor third(const md_tensor *t, int k)
-{
-    int64_t c = t->dim[0] / 3;
-    return MD_TENSOR(md_tensor_from(t, k * c), (md_dtype)t->dtype, c);
-}
-
-static md_status qv_bias_fwd(md_graph *g, const md_node *n)
-{
-    const md_tensor *out = md_out(g, n, 0);
-    md_tensor q, v, part[3] = {third(out, 0), third(out, 1), third(out, 2)};
-    MD_TRY(MD_RUN(axpy, .x = MD_PARAM_ROUNDED(0, q), .y = &part[0], .alpha = 1.0f));
-    MD_TRY(MD_RUN(fill, .y = &part[1], .value = 0.0f));
-    return MD_RUN(axpy, .x = MD_PARAM_ROUNDED(1, v), .y = &part[2], .alpha = 1.0f);
-}
-
-static md_status qv_bias_bwd(md_graph *g, const md_node *n)
-{
-    const md_tensor *d = md_out_grad(g, n, 0);
-    md_tensor dq, dv, from_q = third(d, 0), from_v = third(d, 2);
-    MD_TRY(MD_RUN(axpy, .x = &from_q, .y = MD_PARAM_GRAD(0, dq), .alpha = 1.0f,
-                  .accumulate = g->accumulate));
-    return MD_RUN(axpy, .x = &from_v, .y = MD_PARAM_GRAD(1, dv), .alpha = 1.0f,
-                  .accumulate = g->accumulate);
-}
-
-static const md_node_kind kind_qv_bias = {
-    .name = "qv_bias", .infer = qv_bias_infer, .fwd = qv_bias_fwd, .bwd = qv_bias_bwd};
-
-md_slot md_n_qv_bias(md_graph *g, int q_bias, int v_bias)
-{
-    md_node n = MD_NO_NODE;
-    n.kind = &kind_qv_bias;
-    n.param[0] = q_bias;
-    n.param[1] = v_bias;
+    n.param[1] = q_bias;
+    n.param[2] = v_bias;
     return md_node_append(g, &n);
 }
 

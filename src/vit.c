@@ -175,7 +175,7 @@ static void build_block(const md_vit *v, md_graph *g, const md_vit_in *in, int k
     const md_vit_block *b = &v->block[k];
     bool last = k + 1 == s->layers;
     md_slot y = md_n_enter(g, r->y, b->qkv_w);
-    md_slot qkv = s->qv_bias ? md_n_linear_slot(g, y, b->qkv_w, md_n_qv_bias(g, b->q_b, b->v_b))
+    md_slot qkv = s->qv_bias ? md_n_linear_qv(g, y, b->qkv_w, b->q_b, b->v_b)
                              : md_n_linear(g, y, b->qkv_w, b->qkv_b, MD_ACT_NONE);
     if (s->rel_pos == MD_REL_PER_LAYER)
         rel = md_n_rel_bias(g, in->index, b->rel);

@@ -1,4 +1,5 @@
-/* cpu_gemm: gemm, the forward activation where its input is kept, act_bwd and colsum. */
+/* cpu_gemm: gemm, the forward activation where its input is kept, act_bwd, and biases: column sums,
+ * and those of qkv. */
 #include "kernels/cpu/cpu_internal.h"
 #include "kernels/scalar_math.h"
 
@@ -121,44 +122,90 @@ md_status cpu_linear_bwd(md_backend *be, const md_linear_bwd_args *a)
 /* Rows of a chunk of a column sum: enough that the partial rows stay small beside the input. */
 #define COLSUM_ROWS 8
 
+static size_t columns_scratch(int64_t rows, int64_t cols)
+{
+    return sizeof(float) * (size_t)(cpu_chunks(rows, COLSUM_ROWS) * cols);
+}
+
+/* A matrix within a wider one: rows of `cols` numbers, `stride` apart. */
+typedef struct columns {
+    const float *x;
+    int64_t rows, cols, stride;
+} columns;
+
+static void add_columns(const md_backend *be, const columns *a, float *part, const md_tensor *y,
+                        bool accumulate)
+{
+    const int64_t chunks = cpu_chunks(a->rows, COLSUM_ROWS);
+#pragma omp parallel for num_threads(be->threads) if (a->rows * a->cols > CPU_SERIAL_BELOW)
+    for (int64_t i = 0; i < chunks; i++) {
+        float *sum = part + i * a->cols;
+        const int64_t end = cpu_chunk_begin(a->rows, chunks, i + 1);
+        memset(sum, 0, sizeof *sum * (size_t)a->cols);
+        for (int64_t r = cpu_chunk_begin(a->rows, chunks, i); r < end; r++) {
+#pragma omp simd
+            for (int64_t c = 0; c < a->cols; c++)
+                sum[c] += a->x[r * a->stride + c];
+        }
+    }
+    cpu_reduce_chunks(be, part, chunks, a->cols, y, accumulate);
+}
+
 size_t cpu_colsum_scratch(md_backend *be, const md_colsum_args *a)
 {
     (void)be;
-    int64_t chunks = cpu_chunks(md_tensor_rows(a->x), COLSUM_ROWS);
-    return sizeof(float) * (size_t)(chunks * md_tensor_cols(a->x));
+    return columns_scratch(md_tensor_rows(a->x), md_tensor_cols(a->x));
 }
 
 md_status cpu_colsum(md_backend *be, const md_colsum_args *a)
 {
     CPU_CHECK(colsum, a);
-    const float *x = md_f32(a->x);
-    int64_t rows = md_tensor_rows(a->x), cols = md_tensor_cols(a->x);
-    int64_t chunks = cpu_chunks(rows, COLSUM_ROWS);
+    const int64_t cols = md_tensor_cols(a->x);
+    const columns x = {md_f32(a->x), md_tensor_rows(a->x), cols, cols};
     void *scratch;
     MD_TRY(cpu_scratch(be, MD_OP_colsum, cpu_colsum_scratch(be, a), &scratch));
-    float *part = scratch;
-#pragma omp parallel for num_threads(be->threads) if (rows * cols > CPU_SERIAL_BELOW)
-    for (int64_t i = 0; i < chunks; i++) {
-        float *sum = part + i * cols;
-        memset(sum, 0, sizeof *sum * (size_t)cols);
-        for (int64_t r = cpu_chunk_begin(rows, chunks, i); r < cpu_chunk_begin(rows, chunks, i + 1);
-             r++) {
-#pragma omp simd
-            for (int64_t c = 0; c < cols; c++)
-                sum[c] += x[r * cols + c];
-        }
-    }
-    cpu_reduce_chunks(be, part, chunks, cols, a->y, a->accumulate & 1);
+    add_columns(be, &x, scratch, a->y, a->accumulate & 1);
+    return MD_OK;
+}
+
+md_status cpu_qv_bias(md_backend *be, const md_qv_bias_args *a)
+{
+    (void)be;
+    CPU_CHECK(qv_bias, a);
+    if (a->accumulate)
+        MD_FAIL(MD_ERR_BUG, "qv_bias: it does not accumulate");
+    const size_t third = md_tensor_bytes(a->q);
+    char *y = a->y->data;
+    memcpy(y, a->q->data, third);
+    memset(y + third, 0, third);
+    memcpy(y + 2 * third, a->v->data, third);
+    return MD_OK;
+}
+
+size_t cpu_qv_bias_bwd_scratch(md_backend *be, const md_qv_bias_bwd_args *a)
+{
+    (void)be;
+    return columns_scratch(md_tensor_rows(a->x), md_tensor_cols(a->x) / 3);
+}
+
+md_status cpu_qv_bias_bwd(md_backend *be, const md_qv_bias_bwd_args *a)
+{
+    CPU_CHECK(qv_bias_bwd, a);
+    const int64_t stride = md_tensor_cols(a->x), cols = stride / 3;
+    const columns q = {md_f32(a->x), md_tensor_rows(a->x), cols, stride};
+    columns v = q;
+    v.x += 2 * cols;
+    void *scratch;
+    MD_TRY(cpu_scratch(be, MD_OP_qv_bias_bwd, cpu_qv_bias_bwd_scratch(be, a), &scratch));
+    add_columns(be, &q, scratch, a->dq, a->accumulate & 1);
+    add_columns(be, &v, scratch, a->dv, a->accumulate >> 1 & 1);
     return MD_OK;
 }
 
 size_t cpu_act_bwd_scratch(md_backend *be, const md_act_bwd_args *a)
 {
     (void)be;
-    if (!a->dbias)
-        return 0;
-    int64_t chunks = cpu_chunks(md_tensor_rows(a->x), COLSUM_ROWS);
-    return sizeof(float) * (size_t)(chunks * md_tensor_cols(a->x));
+    return a->dbias ? columns_scratch(md_tensor_rows(a->x), md_tensor_cols(a->x)) : 0;
 }
 
 static void act_bwd_row(md_act act, const float *x, const float *dy, float *dx, int64_t n)

@@ -35,19 +35,6 @@ md_status cpu_adamw(md_backend *be, const md_adamw_args *a)
     return MD_OK;
 }
 
-md_status cpu_fill(md_backend *be, const md_fill_args *a)
-{
-    CPU_CHECK(fill, a);
-    float *y = md_f32(a->y), value = a->value;
-    int64_t n = md_tensor_count(a->y);
-    if (a->accumulate)
-        MD_FAIL(MD_ERR_BUG, "fill: it does not accumulate");
-#pragma omp parallel for simd num_threads(be->threads) if (n > CPU_SERIAL_BELOW)
-    for (int64_t i = 0; i < n; i++)
-        y[i] = value;
-    return MD_OK;
-}
-
 md_status cpu_axpy(md_backend *be, const md_axpy_args *a)
 {
     CPU_CHECK(axpy, a);

@@ -144,39 +144,43 @@ template <class T> struct md_colsum_pass {
 #define COLUMN_PER_SM 4
 #define COLUMN_BLOCKS (COLUMN_PER_SM * VEC_SMS)
 
+/* Sets of `cols` columns of a matrix whose rows are `stride` numbers: the first, and one that ends
+ * with the row, or all as one. */
 struct md_matrix {
-    float *part; /* [chunks, cols] */
-    int64_t rows, cols;
+    float *part; /* [sets, chunks, cols] */
+    int64_t rows, cols, stride;
 };
 
 /* A pass over a matrix that adds up the columns of its terms. A block has 32 W columns of one chunk
- * of rows: blockIdx.x tile of columns, blockIdx.y chunk; its warps take the rows in turn. */
+ * of rows: blockIdx.x tile of columns, blockIdx.y chunk, blockIdx.z set; its warps take the rows in
+ * turn. */
 template <class Op, int W, int U>
 MD_KERNEL_OF(VEC_BLOCK, COLUMN_PER_SM)
 md_columns(Op op, md_matrix m)
 {
     const int lane = (int)threadIdx.x % MD_WARP, warp = (int)threadIdx.x / MD_WARP;
     const int64_t tile = (int64_t)blockIdx.x * MD_WARP * W, col = tile + lane * W;
+    const int64_t at = blockIdx.z * (m.stride - m.cols) + col;
     const int64_t end = m.rows * (blockIdx.y + 1) / gridDim.y;
+    float *part = m.part + ((int64_t)blockIdx.z * gridDim.y + blockIdx.y) * m.cols;
     float sum[W] = {};
     for (int64_t row = m.rows * blockIdx.y / gridDim.y + warp; row < end; row += VEC_WARPS * U) {
         typename Op::template data<W> d[U];
 #pragma unroll
         for (int u = 0; u < U; u++)
             if (col < m.cols && row + u * VEC_WARPS < end)
-                op.load(d[u], (row + u * VEC_WARPS) * m.cols + col);
+                op.load(d[u], (row + u * VEC_WARPS) * m.stride + at);
 #pragma unroll
         for (int u = 0; u < U; u++) {
             if (col >= m.cols || row + u * VEC_WARPS >= end)
                 continue;
-            op.store(d[u], (row + u * VEC_WARPS) * m.cols + col);
+            op.store(d[u], (row + u * VEC_WARPS) * m.stride + at);
 #pragma unroll
             for (int j = 0; j < W; j++)
                 sum[j] += d[u].term[j];
         }
     }
-    md_add_warps(sum, reinterpret_cast<float *>(md_smem()), m.part + blockIdx.y * m.cols, tile,
-                 m.cols, false);
+    md_add_warps(sum, reinterpret_cast<float *>(md_smem()), part, tile, m.cols, false);
 }
 
 /* Sums of up to so many chunks are added by one thread a column. */
@@ -239,44 +243,51 @@ MD_KERNEL(VEC_BLOCK) md_reduce_few(cuda_sums k)
     out[col] = accumulate ? out[col] + sum : sum;
 }
 
-int64_t column_chunks(const md_tensor *x)
+/* The columns whose sums are wanted: all of x, or, with a second output, its first and its last
+ * third. */
+typedef struct column_args {
+    md_op op;
+    const md_tensor *x;
+    bool aligned;
+    float *out[2];
+    bool accumulate[2];
+} column_args;
+
+int64_t column_chunks(const md_tensor *x, int sets)
 {
-    const int64_t tiles = cuda_ceil(md_tensor_cols(x), MD_WARP * (cuda_is_bf16(x) ? 8 : 4));
+    const int64_t cols = md_tensor_cols(x) / (sets == 2 ? 3 : 1);
+    const int64_t tiles = sets * cuda_ceil(cols, MD_WARP * (cuda_is_bf16(x) ? 8 : 4));
     const int64_t blocks = COLUMN_BLOCKS / (tiles > 0 ? tiles : 1);
     const int64_t most = blocks < 1 ? 1 : blocks > COLUMN_CHUNKS ? COLUMN_CHUNKS : blocks;
     return cuda_chunks(md_tensor_rows(x), COLUMN_ROWS, most);
 }
 
-size_t column_scratch(const md_tensor *x)
+size_t column_scratch(const md_tensor *x, int sets)
 {
-    return sizeof(float) * (size_t)(column_chunks(x) * md_tensor_cols(x));
+    const int64_t cols = md_tensor_cols(x) / (sets == 2 ? 3 : 1);
+    return sizeof(float) * (size_t)(sets * column_chunks(x, sets) * cols);
 }
-
-typedef struct column_args {
-    md_op op;
-    const md_tensor *x;
-    bool aligned;
-    float *out;
-    bool accumulate;
-} column_args;
 
 template <int W, int U, class Op>
 md_status columns_run(md_backend *be, const Op &k, const column_args *a)
 {
+    const int sets = a->out[1] ? 2 : 1;
     void *scratch;
-    MD_TRY(cuda_scratch(be, a->op, column_scratch(a->x), &scratch));
+    MD_TRY(cuda_scratch(be, a->op, column_scratch(a->x, sets), &scratch));
     md_matrix m;
     m.part = static_cast<float *>(scratch);
     m.rows = md_tensor_rows(a->x);
-    m.cols = md_tensor_cols(a->x);
+    m.stride = md_tensor_cols(a->x);
+    m.cols = m.stride / (sets == 2 ? 3 : 1);
     if (m.cols == 0)
         return MD_OK;
-    const int64_t chunks = column_chunks(a->x);
+    const int64_t chunks = column_chunks(a->x, sets);
     const int width = a->aligned && m.cols % W == 0 ? W : 1;
     const auto kernel = width == W ? md_columns<Op, W, U> : md_columns<Op, 1, U>;
-    const dim3 grid(cuda_blocks(m.cols, MD_WARP * width), (unsigned)chunks);
+    const dim3 grid(cuda_blocks(m.cols, MD_WARP * width), (unsigned)chunks, (unsigned)sets);
     MD_LAUNCH(kernel, grid, VEC_BLOCK, VEC_BLOCK * width * sizeof(float), cuda_stream(be), k, m);
-    const cuda_sums sums = {m.part, chunks, m.cols, {a->out}, {a->accumulate}};
+    const cuda_sums sums = {
+        m.part, chunks, m.cols, {a->out[0], a->out[1]}, {a->accumulate[0], a->accumulate[1]}};
     return cuda_reduce_sums(be, a->op, &sums);
 }
 
@@ -289,8 +300,8 @@ template <class T, int ACT> md_status act_bwd_run(md_backend *be, const md_act_b
     const bool aligned = cuda_aligned(k.x, k.dy, k.dx);
     if (!a->dbias)
         return cuda_each<md_vec<T>::N>(be, MD_OP_act_bwd, k, md_tensor_count(a->x), aligned);
-    const column_args c = {MD_OP_act_bwd, a->x, aligned, cuda_data<float>(a->dbias),
-                           (a->accumulate >> 1 & 1) != 0};
+    const column_args c = {
+        MD_OP_act_bwd, a->x, aligned, {cuda_data<float>(a->dbias)}, {(a->accumulate & 2) != 0}};
     return columns_run<md_vec<T>::N, 2>(be, k, &c);
 }
 
@@ -307,8 +318,23 @@ template <class T> md_status colsum_run(md_backend *be, const md_colsum_args *a)
 {
     md_colsum_pass<T> k;
     k.x = cuda_data<T>(a->x);
-    const column_args c = {MD_OP_colsum, a->x, cuda_aligned(k.x), cuda_data<float>(a->y),
-                           (a->accumulate & 1) != 0};
+    const column_args c = {MD_OP_colsum,
+                           a->x,
+                           cuda_aligned(k.x),
+                           {cuda_data<float>(a->y)},
+                           {(a->accumulate & 1) != 0}};
+    return columns_run<md_vec<T>::N, 4>(be, k, &c);
+}
+
+template <class T> md_status qv_bias_bwd_run(md_backend *be, const md_qv_bias_bwd_args *a)
+{
+    md_colsum_pass<T> k;
+    k.x = cuda_data<T>(a->x);
+    const column_args c = {MD_OP_qv_bias_bwd,
+                           a->x,
+                           cuda_aligned(k.x),
+                           {cuda_data<float>(a->dq), cuda_data<float>(a->dv)},
+                           {(a->accumulate & 1) != 0, (a->accumulate & 2) != 0}};
     return columns_run<md_vec<T>::N, 4>(be, k, &c);
 }
 
@@ -362,7 +388,7 @@ md_status cuda_reduce_sums(md_backend *be, md_op op, const cuda_sums *sums)
 size_t cuda_colsum_scratch(md_backend *be, const md_colsum_args *a)
 {
     (void)be;
-    return column_scratch(a->x);
+    return column_scratch(a->x, 1);
 }
 
 md_status cuda_colsum(md_backend *be, const md_colsum_args *a)
@@ -371,10 +397,22 @@ md_status cuda_colsum(md_backend *be, const md_colsum_args *a)
     return cuda_is_bf16(a->x) ? colsum_run<md_bf16>(be, a) : colsum_run<float>(be, a);
 }
 
+size_t cuda_qv_bias_bwd_scratch(md_backend *be, const md_qv_bias_bwd_args *a)
+{
+    (void)be;
+    return column_scratch(a->x, 2);
+}
+
+md_status cuda_qv_bias_bwd(md_backend *be, const md_qv_bias_bwd_args *a)
+{
+    CUDA_CHECK(qv_bias_bwd, a);
+    return cuda_is_bf16(a->x) ? qv_bias_bwd_run<md_bf16>(be, a) : qv_bias_bwd_run<float>(be, a);
+}
+
 size_t cuda_act_bwd_scratch(md_backend *be, const md_act_bwd_args *a)
 {
     (void)be;
-    return a->dbias ? column_scratch(a->x) : 0;
+    return a->dbias ? column_scratch(a->x, 1) : 0;
 }
 
 md_status cuda_act_bwd(md_backend *be, const md_act_bwd_args *a)

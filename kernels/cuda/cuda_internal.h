@@ -55,6 +55,7 @@ MD_OPS(CUDA_DECLARE)
     X(gemm)                      \
     X(linear_bwd)                \
     X(colsum)                    \
+    X(qv_bias_bwd)               \
     X(act_bwd)                   \
     X(residual_ln_bwd)           \
     X(attention)                 \

@@ -1,4 +1,4 @@
-/* cuda_optim: adamw, and the plain vector ops fill, axpy and cast. */
+/* cuda_optim: adamw, and the plain vector ops qv_bias, axpy and cast. */
 #include "kernels/cuda/cuda_vec.cuh"
 
 namespace
@@ -34,22 +34,28 @@ struct md_adamw_pass {
     }
 };
 
-template <class T> struct md_fill_pass {
+/* [q, 0, v], c elements each. */
+template <class T> struct md_qv_bias_pass {
+    const T *q, *v;
     T *y;
-    float value;
+    int64_t c;
 
     template <int W> struct data {
-    };
-    template <int W> MD_DEV void load(data<W> &, int64_t) const
-    {
-    }
-    template <int W> MD_DEV void store(data<W> &, int64_t i) const
-    {
         float x[W];
+    };
+    template <int W> MD_DEV void load(data<W> &d, int64_t i) const
+    {
+        if (i < c || i >= 2 * c) {
+            md_get(i < c ? q + i : v + i - 2 * c, d.x);
+        } else {
 #pragma unroll
-        for (int j = 0; j < W; j++)
-            x[j] = value;
-        md_put(y + i, x);
+            for (int j = 0; j < W; j++)
+                d.x[j] = 0.0f;
+        }
+    }
+    template <int W> MD_DEV void store(data<W> &d, int64_t i) const
+    {
+        md_put(y + i, d.x);
     }
 };
 
@@ -93,12 +99,15 @@ template <class From, class To> struct md_cast_pass {
     }
 };
 
-template <class T> md_status fill_run(md_backend *be, const md_fill_args *a)
+template <class T> md_status qv_bias_run(md_backend *be, const md_qv_bias_args *a)
 {
-    md_fill_pass<T> k;
+    enum { N = md_vec<T>::N };
+    md_qv_bias_pass<T> k;
+    k.q = cuda_data<T>(a->q);
+    k.v = cuda_data<T>(a->v);
     k.y = cuda_data<T>(a->y);
-    k.value = a->value;
-    return cuda_each<md_vec<T>::N>(be, MD_OP_fill, k, md_tensor_count(a->y), cuda_aligned(k.y));
+    k.c = md_tensor_count(a->q);
+    return cuda_each<N>(be, MD_OP_qv_bias, k, 3 * k.c, k.c % N == 0 && cuda_aligned(k.q, k.v, k.y));
 }
 
 template <class T, bool ADD> md_status axpy_run(md_backend *be, const md_axpy_args *a)
@@ -145,12 +154,12 @@ md_status cuda_adamw(md_backend *be, const md_adamw_args *a)
                         cuda_aligned(k.grad, k.param, k.m, k.v, k.copy));
 }
 
-md_status cuda_fill(md_backend *be, const md_fill_args *a)
+md_status cuda_qv_bias(md_backend *be, const md_qv_bias_args *a)
 {
-    CUDA_CHECK(fill, a);
+    CUDA_CHECK(qv_bias, a);
     if (a->accumulate)
-        MD_FAIL(MD_ERR_BUG, "fill: it does not accumulate");
-    return cuda_is_bf16(a->y) ? fill_run<md_bf16>(be, a) : fill_run<float>(be, a);
+        MD_FAIL(MD_ERR_BUG, "qv_bias: it does not accumulate");
+    return cuda_is_bf16(a->y) ? qv_bias_run<md_bf16>(be, a) : qv_bias_run<float>(be, a);
 }
 
 md_status cuda_axpy(md_backend *be, const md_axpy_args *a)

@@ -1,4 +1,4 @@
-/* ops_gemm: cases of gemm, colsum and act_bwd. */
+/* ops_gemm: cases of gemm, colsum, qv_bias_bwd and act_bwd. */
 #include "tests/ops/ops_case.h"
 
 #include <math.h>
@@ -132,6 +132,27 @@ static void ref_colsum(op_case *c, bool mutant)
             REF(c, colsum, y)[j] += X(c, colsum, x)[i * cols + j];
 }
 
+/* n: rows, a third of the columns. */
+static void build_qv_bias_bwd(op_case *c)
+{
+    c->args.qv_bias_bwd.x = ACT(c, c->row->n[0], 3 * c->row->n[1]);
+    c->args.qv_bias_bwd.dq = F32(c, c->row->n[1]);
+    c->args.qv_bias_bwd.dv = F32(c, c->row->n[1]);
+    c->args.qv_bias_bwd.accumulate = c->row->flags & ADD ? 3 : 0;
+    c->terms = (double)c->row->n[0];
+}
+
+static void ref_qv_bias_bwd(op_case *c, bool mutant)
+{
+    const int64_t rows = c->row->n[0], cols = c->row->n[1];
+    const double *x = X(c, qv_bias_bwd, x);
+    for (int64_t i = 0; i < rows - (mutant ? 1 : 0); i++)
+        for (int64_t j = 0; j < cols; j++) {
+            REF(c, qv_bias_bwd, dq)[j] += x[i * 3 * cols + j];
+            REF(c, qv_bias_bwd, dv)[j] += x[(i * 3 + 2) * cols + j];
+        }
+}
+
 /* n: rows, cols. PRE: dx is dy. */
 static void build_act_bwd(op_case *c)
 {
@@ -190,6 +211,10 @@ static double objective_act_bwd(const op_case *c, int o, int64_t i, double h)
     {                                                           \
         MD_OP_colsum, build_colsum, ref_colsum, {r, c}, f, NULL \
     }
+#define QV_BIAS_BWD(r, c, f)                                                   \
+    {                                                                          \
+        MD_OP_qv_bias_bwd, build_qv_bias_bwd, ref_qv_bias_bwd, {r, c}, f, NULL \
+    }
 #define ACT_BWD(r, c, f)                                                        \
     {                                                                           \
         MD_OP_act_bwd, build_act_bwd, ref_act_bwd, {r, c}, f, objective_act_bwd \
@@ -218,6 +243,11 @@ const op_row gemm_rows[] = {
     COLSUM(257, 1, 0),
     COLSUM(197, 259, ADD),
     COLSUM(1030, 64, 0),
+    QV_BIAS_BWD(1, 1, 0),
+    QV_BIAS_BWD(3, 17, ADD),
+    QV_BIAS_BWD(197, 65, 0),
+    QV_BIAS_BWD(257, 1, ADD),
+    QV_BIAS_BWD(1030, 64, 0),
     ACT_BWD(1, 1, GELU),
     ACT_BWD(3, 17, GELU | BIAS),
     ACT_BWD(65, 257, QUICK | BIAS | ADD),

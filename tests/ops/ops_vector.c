@@ -1,4 +1,4 @@
-/* ops_vector: cases of loss, sumsq, adamw, fill, axpy and cast. */
+/* ops_vector: cases of loss, sumsq, adamw, qv_bias, axpy and cast. */
 #include "tests/ops/ops_case.h"
 
 #include <math.h>
@@ -121,17 +121,25 @@ static void ref_adamw(op_case *c, bool mutant)
     }
 }
 
-static void build_fill(op_case *c)
+/* n: a third. */
+static void build_qv_bias(op_case *c)
 {
-    c->args.fill.y = ACT(c, c->row->n[0]);
-    c->args.fill.value = -0.375f;
+    const int64_t n = c->row->n[0];
+    c->args.qv_bias.q = ACT(c, n);
+    c->args.qv_bias.v = ACT(c, n);
+    c->args.qv_bias.y = ACT(c, 3 * n);
     c->factor = 0.0;
 }
 
-static void ref_fill(op_case *c, bool mutant)
+static void ref_qv_bias(op_case *c, bool mutant)
 {
-    for (int64_t i = mutant ? 1 : 0; i < c->row->n[0]; i++)
-        REF(c, fill, y)[i] = -0.375;
+    const int64_t n = c->row->n[0];
+    for (int64_t i = 0; i < n; i++) {
+        REF(c, qv_bias, y)[i] = X(c, qv_bias, q)[i];
+        REF(c, qv_bias, y)[2 * n + i] = X(c, qv_bias, v)[mutant ? n - 1 - i : i];
+    }
+    if (mutant)
+        REF(c, qv_bias, y)[n] = 1.0;
 }
 
 static void build_axpy(op_case *c)
@@ -181,9 +189,9 @@ static void ref_cast(op_case *c, bool mutant)
     {                                                        \
         MD_OP_cast, build_cast, ref_cast, {n, x, y}, 0, NULL \
     }
-#define FILL(n)                                        \
-    {                                                  \
-        MD_OP_fill, build_fill, ref_fill, {n}, 0, NULL \
+#define QV_BIAS(n)                                              \
+    {                                                           \
+        MD_OP_qv_bias, build_qv_bias, ref_qv_bias, {n}, 0, NULL \
     }
 #define AXPY(n, f)                                     \
     {                                                  \
@@ -205,8 +213,9 @@ const op_row vector_rows[] = {
     ADAMW(1, 1, 0),
     ADAMW(17, 2, COPY),
     ADAMW(12289, 1000, COPY),
-    FILL(1),
-    FILL(12289),
+    QV_BIAS(1),
+    QV_BIAS(17),
+    QV_BIAS(1280),
     AXPY(1, 0),
     AXPY(17, ADD),
     AXPY(12289, IN_PLACE),
