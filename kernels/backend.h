@@ -129,16 +129,17 @@ typedef struct md_residual_ln_args {
 
 /* Backward of residual_ln. dr [B,T,C] (optional) gradient arriving at r from the next residual
  * step, dy at y (optional). g = dr + LN'(dy);  dx = g;  dbranch = keep * gamma * g; dgamma[c] = sum
- * keep * branch * g;  dweight[c] = sum dy * (r - mean) * rstd;  dbias[c] = sum dy. dx may be dr.
- * dbranch, dgamma absent when there was no branch or no gamma. mean, rstd [N]; r, weight (ones when
- * NULL), mean and rstd are needed with dy only. Only the three parameter gradients accumulate; they
+ * keep * branch * g;  dweight[c] = sum dy * (r - mean) * rstd;  dbias[c] = sum dy; dbranch_sum[c] =
+ * sum dbranch, the gradient of a bias that was added to branch last. dx may be dr. dbranch, dgamma
+ * absent when there was no branch or no gamma, dbranch_sum without dbranch. mean, rstd [N]; r,
+ * weight (ones when NULL), mean and rstd are needed with dy only. Only the sums accumulate; they
  * are f32, as gamma, keep, weight, mean and rstd. Where dx is of a narrower type, dbranch and the
- * sums take g before it is rounded. from and to as in the forward pass: branch and dbranch, and dy,
- * are packed; an image that is not in dy has none, and one that is not in branch adds nothing to
- * dgamma. */
+ * sums take what is not yet rounded. from and to as in the forward pass: branch and dbranch, and
+ * dy, are packed; an image that is not in dy has none, and one that is not in branch adds nothing
+ * to dgamma and dbranch_sum. */
 typedef struct md_residual_ln_bwd_args {
     MD_IN(*r, *branch, *gamma, *keep, *weight, *mean, *rstd, *dr, *dy, *from, *to);
-    MD_OUT(*dx, *dbranch, *dgamma, *dweight, *dbias);
+    MD_OUT(*dx, *dbranch, *dgamma, *dweight, *dbias, *dbranch_sum);
 } md_residual_ln_bwd_args;
 
 /* Softmax attention of every image and head with an additive bias:

@@ -33,7 +33,7 @@ static const op_rule rules[MD_OP_COUNT] = {
                                 "weight?:F32 # C", "mean?:F32 # N", "rstd?:F32 # N", "dr? ~ N C",
                                 "dy? ~ Q C", "from?:I32 # B", "to?:I32 # B"},
                                {"dx@dr ~ N C", "dbranch? ~ P C", "dgamma?:F32 # C",
-                                "dweight?:F32 # C", "dbias?:F32 # C"}},
+                                "dweight?:F32 # C", "dbias?:F32 # C", "dbranch_sum?:F32 # C"}},
     [MD_OP_attention] = {{"qkv = B T 3C", "rel? = H T T"}, {"o = B T C", "lse?:F32 = B H T"}},
     [MD_OP_attention_bwd] = {{"qkv = B T 3C", "rel? = H T T", "o = B T C", "lse:F32 = B H T",
                               "d_o = B T C"},

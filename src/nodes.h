@@ -26,6 +26,14 @@
  * parameter gradients and the node has the parameter. */
 #define MD_ADD_BIT(k, p) (g->accumulate && n->param[p] != MD_NO_PARAM ? 1u << (k) : 0u)
 
+/* The bias parameter, with nothing behind it, of the linear layer that makes a slot which one
+ * residual step reads as its branch, on one rank: that step's backward pass makes the gradient of
+ * the bias, the column sums of what it writes. MD_NO_PARAM: each node looks after its own. */
+int md_branch_bias(const md_graph *g, md_slot branch);
+
+/* Kinds that md_branch_bias looks for. */
+extern const md_node_kind md_kind_linear, md_kind_residual_ln;
+
 /* Appends the node and returns its output 0. */
 md_slot md_node_append(md_graph *g, const md_node *node);
 

@@ -173,7 +173,9 @@ static md_status bias_bwd(md_graph *g, const md_node *n, md_tensor *dy)
     if (n->attr.act != MD_ACT_NONE)
         return MD_RUN(act_bwd, .x = md_out(g, n, 1), .dy = dy, .dx = dy, .dbias = dbias,
                       .act = n->attr.act, .accumulate = dbias && g->accumulate ? 2u : 0u);
-    return dbias ? MD_RUN(colsum, .x = &own, .y = dbias, .accumulate = g->accumulate) : MD_OK;
+    if (!dbias || md_branch_bias(g, n->out[0]) != MD_NO_PARAM)
+        return MD_OK;
+    return MD_RUN(colsum, .x = &own, .y = dbias, .accumulate = g->accumulate);
 }
 
 static md_status linear_bwd(md_graph *g, const md_node *n)
@@ -186,17 +188,17 @@ static md_status linear_bwd(md_graph *g, const md_node *n)
                   .dx = dx, .accumulate = g->accumulate);
 }
 
-static const md_node_kind kind_linear = {.name = "linear",
-                                         .infer = linear_infer,
-                                         .fwd = linear_fwd,
-                                         .bwd = linear_bwd,
-                                         .keep_in = 1u << 0,
-                                         .keep_out = 1u << 1};
+const md_node_kind md_kind_linear = {.name = "linear",
+                                     .infer = linear_infer,
+                                     .fwd = linear_fwd,
+                                     .bwd = linear_bwd,
+                                     .keep_in = 1u << 0,
+                                     .keep_out = 1u << 1};
 
 md_slot md_n_linear(md_graph *g, md_slot x, int w, int bias, md_act act)
 {
     md_node n = MD_NO_NODE;
-    n.kind = &kind_linear;
+    n.kind = &md_kind_linear;
     n.in[0] = x;
     n.param[0] = w;
     n.param[1] = bias;
@@ -207,7 +209,7 @@ md_slot md_n_linear(md_graph *g, md_slot x, int w, int bias, md_act act)
 md_slot md_n_linear_qv(md_graph *g, md_slot x, int w, int q_bias, int v_bias)
 {
     md_node n = MD_NO_NODE;
-    n.kind = &kind_linear;
+    n.kind = &md_kind_linear;
     n.in[0] = x;
     n.param[0] = w;
     n.param[1] = q_bias;

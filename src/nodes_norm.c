@@ -50,11 +50,26 @@ static md_status residual_ln_fwd(md_graph *g, const md_node *n)
                   .mean = md_out(g, n, 2), .rstd = md_out(g, n, 3), .eps = n->attr.eps);
 }
 
+int md_branch_bias(const md_graph *g, md_slot branch)
+{
+    const md_slot_row *row = &g->slot[branch];
+    if (row->producer < 0 || row->first_use < 0 || row->first_use != row->last_use)
+        return MD_NO_PARAM;
+    const md_node *made = &g->node[row->producer], *reader = &g->node[row->last_use];
+    const bool takes = made->kind == &md_kind_linear && made->attr.act == MD_ACT_NONE &&
+                       made->param[2] == MD_NO_PARAM && row->value.place == MD_REPL;
+    return takes && reader->kind == &md_kind_residual_ln && reader->in[1] == branch ? made->param[1]
+                                                                                    : MD_NO_PARAM;
+}
+
 static md_status residual_ln_bwd(md_graph *g, const md_node *n)
 {
-    md_tensor gamma, weight, dgamma, dweight, dbias;
+    md_tensor gamma, weight, dgamma, dweight, dbias, sum;
     md_tensor *dy = md_out_grad(g, n, 1), *dx = md_in_grad(g, n, 0);
     bool branch = has_branch(n);
+    const int behind = branch ? md_branch_bias(g, n->in[1]) : MD_NO_PARAM;
+    if (behind != MD_NO_PARAM)
+        sum = md_param_grad(g->params, behind);
     const md_tensor *dr = branch ? md_out_grad(g, n, 0) : (n->accumulate_in & 1) ? dx : NULL;
     return MD_RUN(residual_ln_bwd, .r = branch ? md_out(g, n, 0) : md_in(g, n, 0),
                   .branch = md_in(g, n, 1), .keep = md_in(g, n, 2), .gamma = MD_PARAM(0, gamma),
@@ -64,18 +79,20 @@ static md_status residual_ln_bwd(md_graph *g, const md_node *n)
                   .dgamma = MD_PARAM_GRAD(0, dgamma),
                   .dweight = dy ? MD_PARAM_GRAD(1, dweight) : NULL,
                   .dbias = dy ? MD_PARAM_GRAD(2, dbias) : NULL,
-                  .accumulate = MD_ADD_BIT(2, 0) | (dy ? MD_ADD_BIT(3, 1) | MD_ADD_BIT(4, 2) : 0u));
+                  .dbranch_sum = behind == MD_NO_PARAM ? NULL : &sum,
+                  .accumulate = MD_ADD_BIT(2, 0) | (dy ? MD_ADD_BIT(3, 1) | MD_ADD_BIT(4, 2) : 0u) |
+                                (g->accumulate && behind != MD_NO_PARAM ? 1u << 5 : 0u));
 }
 
-static const md_node_kind kind_residual_ln = {.name = "residual_ln",
-                                              .infer = residual_ln_infer,
-                                              .fwd = residual_ln_fwd,
-                                              .bwd = residual_ln_bwd,
-                                              .keep_in = 1u << 1 | 1u << 2 | 1u << 3 | 1u << 4,
-                                              .keep_out = 1u << 0 | 1u << 2 | 1u << 3,
-                                              .alias_fwd = true,
-                                              .alias_bwd = true,
-                                              .by_row = true};
+const md_node_kind md_kind_residual_ln = {.name = "residual_ln",
+                                          .infer = residual_ln_infer,
+                                          .fwd = residual_ln_fwd,
+                                          .bwd = residual_ln_bwd,
+                                          .keep_in = 1u << 1 | 1u << 2 | 1u << 3 | 1u << 4,
+                                          .keep_out = 1u << 0 | 1u << 2 | 1u << 3,
+                                          .alias_fwd = true,
+                                          .alias_bwd = true,
+                                          .by_row = true};
 
 /* Without a branch the input itself is what the backward reads, and since later nodes read it too,
  * its gradient is added to. */
@@ -91,7 +108,7 @@ static const md_node_kind kind_affine_ln = {.name = "affine_ln",
 void md_n_residual_ln(md_graph *g, const md_residual_in *in, md_slot *r, md_slot *y)
 {
     md_node n = MD_NO_NODE;
-    n.kind = in->branch == MD_NO_SLOT ? &kind_affine_ln : &kind_residual_ln;
+    n.kind = in->branch == MD_NO_SLOT ? &kind_affine_ln : &md_kind_residual_ln;
     n.in[0] = in->x;
     n.in[1] = in->branch;
     n.in[2] = in->keep;

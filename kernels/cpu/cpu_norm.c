@@ -204,7 +204,7 @@ size_t cpu_residual_ln_bwd_scratch(md_backend *be, const md_residual_ln_bwd_args
 {
     (void)be;
     int64_t chunks = cpu_chunks(md_tensor_rows(a->dx), LN_BWD_ROWS);
-    return sizeof(float) * (size_t)((2 + 3 * chunks) * md_tensor_cols(a->dx));
+    return sizeof(float) * (size_t)((2 + 4 * chunks) * md_tensor_cols(a->dx));
 }
 
 /* The sums over one row that LN' needs: of dy weight and of dy weight xhat. */
@@ -261,7 +261,7 @@ static void ln_bwd_row(const ln_bwd *k, int64_t i, float *dweight, float *dbias)
     }
 }
 
-static void branch_bwd_row(const ln_bwd *k, int64_t i, float *dgamma)
+static void branch_bwd_row(const ln_bwd *k, int64_t i, float *dgamma, float *sum)
 {
     int64_t n = k->cols;
     const float *g = k->dx + i * n, *gamma = k->gamma, *branch = k->branch;
@@ -272,8 +272,10 @@ static void branch_bwd_row(const ln_bwd *k, int64_t i, float *dgamma)
     if (k->dbranch) {
         float *out = k->dbranch + at * n;
 #pragma omp simd
-        for (int64_t c = 0; c < n; c++)
+        for (int64_t c = 0; c < n; c++) {
             out[c] = keep * gamma[c] * g[c];
+            sum[c] += out[c];
+        }
     }
     if (branch) {
 #pragma omp simd
@@ -287,7 +289,7 @@ static md_status ln_bwd_check(const md_residual_ln_bwd_args *a)
     CPU_CHECK(residual_ln_bwd, a);
     if ((!a->dr && !a->dy) || (a->dy && (!a->r || !a->mean || !a->rstd)) ||
         (a->dgamma && (!a->branch || !a->gamma)) || ((a->dweight || a->dbias) && !a->dy) ||
-        (a->accumulate & 3))
+        (a->dbranch_sum && !a->dbranch) || (a->accumulate & 3))
         MD_FAIL(MD_ERR_BUG, "residual_ln_bwd: this set of operands makes no sense");
     const int64_t tokens = rows_of_image(md_tensor_rows(a->dx), a->keep, a->from, a->to);
     MD_TRY(
@@ -322,20 +324,23 @@ md_status cpu_residual_ln_bwd(md_backend *be, const md_residual_ln_bwd_args *a)
                 .zeros = zeros,
                 .cols = cols,
                 .tokens = rows_of_image(rows, a->keep, a->from, a->to)};
-    float *dgamma = part, *dweight = part + chunks * cols, *dbias = part + 2 * chunks * cols;
+    const int64_t block = chunks * cols;
+    float *dgamma = part, *dweight = part + block, *dbias = part + 2 * block;
+    float *sum = part + 3 * block;
 #pragma omp parallel for num_threads(be->threads) if (rows * cols > CPU_SERIAL_BELOW)
     for (int64_t i = 0; i < chunks; i++) {
-        for (int s = 0; s < 3; s++)
+        for (int s = 0; s < 4; s++)
             memset(part + (s * chunks + i) * cols, 0, sizeof *part * (size_t)cols);
         int64_t end = cpu_chunk_begin(rows, chunks, i + 1);
         for (int64_t row = cpu_chunk_begin(rows, chunks, i); row < end; row++) {
             ln_bwd_row(&k, row, dweight + i * cols, dbias + i * cols);
             if (k.dbranch || k.branch)
-                branch_bwd_row(&k, row, dgamma + i * cols);
+                branch_bwd_row(&k, row, dgamma + i * cols, sum + i * cols);
         }
     }
     cpu_reduce_chunks(be, dgamma, chunks, cols, a->dgamma, a->accumulate >> 2 & 1);
     cpu_reduce_chunks(be, dweight, chunks, cols, a->dweight, a->accumulate >> 3 & 1);
     cpu_reduce_chunks(be, dbias, chunks, cols, a->dbias, a->accumulate >> 4 & 1);
+    cpu_reduce_chunks(be, sum, chunks, cols, a->dbranch_sum, a->accumulate >> 5 & 1);
     return MD_OK;
 }

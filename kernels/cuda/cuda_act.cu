@@ -188,12 +188,15 @@ md_columns(Op op, md_matrix m)
 /* Else a block adds those of so many columns. */
 #define REDUCE_COLS 16
 
-/* Sum s of the three, by blockIdx.y, that a reduction makes; false: it is not wanted. */
+/* Sum s of the four, by blockIdx.y, that a reduction makes; false: it is not wanted. */
 MD_DEV bool md_reduction(const cuda_sums &k, float *&out, const float *&part, bool &accumulate)
 {
     const int s = (int)blockIdx.y;
-    out = s == 0 ? k.out[0] : s == 1 ? k.out[1] : k.out[2];
-    accumulate = s == 0 ? k.accumulate[0] : s == 1 ? k.accumulate[1] : k.accumulate[2];
+    out = s == 0 ? k.out[0] : s == 1 ? k.out[1] : s == 2 ? k.out[2] : k.out[3];
+    accumulate = s == 0   ? k.accumulate[0]
+                 : s == 1 ? k.accumulate[1]
+                 : s == 2 ? k.accumulate[2]
+                          : k.accumulate[3];
     part = k.part + s * k.chunks * k.width;
     return out != nullptr;
 }
@@ -370,7 +373,7 @@ md_status cuda_act_forward(md_backend *be, md_op op, const md_tensor *x, md_tens
 
 md_status cuda_reduce_sums(md_backend *be, md_op op, const cuda_sums *sums)
 {
-    int count = 3;
+    int count = 4;
     while (count > 0 && !sums->out[count - 1])
         count--;
     if (count == 0 || sums->width == 0)

@@ -73,14 +73,14 @@ md_status cuda_attn_setup(void);
 md_status cuda_norm_setup(void);
 md_status cuda_norm_bwd_setup(void);
 
-/* Column sums that are cut into chunks: for s below 3, out[s] (where not NULL) = or += the sum of
+/* Column sums that are cut into chunks: for s below 4, out[s] (where not NULL) = or += the sum of
  * part[s][chunk][width] over the chunks: in chunk order where they are few, else cut into runs,
  * each added in chunk order, then the runs are. */
 typedef struct cuda_sums {
     const float *part;
     int64_t chunks, width;
-    float *out[3];
-    bool accumulate[3];
+    float *out[4];
+    bool accumulate[4];
 } cuda_sums;
 
 md_status cuda_reduce_sums(md_backend *be, md_op op, const cuda_sums *sums);

@@ -1,11 +1,12 @@
 /* cuda_norm_bwd: backward of the residual step with its LayerNorm. A block's sums for the gradients
- * of parameters go to the scratch, [3][blocks][C]: dgamma, dweight, dbias. */
+ * of parameters go to the scratch, [BWD_SUMS][blocks][C]: dgamma, dweight, dbias, dbranch_sum. */
 #include "kernels/cuda/cuda_norm.cuh"
 
 /* dr, branch, r, dy. */
 #define BWD_OPERANDS 4
+#define BWD_SUMS     4
 /* Shared memory begins with the sums of two batches of R rows, in bytes; the stages follow. */
-#define BWD_SUMS(R, threads) (2 * 2 * (R) * ((threads) / MD_WARP) * (int)sizeof(float))
+#define BWD_ROW_SUMS(R, threads) (2 * 2 * (R) * ((threads) / MD_WARP) * (int)sizeof(float))
 
 namespace
 {
@@ -30,7 +31,7 @@ template <bool ALL, class P> MD_DEV bool md_given(const P *p)
 /* What one thread keeps of its columns. */
 template <int N> struct md_ln_columns {
     float gamma[N], weight[N];
-    float dgamma[N], dweight[N], dbias[N];
+    float dgamma[N], dweight[N], dbias[N], dbranch[N];
 };
 
 /* What a batch of rows has for each row, and the sums over a row that LN' needs, of dy weight and
@@ -137,8 +138,10 @@ MD_DEV void md_ln_bwd_row(const md_ln_bwd<T> &k, const md_ln_batch<R> &b, int i,
     }
     if (md_given<ALL>(k.dbranch) && b.row.place.from[i] >= 0) {
 #pragma unroll
-        for (int j = 0; j < N; j++)
+        for (int j = 0; j < N; j++) {
             g[j] *= c.gamma[j];
+            c.dbranch[j] += g[j];
+        }
         md_vec<T>::store(k.dbranch + md_ln_at(b.row.place.from[i], k.cols, col), g);
     }
 }
@@ -151,18 +154,21 @@ MD_DEV void md_ln_bwd_begin(md_ln_columns<md_vec<T>::N> &c, const md_ln_bwd<T> &
     md_parameters(k.weight, col, there, 1.0f, c.weight);
 #pragma unroll
     for (int j = 0; j < md_vec<T>::N; j++)
-        c.dgamma[j] = c.dweight[j] = c.dbias[j] = 0.0f;
+        c.dgamma[j] = c.dweight[j] = c.dbias[j] = c.dbranch[j] = 0.0f;
 }
 
-/* ALL: dr, branch, dy with r, dbranch and part are there. */
-template <class T, int THREADS, int R, bool ALL> MD_KERNEL(THREADS) md_ln_bwd_rows(md_ln_bwd<T> k)
+/* ALL: dr, branch, dy with r, dbranch and part are there. Left alone, the compiler takes so many
+ * registers that one block of 160 threads fits on a multiprocessor instead of two. */
+template <class T, int THREADS, int R, bool ALL>
+MD_KERNEL_OF(THREADS, LN_BLOCK / THREADS)
+md_ln_bwd_rows(md_ln_bwd<T> k)
 {
     enum { N = md_vec<T>::N };
     const int threads = (int)blockDim.x, stage = BWD_OPERANDS * R * threads;
     const int col = (int)threadIdx.x * N, end = col < k.cols ? k.rows : 0;
     const int next = (int)gridDim.x * R; /* rows from a batch of this block to its next one */
     float *smem = reinterpret_cast<float *>(md_smem());
-    uint4 *slot = reinterpret_cast<uint4 *>(md_smem() + BWD_SUMS(R, threads)) + threadIdx.x;
+    uint4 *slot = reinterpret_cast<uint4 *>(md_smem() + BWD_ROW_SUMS(R, threads)) + threadIdx.x;
     md_ln_columns<N> c;
     md_ln_batch<R> b;
     md_ln_rows_of<R> coming[LN_STAGES - 1];
@@ -200,6 +206,7 @@ template <class T, int THREADS, int R, bool ALL> MD_KERNEL(THREADS) md_ln_bwd_ro
     md_put(part, c.dgamma);
     md_put(part + sums, c.dweight);
     md_put(part + 2 * sums, c.dbias);
+    md_put(part + 3 * sums, c.dbranch);
 }
 
 /* One row of md_ln_bwd_any; s1, s2 as the sums above over the width. */
@@ -227,9 +234,12 @@ MD_DEV void md_ln_bwd_any_row(const md_ln_bwd<T> &k, int row, const md_ln_rows_o
         const float keep = of.place.keep[0];
         if (k.branch)
             part[c] += keep * md_load(k.branch + md_ln_at(from, k.cols, c)) * g;
-        if (k.dbranch)
-            md_store(k.dbranch + md_ln_at(from, k.cols, c),
-                     keep * (k.gamma ? k.gamma[c] : 1.0f) * g);
+        if (!k.dbranch)
+            continue;
+        const float dbranch = keep * (k.gamma ? k.gamma[c] : 1.0f) * g;
+        md_store(k.dbranch + md_ln_at(from, k.cols, c), dbranch);
+        if (part)
+            part[3 * next + c] += dbranch;
     }
 }
 
@@ -240,7 +250,7 @@ template <class T> MD_KERNEL(VEC_BLOCK) md_ln_bwd_any(md_ln_bwd<T> k)
     float *smem = reinterpret_cast<float *>(md_smem());
     float *part = k.part ? k.part + md_ln_at((int)blockIdx.x, k.cols, 0) : nullptr;
     for (int c = (int)threadIdx.x; part && c < k.cols; c += VEC_BLOCK)
-        for (int s = 0; s < 3; s++)
+        for (int s = 0; s < BWD_SUMS; s++)
             part[s * (int64_t)gridDim.x * k.cols + c] = 0.0f;
     int turn = 0;
     for (int row = (int)blockIdx.x; row < k.rows; row += (int)gridDim.x, turn ^= 1) {
@@ -266,7 +276,7 @@ template <class T> MD_KERNEL(VEC_BLOCK) md_ln_bwd_any(md_ln_bwd<T> k)
 
 bool wants_sums(const md_residual_ln_bwd_args *a)
 {
-    return a->dgamma || a->dweight || a->dbias;
+    return a->dgamma || a->dweight || a->dbias || a->dbranch_sum;
 }
 
 int64_t bwd_chunks(const md_tensor *dx)
@@ -277,9 +287,9 @@ int64_t bwd_chunks(const md_tensor *dx)
     return ln_blocks(md_tensor_rows(dx), LN_LEAST, per_sm > 4 ? 4 : per_sm);
 }
 
-/* Up to 256 threads, and up to LN_BLOCK, which have fewer rows in the same shared memory. */
+/* Up to 192 threads, and up to LN_BLOCK, which have fewer rows in the same shared memory. */
 template <class T> struct ln_bwd_launch {
-    enum { NARROW = 256, NARROW_ROWS = LN_ROWS, WIDE_ROWS = 1 };
+    enum { NARROW = 192, NARROW_ROWS = LN_ROWS, WIDE_ROWS = 1 };
     static constexpr auto narrow = md_ln_bwd_rows<T, NARROW, NARROW_ROWS, false>;
     static constexpr auto narrow_all = md_ln_bwd_rows<T, NARROW, NARROW_ROWS, true>;
     static constexpr auto wide = md_ln_bwd_rows<T, LN_BLOCK, WIDE_ROWS, false>;
@@ -288,7 +298,7 @@ template <class T> struct ln_bwd_launch {
     {
         const int rows = threads <= NARROW ? NARROW_ROWS : WIDE_ROWS;
         const int stages = LN_STAGES * BWD_OPERANDS * rows * threads;
-        return (size_t)BWD_SUMS(rows, threads) + (size_t)stages * sizeof(uint4);
+        return (size_t)BWD_ROW_SUMS(rows, threads) + (size_t)stages * sizeof(uint4);
     }
 };
 
@@ -347,7 +357,7 @@ md_status bwd_check(const md_residual_ln_bwd_args *a)
     CUDA_CHECK(residual_ln_bwd, a);
     if ((!a->dr && !a->dy) || (a->dy && (!a->r || !a->mean || !a->rstd)) ||
         (a->dgamma && (!a->branch || !a->gamma)) || ((a->dweight || a->dbias) && !a->dy) ||
-        (a->accumulate & 3))
+        (a->dbranch_sum && !a->dbranch) || (a->accumulate & 3))
         MD_FAIL(MD_ERR_BUG, "residual_ln_bwd: this set of operands makes no sense");
     return MD_OK;
 }
@@ -363,8 +373,8 @@ md_status cuda_norm_bwd_setup(void)
 size_t cuda_residual_ln_bwd_scratch(md_backend *be, const md_residual_ln_bwd_args *a)
 {
     (void)be;
-    return wants_sums(a) ? sizeof(float) * 3 * (size_t)(bwd_chunks(a->dx) * md_tensor_cols(a->dx))
-                         : 0;
+    const int64_t part = bwd_chunks(a->dx) * md_tensor_cols(a->dx);
+    return wants_sums(a) ? sizeof(float) * BWD_SUMS * (size_t)part : 0;
 }
 
 md_status cuda_residual_ln_bwd(md_backend *be, const md_residual_ln_bwd_args *a)
@@ -378,8 +388,8 @@ md_status cuda_residual_ln_bwd(md_backend *be, const md_residual_ln_bwd_args *a)
     sums.part = wants_sums(a) ? static_cast<float *>(scratch) : nullptr;
     sums.chunks = bwd_chunks(a->dx);
     sums.width = md_tensor_cols(a->dx);
-    md_tensor *const out[3] = {a->dgamma, a->dweight, a->dbias};
-    for (int s = 0; s < 3; s++) {
+    md_tensor *const out[BWD_SUMS] = {a->dgamma, a->dweight, a->dbias, a->dbranch_sum};
+    for (int s = 0; s < BWD_SUMS; s++) {
         sums.out[s] = cuda_data<float>(out[s]);
         sums.accumulate[s] = a->accumulate >> (2 + s) & 1;
     }

@@ -217,8 +217,9 @@ static void build_residual_ln_bwd(op_case *c)
         a->dbias = f & SUMS && f & AFFINE ? F32(c, w) : NULL;
     }
     a->dgamma = f & SUMS && f & GAMMA ? F32(c, w) : NULL;
-    a->accumulate =
-        f & ADD ? (a->dgamma ? 4u : 0u) | (a->dweight ? 8u : 0u) | (a->dbias ? 16u : 0u) : 0u;
+    a->dbranch_sum = f & SUMS && f & DBRANCH ? F32(c, w) : NULL;
+    for (int o = 2; f & ADD && o < MD_OP_OUT; o++)
+        a->accumulate |= a->out[o] ? 1u << o : 0u;
     c->terms = (double)MD_MAX(w, b * t);
     c->factor = 16.0; /* dgamma sums products of differences that nearly cancel */
 }
@@ -255,6 +256,8 @@ static void ref_residual_ln_bwd(op_case *c, bool mutant)
             REF(c, residual_ln_bwd, dx)[i * w + j] += (mutant ? 1.0 - c->bend : 1.0) * g;
             if (REF(c, residual_ln_bwd, dbranch) && from >= 0)
                 REF(c, residual_ln_bwd, dbranch)[from * w + j] += k * (gamma ? gamma[j] : 1.0) * g;
+            if (REF(c, residual_ln_bwd, dbranch_sum) && from >= 0)
+                REF(c, residual_ln_bwd, dbranch_sum)[j] += k * (gamma ? gamma[j] : 1.0) * g;
             if (REF(c, residual_ln_bwd, dgamma) && from >= 0)
                 REF(c, residual_ln_bwd, dgamma)[j] += k * branch[from * w + j] * g;
         }
@@ -272,6 +275,7 @@ static double objective_residual_ln_bwd(const op_case *c, int o, int64_t i, doub
     bool moves_bias = o == OUT_INDEX(residual_ln_bwd, dbias);
     bool moves_gamma = o == OUT_INDEX(residual_ln_bwd, dgamma);
     bool moves_branch = o == OUT_INDEX(residual_ln_bwd, dbranch);
+    bool moves_bias_of_branch = o == OUT_INDEX(residual_ln_bwd, dbranch_sum);
     double *r = md_alloc(sizeof *r * (size_t)w, "reference"), sum = 0.0;
     for (int64_t row = 0; row < b * t; row++) {
         const double k = keep ? keep[row / t] : 1.0;
@@ -285,6 +289,8 @@ static double objective_residual_ln_bwd(const op_case *c, int o, int64_t i, doub
                 move *= k * (gamma ? gamma[j] : 1.0);
             if (moves_gamma)
                 move = j == i && from >= 0 ? h * k * branch[from * w + j] : 0.0;
+            if (moves_bias_of_branch)
+                move = j == i && from >= 0 ? h * k * (gamma ? gamma[j] : 1.0) : 0.0;
             r[j] = (X(c, residual_ln_bwd, r) ? X(c, residual_ln_bwd, r)[row * w + j] : 0.0) + move;
             sum += dr ? dr[row * w + j] * r[j] : 0.0;
         }
