@@ -373,7 +373,8 @@ struct md_backend {
     const md_op_table *ops;
     const md_memory_ops *memory; /* NULL: host memory */
     char device[64];             /* the GPU, for people; "" on the host */
-    size_t device_bytes;         /* of its memory, free when it was opened; 0 on the host */
+    size_t device_bytes; /* of its memory, free when it was opened; 0 where ranks may share it, and
+                            on the host */
     /* Scratch bytes this op needs with these arguments (a is the whole args struct; data pointers
      * may be NULL). Also the place where a backend prepares what depends on shapes only, so that
      * the op itself allocates nothing; an op whose scratch was never asked for prepares itself at

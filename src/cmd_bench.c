@@ -105,6 +105,8 @@ static md_status parse(int argc, char **argv, md_bench_options *o)
             return md_usage_error("bench", "option %s", argv[i]);
         i++;
     }
+    if (o->some && strcmp(o->what, "ops") != 0)
+        return md_usage_error("bench", "--only is for bench ops");
     return MD_OK;
 }
 
@@ -306,7 +308,8 @@ const md_verb md_verb_bench = {
     "step  one JSON line with the milliseconds of each step and images per second\n"
     "ops   a line for each op and shape: time, share, bytes and FLOP a second; every op is issued\n"
     "      --repeat times and waited for (more than once: the numbers trained on are nonsense);\n"
-    "      with --only these ops alone are, so that many repetitions take little time;\n"
+    "      with --only these ops alone are, so that many repetitions take little time, and\n"
+    "      shares and sum are of these;\n"
     "      drop path skips nothing here, unless model.drop_path_mode says so\n"
     "comm  bytes that rank 0 sends in a step, by group of ranks, beside what formulas predict\n"
     "      where drop path skips nothing, and when each gradient bucket was started\n"

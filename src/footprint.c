@@ -222,13 +222,15 @@ static bool fits_with(const start *from, const change *h, int64_t value)
     return bytes_with(from, h, value, &bytes) && bytes <= from->limit;
 }
 
-/* The largest divisor that fits, or, where none does, the largest. */
-static int64_t smaller_micro(const start *from, int64_t micro)
+/* The largest smaller one that divides a rank's images and fits, or, where none does, just the
+ * largest; 0: there is none. */
+static int64_t smaller_micro(const start *from, const md_batch_layout *l)
 {
     double bytes;
     int64_t largest = 0;
-    for (int64_t less = micro / 2; less >= 1; less--)
-        if (micro % less == 0 && bytes_with(from, &changes[MICRO], less, &bytes)) {
+    for (int64_t less = l->micro - 1; less >= 1; less--)
+        if (l->accumulation * l->micro % less == 0 &&
+            bytes_with(from, &changes[MICRO], less, &bytes)) {
             if (bytes <= from->limit)
                 return less;
             largest = MD_MAX(largest, less);
@@ -261,7 +263,7 @@ void md_footprint_changes(const md_config *c, const md_teacher_info *info, int r
     /* What should fit by the plan and did not says nothing of what else would. */
     const start from = {c, info, ranks, now.total > limit ? limit : 0};
     const int64_t value[CHANGES] = {[ZERO] = 1,
-                                    [MICRO] = smaller_micro(&from, l.micro),
+                                    [MICRO] = smaller_micro(&from, &l),
                                     [RECOMPUTE] = more_recomputed(&from),
                                     [TENSOR] = 2 * l.tp};
     size_t used = (size_t)snprintf(buf, size, "what would lessen it\n"), none = used;
@@ -273,10 +275,12 @@ void md_footprint_changes(const md_config *c, const md_teacher_info *info, int r
                                      bytes <= from.limit ? ", fits" : "", changes[i].cost);
     }
     if (used == none)
-        snprintf(buf + used, size - used, "  nothing but a smaller model or a larger GPU\n");
+        snprintf(buf + used, size - used,
+                 "  none of train.micro_batch, train.recompute, "
+                 "parallel.zero and parallel.tensor\n");
 }
 
-void md_footprint_advice(const md_config *c, const md_teacher_info *info, int ranks, double limit,
+void md_footprint_advice(const md_config *c, const md_teacher_info *info, int ranks, double left,
                          char *buf, size_t size)
 {
     md_memory_map now;
@@ -285,5 +289,6 @@ void md_footprint_advice(const md_config *c, const md_teacher_info *info, int ra
         return;
     md_memory_map_print(&now, "what a GPU has to hold", buf, size);
     const size_t used = strlen(buf);
-    md_footprint_changes(c, info, ranks, limit, buf + used, size - used);
+    md_footprint_changes(c, info, ranks, left > 0 ? left + DEVICE_BASE_BYTES : 0, buf + used,
+                         size - used);
 }

@@ -50,8 +50,9 @@ void md_memory_map_print(const md_memory_map *m, const char *title, char *buf, s
  * for md_model_make. Local. */
 void md_footprint_changes(const md_config *c, const md_teacher_info *info, int ranks, double limit,
                           char *buf, size_t size);
-/* What to say when the operands do not fit on a device: the map, and these changes. Local. */
-void md_footprint_advice(const md_config *c, const md_teacher_info *info, int ranks, double limit,
+/* What to say when the operands do not fit on a device of which so many bytes were free behind its
+ * context (0: not known): the map, and these changes. Local. */
+void md_footprint_advice(const md_config *c, const md_teacher_info *info, int ranks, double left,
                          char *buf, size_t size);
 
 #endif

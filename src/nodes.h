@@ -26,9 +26,10 @@
  * parameter gradients and the node has the parameter. */
 #define MD_ADD_BIT(k, p) (g->accumulate && n->param[p] != MD_NO_PARAM ? 1u << (k) : 0u)
 
-/* The bias parameter, with nothing behind it, of the linear layer that makes a slot which one
- * residual step reads as its branch, on one rank: that step's backward pass makes the gradient of
- * the bias, the column sums of what it writes. MD_NO_PARAM: each node looks after its own. */
+/* Where a slot is made by a linear layer without activation, is no sum over tensor-parallel ranks,
+ * and is read by one residual step only, as its branch: the layer's bias, whose gradient is the
+ * column sums of the branch's, and which that step's backward pass makes. Else MD_NO_PARAM: the
+ * layer makes it. */
 int md_branch_bias(const md_graph *g, md_slot branch);
 
 /* Kinds that md_branch_bias looks for. */

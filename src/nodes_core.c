@@ -134,8 +134,9 @@ static md_status linear_infer(md_graph *g, md_node *n)
         MD_TRY(md_node_output(g, n, 1, MD_COMPUTE(g), rank, dim));
     if (has_qv_bias(n))
         MD_TRY(md_node_output(g, n, 2, MD_COMPUTE(g), 1, &w.dim[0]));
-    for (int k = 0; k < 3; k++)
-        md_node_set_place(g, n, k, place);
+    md_node_set_place(g, n, 0, place);
+    md_node_set_place(g, n, 1, place);
+    md_node_set_place(g, n, 2, place == MD_CUT_COLS ? MD_CUT_COLS : MD_REPL);
     md_node_set_packed(g, n, 2, MD_NO_SLOT);
     return MD_OK;
 }

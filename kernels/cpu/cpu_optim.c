@@ -1,4 +1,4 @@
-/* cpu_optim: adamw, and the plain vector ops fill, axpy and cast. */
+/* cpu_optim: adamw, and the plain vector ops axpy and cast. */
 #include "kernels/cpu/cpu_internal.h"
 #include "kernels/scalar_math.h"
 

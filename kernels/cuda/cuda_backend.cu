@@ -306,8 +306,11 @@ static md_status open_device(md_backend *be, cuda_state *s, const md_backend_arg
     CUDA_TRY(cudaStreamCreateWithFlags(&s->stream, cudaStreamNonBlocking));
     CUDA_TRY(cudaStreamCreateWithFlags(&s->side, cudaStreamNonBlocking));
     CUDA_TRY(cudaStreamCreateWithFlags(&s->copy, cudaStreamNonBlocking));
-    size_t total;
-    CUDA_TRY(cudaMemGetInfo(&be->device_bytes, &total));
+    int count;
+    size_t left, total;
+    CUDA_TRY(cudaGetDeviceCount(&count));
+    CUDA_TRY(cudaMemGetInfo(&left, &total));
+    be->device_bytes = count > 1 || args->node_size <= 1 ? left : 0;
     CUDA_TRY(cudaEventCreateWithFlags(&s->fork, cudaEventDisableTiming));
     CUDA_TRY(cudaEventCreateWithFlags(&s->join, cudaEventDisableTiming));
     for (int i = 0; i < MD_FEED_SLOTS; i++) {

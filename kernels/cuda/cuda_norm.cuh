@@ -14,12 +14,13 @@
 /* Rows of a batch, and batches of a block that are in shared memory or on their way to it. */
 #define LN_ROWS   2
 #define LN_STAGES 3
-/* Rows of a block at least: every stage is used, and one of them twice. */
+/* Rows of a block at least: batches of so many rows take every stage, and one of them twice. */
 #define LN_LEAST ((LN_STAGES + 1) * LN_ROWS)
 /* Threads of a block at most. */
 #define LN_BLOCK 512
 /* Threads of a multiprocessor, forward and backward. With all operands and full warps these have 80
- * KiB of reads under way, but for those that a block waits for. As many fit on one of an H100's by
+ * KiB of reads under way, but for those that a block waits for; backward, of rows of more than 192
+ * threads, less than half of that. As many fit on one of an H100's by
  * registers and shared memory, so that all blocks run at once there, with equal shares of the rows.
  */
 #define LN_THREADS     640

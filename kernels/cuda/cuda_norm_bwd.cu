@@ -287,7 +287,8 @@ int64_t bwd_chunks(const md_tensor *dx)
     return ln_blocks(md_tensor_rows(dx), LN_LEAST, per_sm > 4 ? 4 : per_sm);
 }
 
-/* Up to 192 threads, and up to LN_BLOCK, which have fewer rows in the same shared memory. */
+/* Up to 192 threads; and up to LN_BLOCK, with fewer rows, for which registers and shared memory
+ * suffice. */
 template <class T> struct ln_bwd_launch {
     enum { NARROW = 192, NARROW_ROWS = LN_ROWS, WIDE_ROWS = 1 };
     static constexpr auto narrow = md_ln_bwd_rows<T, NARROW, NARROW_ROWS, false>;

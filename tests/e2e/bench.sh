@@ -36,4 +36,7 @@ rc=0
 "$MD_HPC" bench ops --only colsum,none "${keys[@]}" >"$log" 2>&1 || rc=$?
 [ "$rc" = 64 ] || fail "bench ops of no op: $rc"
 says 'no op "none"'
+rc=0
+"$MD_HPC" bench step --only colsum >"$log" 2>&1 || rc=$?
+[ "$rc" = 64 ] || fail "bench step --only: $rc"
 echo ok

@@ -1,6 +1,6 @@
 #!/bin/bash
 # What only a GPU can show: the ops in fp32 and bf16, training beside the cpu backend, grids of ranks
-# on one GPU, NCCL, restarts, and the checks of compute-sanitizer. Fits in ten minutes.
+# on one GPU, NCCL, restarts, and the checks of compute-sanitizer.
 #
 #   tests/gpu/gpu_test.sh [PATTERN...]     only lines whose name holds one of the patterns
 #
@@ -8,8 +8,9 @@
 # "N passed, N failed". The same in $BUILD/gpu_test.json.
 #
 # Environment: BUILD, MPIRUN, MD_GPU_JOBS (tests at once; one for every four cores, at most 6),
-# MD_GPU_SECONDS (570: no test starts later), MD_GPU_STANDIN=1 (the cuda backend of this build needs no
-# GPU), MD_SANITIZER (compute-sanitizer). Exit status: 0 all passed, 1, or 69: there is no GPU.
+# MD_GPU_SECONDS (570: no test starts later, which fails), MD_GPU_STANDIN=1 (the cuda backend of this
+# build needs no GPU), MD_SANITIZER (compute-sanitizer). Exit status: 0 all passed or were skipped for
+# lack of what they need, 1, or 69: there is no GPU. A signal ends all tests.
 set -u
 cd "$(dirname "$0")/../.." || exit 1
 build=${BUILD:-build}
@@ -18,10 +19,33 @@ export MD_HPC
 export MPIRUN=${MPIRUN:-mpirun}
 sanitizer=${MD_SANITIZER:-compute-sanitizer}
 patterns=("$@")
-jobs=${MD_GPU_JOBS:-$(($(nproc) / 4))}
-jobs=$((jobs < 1 ? 1 : jobs > 6 && ${MD_GPU_JOBS:-0} == 0 ? 6 : jobs))
-results=$(mktemp -d) # of each test its output, OUT, and a line of the report, OUT.json
+jobs=$(($(getconf _NPROCESSORS_ONLN) / 4))
+jobs=${MD_GPU_JOBS:-$((jobs < 1 ? 1 : jobs > 6 ? 6 : jobs))}
+slow=$((jobs > 1 ? 2 : 1)) # what a test takes when others run beside it
+results=$(mktemp -d)       # of each test its output, OUT, and a line of the report, OUT.json
+
+# end_tree PID: it and all that it started; what timeout starts is in process groups of its own.
+end_tree() {
+    local child children
+    read -ra children < <(cat "/proc/$1/task/"*/children 2>/dev/null)
+    for child in "${children[@]}"; do
+        end_tree "$child"
+    done
+    kill -TERM "$1" 2>/dev/null
+}
+
+ended() { # EXIT_STATUS
+    local job
+    trap '' INT TERM HUP
+    for job in $(jobs -p); do
+        end_tree "$job"
+    done
+    wait
+    exit "$1"
+}
 trap 'rm -rf "$results"' EXIT
+trap 'ended 130' INT
+trap 'ended 143' TERM HUP
 
 gpus() {
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null
@@ -48,7 +72,7 @@ run_test() {
     shift 2
     if [ "$SECONDS" -ge "${MD_GPU_SECONDS:-570}" ]; then
         echo "no time was left for it" >"$out"
-        rc=77
+        rc=1
     else
         (set -e && "$@") >"$out" 2>&1 </dev/null
         rc=$?
@@ -60,7 +84,7 @@ run_test() {
     esac
     seconds=$(awk "BEGIN { printf \"%.1f\", $EPOCHREALTIME - $start }")
     printf '{"name": "%s", "result": "%s", "seconds": %s}\n' "$name" "$result" "$seconds" >"$out.json"
-    printf '%-44s %7.1f s  %s\n' "$name" "$seconds" "$word"
+    flock "$results" printf '%-44s %7.1f s  %s\n' "$name" "$seconds" "$word"
 }
 
 # check NAME COMMAND...: starts a test as soon as there is room for it.
@@ -75,17 +99,17 @@ check() {
 # ---- ops ----
 
 ops() {
-    MD_TEST_BACKEND=cuda timeout 200 "$build/tests/ops/test_ops"
+    MD_TEST_BACKEND=cuda timeout $((200 * slow)) "$build/tests/ops/test_ops"
 }
 
 backend() {
-    timeout 60 "$build/tests/ops/test_backend"
+    timeout $((60 * slow)) "$build/tests/ops/test_backend"
 }
 
 # ---- training: each begins with a scratch folder of its own ----
 
 begin() {
-    limit=100
+    limit=$((100 * slow))
     # shellcheck source=tests/tiny_run.sh
     . tests/tiny_run.sh
 }
@@ -187,7 +211,7 @@ sanitized() { # TOOL COMMAND...
     local tool=$1
     shift
     command -v "$sanitizer" >/dev/null || skip "no $sanitizer"
-    timeout 150 "$sanitizer" --tool "$tool" --error-exitcode 9 --target-processes all "$@"
+    timeout $((150 * slow)) "$sanitizer" --tool "$tool" --error-exitcode 9 --target-processes all "$@"
 }
 
 sanitized_ops() {
@@ -228,11 +252,15 @@ gpus
 CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
 export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES%%,*}
 
-# The longest first: they would end last.
-check 'racecheck: ops' sanitized_ops racecheck
+# The longest tests: last where one runs at a time, so that time is left for the others, else first.
+sanitizers() {
+    check 'racecheck: ops' sanitized_ops racecheck
+    check 'memcheck: ops' sanitized_ops memcheck
+    check 'memcheck: training' sanitized_training memcheck
+}
+
+[ "$jobs" = 1 ] || sanitizers
 check 'ops in fp32 and bf16' ops
-check 'memcheck: ops' sanitized_ops memcheck
-check 'memcheck: training' sanitized_training memcheck
 check 'backend' backend
 check 'training in fp32 as on the cpu' fp32_as_cpu
 check 'training in bf16 near the cpu' bf16_as_cpu
@@ -250,5 +278,6 @@ check 'NCCL, one rank' nccl_one
 check 'NCCL, two GPUs' nccl_two
 check 'resumed, fp32' resumed fp32
 check 'resumed, bf16' resumed bf16
+[ "$jobs" != 1 ] || sanitizers
 wait
 report

@@ -247,6 +247,7 @@ const op_row gemm_rows[] = {
     QV_BIAS_BWD(3, 17, ADD),
     QV_BIAS_BWD(197, 65, 0),
     QV_BIAS_BWD(257, 1, ADD),
+    QV_BIAS_BWD(197, 264, 0),
     QV_BIAS_BWD(1030, 64, 0),
     ACT_BWD(1, 1, GELU),
     ACT_BWD(3, 17, GELU | BIAS),

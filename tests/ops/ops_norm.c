@@ -348,6 +348,7 @@ const op_row norm_rows[] = {
     ALL_RLN(3, 7, 264),       ALL_RLN_BWD(1, 1, 3),
     ALL_RLN_BWD(3, 17, 33),   ALL_RLN_BWD(4, 65, 64),
     ALL_RLN_BWD(2, 257, 80),  ALL_RLN_BWD(5, 3, 1280),
-    ALL_RLN_BWD(3, 7, 264),
+    ALL_RLN_BWD(3, 7, 264),   ALL_RLN_BWD(1, 5, 1600),
+    ALL_RLN_BWD(2, 3, 768),
 };
 const int norm_row_count = (int)MD_COUNT(norm_rows);

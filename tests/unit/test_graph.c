@@ -209,6 +209,33 @@ static void test_accumulation(void **state)
     test_free(t);
 }
 
+static int colsums;
+static const md_op_table *below;
+static md_status counted_colsum(md_backend *be, const md_colsum_args *a)
+{
+    colsums++;
+    return below->colsum(be, a);
+}
+
+/* Of the biases, those of the patches and the head are summed by themselves; proj's and fc2's come
+ * with the residual steps, fc1's with the activation. */
+static void test_column_sums(void **state)
+{
+    (void)state;
+    tiny *t = test_calloc(1, sizeof *t);
+    tiny_make(t, "cpu", "shared", "chosen", "skip", 0);
+    md_op_table counting = *t->be->ops;
+    below = t->be->ops;
+    counting.colsum = counted_colsum;
+    t->be->ops = &counting;
+    colsums = 0;
+    tiny_forward(t);
+    assert_int_equal(md_graph_backward(&t->m.student_graph, t->be, false, NULL, NULL), MD_OK);
+    assert_int_equal(colsums, 2);
+    tiny_free(t);
+    test_free(t);
+}
+
 /* Two ways to compute the same give the same loss and gradients. */
 static void same_results(const char *const one[2], const char *const other[2])
 {
@@ -330,9 +357,10 @@ static void test_update(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_gradients),  cmocka_unit_test(test_accumulation),
-        cmocka_unit_test(test_last_block), cmocka_unit_test(test_drop_path_modes),
-        cmocka_unit_test(test_recompute),  cmocka_unit_test(test_update),
+        cmocka_unit_test(test_gradients),       cmocka_unit_test(test_accumulation),
+        cmocka_unit_test(test_column_sums),     cmocka_unit_test(test_last_block),
+        cmocka_unit_test(test_drop_path_modes), cmocka_unit_test(test_recompute),
+        cmocka_unit_test(test_update),
     };
     return cmocka_run_group_tests_name("graph", tests, NULL, NULL);
 }
