@@ -13,8 +13,9 @@
  * Contract of every op: inputs are not changed; every element of an output is written, or, when its
  * bit is set in `accumulate`, added to; an output may share memory with an input only where the row
  * says so; nothing is allocated; nothing communicates; sums run in an order that depends on the
- * shapes only; the only errors are wrong arguments (MD_ERR_BUG) and device failures. An optional
- * operand is NULL. Scratch beyond the operands comes from md_backend.scratch, sized at setup.
+ * shapes and the kind of device only; the only errors are wrong arguments (MD_ERR_BUG) and device
+ * failures. An optional operand is NULL. Scratch beyond the operands comes from md_backend.scratch,
+ * sized at setup.
  *
  * Every args struct begins as md_operands does: `check`, `plan` and tracing need no per-op code. */
 #ifndef MD_BACKEND_H

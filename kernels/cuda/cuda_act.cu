@@ -142,7 +142,6 @@ template <class T> struct md_colsum_pass {
 #define COLUMN_ROWS   64
 #define COLUMN_CHUNKS 256
 #define COLUMN_PER_SM 4
-#define COLUMN_BLOCKS (COLUMN_PER_SM * VEC_SMS)
 
 /* Sets of `cols` columns of a matrix whose rows are `stride` numbers: the first, and one that ends
  * with the row, or all as one. */
@@ -256,19 +255,19 @@ typedef struct column_args {
     bool accumulate[2];
 } column_args;
 
-int64_t column_chunks(const md_tensor *x, int sets)
+int64_t column_chunks(const md_backend *be, const md_tensor *x, int sets)
 {
     const int64_t cols = md_tensor_cols(x) / (sets == 2 ? 3 : 1);
     const int64_t tiles = sets * cuda_ceil(cols, MD_WARP * (cuda_is_bf16(x) ? 8 : 4));
-    const int64_t blocks = COLUMN_BLOCKS / (tiles > 0 ? tiles : 1);
+    const int64_t blocks = COLUMN_PER_SM * cuda_sms(be) / (tiles > 0 ? tiles : 1);
     const int64_t most = blocks < 1 ? 1 : blocks > COLUMN_CHUNKS ? COLUMN_CHUNKS : blocks;
     return cuda_chunks(md_tensor_rows(x), COLUMN_ROWS, most);
 }
 
-size_t column_scratch(const md_tensor *x, int sets)
+size_t column_scratch(const md_backend *be, const md_tensor *x, int sets)
 {
     const int64_t cols = md_tensor_cols(x) / (sets == 2 ? 3 : 1);
-    return sizeof(float) * (size_t)(sets * column_chunks(x, sets) * cols);
+    return sizeof(float) * (size_t)(sets * column_chunks(be, x, sets) * cols);
 }
 
 template <int W, int U, class Op>
@@ -276,7 +275,7 @@ md_status columns_run(md_backend *be, const Op &k, const column_args *a)
 {
     const int sets = a->out[1] ? 2 : 1;
     void *scratch;
-    MD_TRY(cuda_scratch(be, a->op, column_scratch(a->x, sets), &scratch));
+    MD_TRY(cuda_scratch(be, a->op, column_scratch(be, a->x, sets), &scratch));
     md_matrix m;
     m.part = static_cast<float *>(scratch);
     m.rows = md_tensor_rows(a->x);
@@ -284,7 +283,7 @@ md_status columns_run(md_backend *be, const Op &k, const column_args *a)
     m.cols = m.stride / (sets == 2 ? 3 : 1);
     if (m.cols == 0)
         return MD_OK;
-    const int64_t chunks = column_chunks(a->x, sets);
+    const int64_t chunks = column_chunks(be, a->x, sets);
     const int width = a->aligned && m.cols % W == 0 ? W : 1;
     const auto kernel = width == W ? md_columns<Op, W, U> : md_columns<Op, 1, U>;
     const dim3 grid(cuda_blocks(m.cols, MD_WARP * width), (unsigned)chunks, (unsigned)sets);
@@ -390,8 +389,7 @@ md_status cuda_reduce_sums(md_backend *be, md_op op, const cuda_sums *sums)
 
 size_t cuda_colsum_scratch(md_backend *be, const md_colsum_args *a)
 {
-    (void)be;
-    return column_scratch(a->x, 1);
+    return column_scratch(be, a->x, 1);
 }
 
 md_status cuda_colsum(md_backend *be, const md_colsum_args *a)
@@ -402,8 +400,7 @@ md_status cuda_colsum(md_backend *be, const md_colsum_args *a)
 
 size_t cuda_qv_bias_bwd_scratch(md_backend *be, const md_qv_bias_bwd_args *a)
 {
-    (void)be;
-    return column_scratch(a->x, 2);
+    return column_scratch(be, a->x, 2);
 }
 
 md_status cuda_qv_bias_bwd(md_backend *be, const md_qv_bias_bwd_args *a)
@@ -414,8 +411,7 @@ md_status cuda_qv_bias_bwd(md_backend *be, const md_qv_bias_bwd_args *a)
 
 size_t cuda_act_bwd_scratch(md_backend *be, const md_act_bwd_args *a)
 {
-    (void)be;
-    return a->dbias ? column_scratch(a->x, 1) : 0;
+    return a->dbias ? column_scratch(be, a->x, 1) : 0;
 }
 
 md_status cuda_act_bwd(md_backend *be, const md_act_bwd_args *a)

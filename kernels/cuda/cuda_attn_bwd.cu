@@ -21,11 +21,8 @@
 #define QUERY_AHEAD(w) ((w) >= 64)
 
 /* What the sums of dlogits may take of shared memory together with the stages on the largest GPU.
- * Chunks are cut for it everywhere. */
+ */
 #define QUERY_SMEM 232448
-
-/* Blocks of threads that fill a GPU when each has a multiprocessor for itself. */
-#define QUERY_GRID 132
 
 /* Bytes of the sums of a tile and a block of keys. */
 #define SUMS_BLOCK (ATTN_BLOCK * ATTN_BLOCK * (int)sizeof(float))
@@ -351,8 +348,9 @@ static bwd_kernel queries_of(int width, bool rel)
     return nullptr;
 }
 
-/* Shared memory that a block of threads of the queries kernel may have; found at setup. */
-static int query_smem = ATTN_SMEM;
+/* Shared memory that a block of threads of the queries kernel may have: found at setup, without a
+ * device what the largest GPU gives. */
+static int query_smem = QUERY_SMEM;
 
 md_status attn_bwd_setup(void)
 {
@@ -385,16 +383,16 @@ static int query_tiles(const attn_dims &d, int width, int smem)
     return most < 1 ? 0 : attn_warps(attn_blocks(d), MD_MIN(most, QUERY_WARPS(width)));
 }
 
-/* Chunks of images, from the shape only: as many as fill a large GPU. Without drel every image is
- * its own. */
-static int image_chunks(const md_attention_bwd_args *a, const attn_dims &d)
+/* Chunks of images: as many as fill the GPU when each block of threads has a multiprocessor for
+ * itself. Without drel every image is its own. */
+static int image_chunks(const md_backend *be, const md_attention_bwd_args *a, const attn_dims &d)
 {
     if (!a->drel)
         return d.images;
-    int tiles = attn_tensor_cores(a->qkv, a->heads) ? query_tiles(d, d.width, QUERY_SMEM)
+    int tiles = attn_tensor_cores(a->qkv, a->heads) ? query_tiles(d, d.width, query_smem)
                                                     : QUERY_WARPS(d.width);
     int groups = (int)cuda_ceil(attn_blocks(d), MD_MAX(tiles, 1));
-    return MD_MAX(1, MD_MIN(d.images, QUERY_GRID / (d.heads * groups)));
+    return MD_MAX(1, MD_MIN(d.images, cuda_sms(be) / (d.heads * groups)));
 }
 
 /* Words that are read ahead, behind the last block of keys or queries. */
@@ -405,7 +403,8 @@ struct bwd_layout {
     size_t rel, part, end;
 };
 
-static bwd_layout layout_of(const md_attention_bwd_args *a, const attn_dims &d)
+static bwd_layout layout_of(const md_backend *be, const md_attention_bwd_args *a,
+                            const attn_dims &d)
 {
     const size_t rows = (size_t)d.heads * (size_t)d.tokens;
     bwd_layout l;
@@ -415,14 +414,13 @@ static bwd_layout layout_of(const md_attention_bwd_args *a, const attn_dims &d)
                           : 0);
     l.end = l.part;
     if (a->drel)
-        l.end += sizeof(float) * rows * (size_t)d.tokens * (size_t)image_chunks(a, d);
+        l.end += sizeof(float) * rows * (size_t)d.tokens * (size_t)image_chunks(be, a, d);
     return l;
 }
 
 size_t cuda_attention_bwd_scratch(md_backend *be, const md_attention_bwd_args *a)
 {
-    (void)be;
-    return layout_of(a, attn_dims_of(a->qkv, a->heads, a->scale)).end;
+    return layout_of(be, a, attn_dims_of(a->qkv, a->heads, a->scale)).end;
 }
 
 /* Whether the bf16 kernels can do it. */
@@ -455,13 +453,13 @@ md_status cuda_attention_bwd(md_backend *be, const md_attention_bwd_args *a)
     if (a->accumulate & 1 || (a->drel && !a->rel))
         MD_FAIL(MD_ERR_BUG, "attention_bwd: dqkv does not accumulate, and drel needs rel");
     const attn_dims d = attn_dims_of(a->qkv, a->heads, a->scale);
-    const bwd_layout l = layout_of(a, d);
+    const bwd_layout l = layout_of(be, a, d);
     void *scratch;
     MD_TRY(cuda_scratch(be, MD_OP_attention_bwd, l.end, &scratch));
     char *base = static_cast<char *>(scratch);
     attn_bwd_room room = {reinterpret_cast<float *>(base),
                           a->drel ? reinterpret_cast<float *>(base + l.part) : nullptr,
-                          image_chunks(a, d)};
+                          image_chunks(be, a, d)};
     if (!fits(a, d)) {
         MD_TRY(attn_plain_bwd(be, a, room));
     } else {

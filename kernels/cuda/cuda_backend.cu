@@ -257,6 +257,14 @@ static const md_tuning_ops tuning = {cuda_gemm_tune, cuda_gemm_write, cuda_gemm_
 
 /* ---- the device ---- */
 
+/* Multiprocessors of an H100 SXM, for which plans are made. */
+#define PLANNED_SMS 132
+
+int cuda_sms(const md_backend *be)
+{
+    return cuda_state_of(be)->sms;
+}
+
 #define REMEDY "; backend = \"cpu\" runs without a GPU"
 
 /* With several GPUs in sight the ranks of a node take one each; with one, this rank was given it,
@@ -303,6 +311,7 @@ static md_status open_device(md_backend *be, cuda_state *s, const md_backend_arg
 {
     MD_TRY(choose_device(args, &s->device));
     MD_TRY(describe_device(be, s->device));
+    CUDA_TRY(cudaDeviceGetAttribute(&s->sms, cudaDevAttrMultiProcessorCount, s->device));
     CUDA_TRY(cudaStreamCreateWithFlags(&s->stream, cudaStreamNonBlocking));
     CUDA_TRY(cudaStreamCreateWithFlags(&s->side, cudaStreamNonBlocking));
     CUDA_TRY(cudaStreamCreateWithFlags(&s->copy, cudaStreamNonBlocking));
@@ -361,6 +370,7 @@ md_status md_cuda_create(const md_backend_args *args, md_backend **out)
     be->threads = args->threads;
     be->tuning = args->planning ? NULL : &tuning;
     s->planning = args->planning;
+    s->sms = PLANNED_SMS;
     md_status st = args->planning ? MD_OK : open_device(be, s, args);
     if (st != MD_OK) {
         cuda_destroy(be);

@@ -68,6 +68,10 @@ MD_OPS(CUDA_DECLARE)
 CUDA_OPS_WITH_SCRATCH(CUDA_DECLARE)
 #undef CUDA_DECLARE
 
+/* Multiprocessors of the device, for which grids, and with them the borders of sums, are cut; those
+ * of an H100 SXM where there is no device. */
+int cuda_sms(const md_backend *be);
+
 /* Setup of a file's kernels: shared memory limits. */
 md_status cuda_attn_setup(void);
 md_status cuda_norm_setup(void);

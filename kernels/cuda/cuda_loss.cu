@@ -1,14 +1,19 @@
 /* cuda_loss: the losses and the squared norm. Elements are dealt to threads in groups of 16 bytes,
  * whatever the address of the first; a thread adds its own in f64, the block its threads, and one
- * last block the blocks. The number of blocks depends on the number of elements only. */
+ * last block the blocks. The number of blocks depends on the number of elements
+ * and the device only. */
 #include "kernels/cuda/cuda_vec.cuh"
 
-#define SUM_BLOCKS (8 * VEC_SMS)
-
-static int sum_blocks(int64_t n, int64_t per_block)
+/* Blocks of a sum at most. */
+static int most_blocks(const md_backend *be)
 {
-    const int64_t blocks = cuda_ceil(n, per_block);
-    return (int)(blocks < 1 ? 1 : blocks > SUM_BLOCKS ? SUM_BLOCKS : blocks);
+    return 8 * cuda_sms(be);
+}
+
+static int sum_blocks(const md_backend *be, int64_t n, int64_t per_block)
+{
+    const int64_t blocks = cuda_ceil(n, per_block), most = most_blocks(be);
+    return (int)(blocks < 1 ? 1 : blocks > most ? most : blocks);
 }
 
 namespace
@@ -238,7 +243,7 @@ template <class T> md_status loss_run(md_backend *be, const md_loss_args *a, dou
     last.part = part;
     last.out[0] = cuda_data<double>(a->loss);
     last.scale = (double)a->scale;
-    last.blocks = sum_blocks(k.n, VEC_BLOCK * md_vec<T>::N);
+    last.blocks = sum_blocks(be, k.n, VEC_BLOCK * md_vec<T>::N);
     last.accumulate = (int)a->accumulate;
     if (cuda_aligned(k.pred, k.target, k.dpred))
         loss_launch<T, true>(cuda_stream(be), last.blocks, a->kind, k);
@@ -280,8 +285,8 @@ md_status cross_entropy_run(md_backend *be, const md_cross_entropy_args *a, doub
 
 size_t cuda_loss_scratch(md_backend *be, const md_loss_args *a)
 {
-    (void)be, (void)a;
-    return sizeof(double) * SUM_BLOCKS;
+    (void)a;
+    return sizeof(double) * (size_t)most_blocks(be);
 }
 
 md_status cuda_loss(md_backend *be, const md_loss_args *a)
@@ -318,8 +323,8 @@ md_status cuda_cross_entropy(md_backend *be, const md_cross_entropy_args *a)
 
 size_t cuda_sumsq_scratch(md_backend *be, const md_sumsq_args *a)
 {
-    (void)be, (void)a;
-    return 2 * sizeof(double) * SUM_BLOCKS;
+    (void)a;
+    return 2 * sizeof(double) * (size_t)most_blocks(be);
 }
 
 md_status cuda_sumsq(md_backend *be, const md_sumsq_args *a)
@@ -336,7 +341,7 @@ md_status cuda_sumsq(md_backend *be, const md_sumsq_args *a)
     last.out[0] = cuda_data<double>(a->sum);
     last.out[1] = cuda_data<double>(a->nonfinite);
     last.scale = 1.0;
-    last.blocks = sum_blocks(k.n, VEC_BLOCK * 16);
+    last.blocks = sum_blocks(be, k.n, VEC_BLOCK * 16);
     last.accumulate = (int)a->accumulate;
     const auto kernel = cuda_aligned(k.x) ? md_sumsq_sum<true> : md_sumsq_sum<false>;
     const size_t smem = 2 * VEC_WARPS * sizeof(double);

@@ -222,12 +222,12 @@ template <class T> md_status ln_run(md_backend *be, md_op op, const md_ln<T> &k)
         return MD_OK;
     const int threads = ln_threads<T>(k.cols, cuda_aligned(k.x, k.branch, k.r, k.y));
     if (threads == 0) {
-        const int64_t blocks = k.rows < 8 * VEC_SMS ? k.rows : 8 * VEC_SMS;
+        const int64_t sms = cuda_sms(be), blocks = k.rows < 8 * sms ? k.rows : 8 * sms;
         MD_LAUNCH(md_ln_any<T>, (unsigned)blocks, VEC_BLOCK, 2 * VEC_WARPS * sizeof(float),
                   cuda_stream(be), k);
         return cuda_launched(op);
     }
-    const int64_t blocks = ln_blocks(k.rows, LN_LEAST, LN_THREADS / threads);
+    const int64_t blocks = ln_blocks(be, k.rows, LN_THREADS / threads);
     MD_LAUNCH(md_ln_rows<T>, (unsigned)blocks, (unsigned)threads, ln_smem(threads), cuda_stream(be),
               k);
     return cuda_launched(op);

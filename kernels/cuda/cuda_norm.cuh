@@ -20,9 +20,8 @@
 #define LN_BLOCK 512
 /* Threads of a multiprocessor, forward and backward. With all operands and full warps these have 80
  * KiB of reads under way, but for those that a block waits for; backward, of rows of more than 192
- * threads, less than half of that. As many fit on one of an H100's by
- * registers and shared memory, so that all blocks run at once there, with equal shares of the rows.
- */
+ * threads, less than half of that. As many fit by registers and shared memory (compute capability
+ * 8.0 and 9.0), so that all blocks run at once, with equal shares of the rows. */
 #define LN_THREADS     640
 #define LN_BWD_THREADS 320
 
@@ -118,10 +117,10 @@ template <class T> static int ln_threads(int64_t cols, bool aligned)
     return (int)cuda_ceil(vectors, MD_WARP) * MD_WARP;
 }
 
-/* Blocks for rows of which each takes at least `least`, so many on each multiprocessor. */
-static inline int64_t ln_blocks(int64_t rows, int64_t least, int64_t per_sm)
+/* Blocks for so many rows, each with LN_LEAST at least; so many on a multiprocessor. */
+static inline int64_t ln_blocks(const md_backend *be, int64_t rows, int64_t per_sm)
 {
-    return cuda_chunks(rows, least, VEC_SMS * (per_sm < 1 ? 1 : per_sm > 16 ? 16 : per_sm));
+    return cuda_chunks(rows, LN_LEAST, cuda_sms(be) * (per_sm < 1 ? 1 : per_sm > 16 ? 16 : per_sm));
 }
 
 #endif

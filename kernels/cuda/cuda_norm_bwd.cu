@@ -279,12 +279,12 @@ bool wants_sums(const md_residual_ln_bwd_args *a)
     return a->dgamma || a->dweight || a->dbias || a->dbranch_sum;
 }
 
-int64_t bwd_chunks(const md_tensor *dx)
+int64_t bwd_chunks(const md_backend *be, const md_tensor *dx)
 {
     const int64_t vectors = md_tensor_cols(dx) / (cuda_is_bf16(dx) ? 8 : 4);
     const int64_t threads = cuda_ceil(vectors > 0 ? vectors : 1, MD_WARP) * MD_WARP;
     const int64_t per_sm = LN_BWD_THREADS / threads;
-    return ln_blocks(md_tensor_rows(dx), LN_LEAST, per_sm > 4 ? 4 : per_sm);
+    return ln_blocks(be, md_tensor_rows(dx), per_sm > 4 ? 4 : per_sm);
 }
 
 /* Up to 192 threads; and up to LN_BLOCK, with fewer rows, for which registers and shared memory
@@ -373,8 +373,7 @@ md_status cuda_norm_bwd_setup(void)
 
 size_t cuda_residual_ln_bwd_scratch(md_backend *be, const md_residual_ln_bwd_args *a)
 {
-    (void)be;
-    const int64_t part = bwd_chunks(a->dx) * md_tensor_cols(a->dx);
+    const int64_t part = bwd_chunks(be, a->dx) * md_tensor_cols(a->dx);
     return wants_sums(a) ? sizeof(float) * BWD_SUMS * (size_t)part : 0;
 }
 
@@ -387,7 +386,7 @@ md_status cuda_residual_ln_bwd(md_backend *be, const md_residual_ln_bwd_args *a)
         return MD_OK;
     cuda_sums sums = {};
     sums.part = wants_sums(a) ? static_cast<float *>(scratch) : nullptr;
-    sums.chunks = bwd_chunks(a->dx);
+    sums.chunks = bwd_chunks(be, a->dx);
     sums.width = md_tensor_cols(a->dx);
     md_tensor *const out[BWD_SUMS] = {a->dgamma, a->dweight, a->dbias, a->dbranch_sum};
     for (int s = 0; s < BWD_SUMS; s++) {

@@ -9,8 +9,8 @@ typedef struct cuda_gemm_table cuda_gemm_table;
 #define CUDA_WATCHERS 8
 
 typedef struct cuda_state {
-    md_backend base; /* first */
-    int device;
+    md_backend base;                 /* first */
+    int device, sms;                 /* and its multiprocessors, or the number that plans assume */
     bool planning;                   /* no device: shapes and scratch sizes only */
     cudaStream_t stream, side, copy; /* side: between fork and join only */
     cudaEvent_t fork, join;

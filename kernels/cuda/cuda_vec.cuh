@@ -9,9 +9,6 @@
 /* Threads of a block, and its warps, where a kernel does not say otherwise. */
 #define VEC_BLOCK 256
 #define VEC_WARPS (VEC_BLOCK / MD_WARP)
-/* Multiprocessors that grids are cut for (H100 SXM). A constant, because the borders of sums may
- * not depend on the device; with another number the last round of blocks is less full. */
-#define VEC_SMS 132
 
 /* x = W consecutive numbers: one number, or W aligned to 16 bytes or to W numbers. */
 template <int W> MD_DEV void md_get(const float *p, float (&x)[W])

@@ -29,6 +29,8 @@ done_well 1 cpu "${short[@]}"
 MD_HPC=$emu
 done_well 1 fp32 "${cuda[@]}" precision=fp32
 near cpu fp32
+MD_EMU_SMS=7 done_well 1 small_gpu "${cuda[@]}" precision=fp32 train.recompute=2
+near cpu small_gpu
 done_well 1 bf16 "${cuda[@]}"
 close cpu bf16
 grep -q "emulated" "$log" || fail "the table of ranks does not name the device"

@@ -215,7 +215,9 @@ cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr which, int device)
 {
     cudaDeviceProp prop;
     cudaGetDeviceProperties(&prop, device);
-    *value = which == cudaDevAttrComputeCapabilityMajor ? prop.major : prop.minor;
+    *value = which == cudaDevAttrMultiProcessorCount      ? (int)environment("MD_EMU_SMS", 132)
+             : which == cudaDevAttrComputeCapabilityMajor ? prop.major
+                                                          : prop.minor;
     return cudaSuccess;
 }
 

@@ -26,7 +26,8 @@ typedef enum cudaMemcpyKind {
 } cudaMemcpyKind;
 typedef enum cudaDeviceAttr {
     cudaDevAttrComputeCapabilityMajor,
-    cudaDevAttrComputeCapabilityMinor
+    cudaDevAttrComputeCapabilityMinor,
+    cudaDevAttrMultiProcessorCount
 } cudaDeviceAttr;
 typedef enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal } cudaStreamCaptureMode;
 enum { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2 };
