@@ -14,8 +14,7 @@
  * bit is set in `accumulate`, added to; an output may share memory with an input only where the row
  * says so; nothing is allocated; nothing communicates; sums run in an order that depends on the
  * shapes and the kind of device only; the only errors are wrong arguments (MD_ERR_BUG) and device
- * failures. An optional operand is NULL. Scratch beyond the operands comes from md_backend.scratch,
- * sized at setup.
+ * failures. An optional operand is NULL. Scratch comes from md_backend.scratch, sized at setup.
  *
  * Every args struct begins as md_operands does: `check`, `plan` and tracing need no per-op code. */
 #ifndef MD_BACKEND_H
@@ -374,8 +373,7 @@ struct md_backend {
     const md_op_table *ops;
     const md_memory_ops *memory; /* NULL: host memory */
     char device[64];             /* the GPU, for people; "" on the host */
-    size_t device_bytes; /* of its memory, free when it was opened; 0 where ranks may share it, and
-                            on the host */
+    size_t device_bytes;         /* free there when it was opened; 0: may be shared, or the host */
     /* Scratch bytes this op needs with these arguments (a is the whole args struct; data pointers
      * may be NULL). Also the place where a backend prepares what depends on shapes only, so that
      * the op itself allocates nothing; an op whose scratch was never asked for prepares itself at

@@ -316,28 +316,18 @@ template <class T> md_status act_bwd_of(md_backend *be, const md_act_bwd_args *a
     return act_bwd_run<T, MD_ACT_NONE>(be, a);
 }
 
-template <class T> md_status colsum_run(md_backend *be, const md_colsum_args *a)
+/* Sums of the columns of x as it is; `aligned` is found here. */
+template <class T> md_status colsum_run(md_backend *be, column_args c)
 {
     md_colsum_pass<T> k;
-    k.x = cuda_data<T>(a->x);
-    const column_args c = {MD_OP_colsum,
-                           a->x,
-                           cuda_aligned(k.x),
-                           {cuda_data<float>(a->y)},
-                           {(a->accumulate & 1) != 0}};
+    k.x = cuda_data<T>(c.x);
+    c.aligned = cuda_aligned(k.x);
     return columns_run<md_vec<T>::N, 4>(be, k, &c);
 }
 
-template <class T> md_status qv_bias_bwd_run(md_backend *be, const md_qv_bias_bwd_args *a)
+md_status colsum_of(md_backend *be, const column_args &c)
 {
-    md_colsum_pass<T> k;
-    k.x = cuda_data<T>(a->x);
-    const column_args c = {MD_OP_qv_bias_bwd,
-                           a->x,
-                           cuda_aligned(k.x),
-                           {cuda_data<float>(a->dq), cuda_data<float>(a->dv)},
-                           {(a->accumulate & 1) != 0, (a->accumulate & 2) != 0}};
-    return columns_run<md_vec<T>::N, 4>(be, k, &c);
+    return cuda_is_bf16(c.x) ? colsum_run<md_bf16>(be, c) : colsum_run<float>(be, c);
 }
 
 typedef struct act_args {
@@ -395,7 +385,8 @@ size_t cuda_colsum_scratch(md_backend *be, const md_colsum_args *a)
 md_status cuda_colsum(md_backend *be, const md_colsum_args *a)
 {
     CUDA_CHECK(colsum, a);
-    return cuda_is_bf16(a->x) ? colsum_run<md_bf16>(be, a) : colsum_run<float>(be, a);
+    return colsum_of(
+        be, {MD_OP_colsum, a->x, false, {cuda_data<float>(a->y)}, {(a->accumulate & 1) != 0}});
 }
 
 size_t cuda_qv_bias_bwd_scratch(md_backend *be, const md_qv_bias_bwd_args *a)
@@ -406,7 +397,11 @@ size_t cuda_qv_bias_bwd_scratch(md_backend *be, const md_qv_bias_bwd_args *a)
 md_status cuda_qv_bias_bwd(md_backend *be, const md_qv_bias_bwd_args *a)
 {
     CUDA_CHECK(qv_bias_bwd, a);
-    return cuda_is_bf16(a->x) ? qv_bias_bwd_run<md_bf16>(be, a) : qv_bias_bwd_run<float>(be, a);
+    return colsum_of(be, {MD_OP_qv_bias_bwd,
+                          a->x,
+                          false,
+                          {cuda_data<float>(a->dq), cuda_data<float>(a->dv)},
+                          {(a->accumulate & 1) != 0, (a->accumulate & 2) != 0}});
 }
 
 size_t cuda_act_bwd_scratch(md_backend *be, const md_act_bwd_args *a)

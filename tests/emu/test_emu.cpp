@@ -107,6 +107,45 @@ static void test_missing_barrier(void **)
     }
 }
 
+/* Sums over the block, one after the other, each with much between it and the next: two in a row
+ * need two places. wrong counts the threads that did not read what all warps wrote. */
+MD_KERNEL(256) sums_in_a_row(int places, int *wrong)
+{
+    int *room = reinterpret_cast<int *>(md_smem());
+    const int warps = (int)blockDim.x / MD_WARP, warp = (int)threadIdx.x / MD_WARP;
+    for (int turn = 0; turn < 16; turn++) {
+        int *place = room + turn % places * warps, sum = 0;
+        for (int i = 0; i < 20; i++)
+            md_shfl(0.0f, 0);
+        if (threadIdx.x % MD_WARP == 0)
+            place[warp] = turn;
+        md_barrier();
+        for (int w = 0; w < warps; w++)
+            sum += place[w];
+        *wrong += sum != turn * warps;
+    }
+}
+
+static bool adds_up(int places)
+{
+    std::vector<int> none(1);
+    int *wrong = device_of(none);
+    MD_LAUNCH(sums_in_a_row, 32, 256, 2 * 256 / MD_WARP * sizeof(int), stream, places, wrong);
+    assert_int_equal(cudaGetLastError(), cudaSuccess);
+    const bool right = host_of(wrong, 1)[0] == 0;
+    cudaFree(wrong);
+    return right;
+}
+
+static void test_place_used_again_too_early(void **)
+{
+    for (unsigned s = 0; s < SEEDS / 4; s++) {
+        emu_random().seed(s);
+        assert_true(adds_up(2));
+        assert_false(adds_up(1));
+    }
+}
+
 MD_KERNEL(32) write_at(unsigned byte)
 {
     if (threadIdx.x == 7)
@@ -442,6 +481,7 @@ int main()
         return 1;
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_missing_barrier),
+        cmocka_unit_test(test_place_used_again_too_early),
         cmocka_unit_test(test_overrun_of_shared_memory),
         cmocka_unit_test(test_divergence),
         cmocka_unit_test(test_tensor_cores),
