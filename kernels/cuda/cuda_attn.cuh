@@ -239,7 +239,7 @@ MD_DEV void attn_load(uint32_t (&a)[W / 16][4], const attn_rows &r, const attn_d
     for (int k = 0; k < W / 16; k++) {
         uint4 x = make_uint4(0, 0, 0, 0);
         if (there)
-            x = *reinterpret_cast<const uint4 *>(from + 16 * k);
+            x = md_load16(from + 16 * k);
         a[k][0] = x.x, a[k][1] = x.y, a[k][2] = x.z, a[k][3] = x.w;
     }
 }

@@ -10,7 +10,7 @@
  *   md_async_*               copies from device to shared memory that end later (cp.async)
  *   md_ldmatrix*, md_mma     tensor cores, bf16 in, f32 sums
  *   md_pack, md_unpack       two bf16 in a word
- *   md_store16               16 bytes to memory in one access
+ *   md_load16, md_store16    16 bytes of memory in one access
  *   md_exp2, md_exp, md_rcp  fast exponentials and 1/x
  *
  * No float atomics: every sum has one order. Blocks are one-dimensional and a multiple of 32. */
@@ -191,6 +191,12 @@ MD_DEV float md_rcp(float x)
 #endif
 }
 
+/* Loads 16 aligned bytes. */
+MD_DEV uint4 md_load16(const void *p)
+{
+    return *static_cast<const uint4 *>(p);
+}
+
 /* One store of 16 aligned bytes, to device or shared memory: an assignment may end as four. */
 MD_DEV void md_store16(void *p, uint4 v)
 {
@@ -243,7 +249,7 @@ template <> struct md_vec<md_bf16> {
     enum { N = 8 };
     static MD_DEV void load(const md_bf16 *p, float (&x)[N])
     {
-        uint4 v = *reinterpret_cast<const uint4 *>(p);
+        uint4 v = md_load16(p);
         const uint32_t word[4] = {v.x, v.y, v.z, v.w};
         for (int i = 0; i < 4; i++) {
             x[2 * i] = md_unpack_lo(word[i]);

@@ -75,7 +75,6 @@ int cuda_sms(const md_backend *be);
 /* Setup of a file's kernels: shared memory limits. */
 md_status cuda_attn_setup(void);
 md_status cuda_norm_setup(void);
-md_status cuda_norm_bwd_setup(void);
 
 /* Column sums that are cut into chunks: for s below 4, out[s] (where not NULL) = or += the sum of
  * part[s][chunk][width] over the chunks: in chunk order where they are few, else cut into runs,

@@ -1,55 +1,33 @@
 /* cuda_norm: what LayerNorm forward and backward share.
  *
- * A block has whole rows, each of its threads the same 16 bytes of every row: so the parameters and
- * the sums of their gradients stay in registers, and memory is read once. The blocks take batches
- * of rows in turn, so that what all of them read at a time lies close together. While a block works
- * on a batch, its next ones are on their way to shared memory: each thread copies what it alone
- * will read. Rows that are too long for that, or not in whole aligned vectors, take slow kernels,
- * which read a row several times. */
+ * A block has whole rows, each of its threads the same 16 bytes of every row: so memory is read
+ * once. Rows that are too long for that, or not in whole aligned vectors, take slow kernels, which
+ * read a row several times. */
 #ifndef MD_CUDA_NORM_CUH
 #define MD_CUDA_NORM_CUH
 
 #include "kernels/cuda/cuda_vec.cuh"
 
-/* Rows of a batch, and batches of a block that are in shared memory or on their way to it. */
-#define LN_ROWS   2
-#define LN_STAGES 3
-/* Rows of a block at least: batches of so many rows take every stage, and one of them twice. */
-#define LN_LEAST ((LN_STAGES + 1) * LN_ROWS)
 /* Threads of a block at most. */
 #define LN_BLOCK 512
-/* Threads of a multiprocessor, forward and backward. With all operands and full warps these have 80
- * KiB of reads under way, but for those that a block waits for; backward, of rows of more than 192
- * threads, less than half of that. As many fit by registers and shared memory (compute capability
- * 8.0 and 9.0), so that all blocks run at once, with equal shares of the rows. */
-#define LN_THREADS     640
-#define LN_BWD_THREADS 320
 
-/* A vector of parameters, or ones or zeros in its place. */
+/* A vector of parameters, aligned, or ones or zeros in its place. */
 template <int N>
 MD_DEV void md_parameters(const float *p, int64_t col, bool there, float absent, float (&x)[N])
 {
+    if (p && there) {
+        md_get(p + col, x);
+        return;
+    }
 #pragma unroll
     for (int j = 0; j < N; j++)
-        x[j] = p && there ? p[col + j] : absent;
+        x[j] = absent;
 }
 
 /* Element `col` of row `row`. */
 MD_DEV int64_t md_ln_at(int row, int cols, int col)
 {
     return (int64_t)row * cols + col;
-}
-
-/* What a thread works on: a batch of the rows [row, end), at the columns from col on. end is 0
- * where there are no such columns. */
-struct md_ln_spot {
-    int row, end, col;
-};
-
-/* Sends the vector at `col` of row `at`, zeros where that is -1, to shared memory. */
-template <class T> MD_DEV void md_ln_send(uint4 *slot, const T *p, int at, int cols, int col)
-{
-    md_async_copy16(slot, p + md_ln_at(at < 0 ? 0 : at, cols, col), at >= 0);
 }
 
 /* The images of rows: `tokens` rows each. keep, from and to of an image as residual_ln has them;
@@ -115,12 +93,6 @@ template <class T> static int ln_threads(int64_t cols, bool aligned)
     if (!aligned || cols % md_vec<T>::N != 0 || vectors > LN_BLOCK)
         return 0;
     return (int)cuda_ceil(vectors, MD_WARP) * MD_WARP;
-}
-
-/* Blocks for so many rows, each with LN_LEAST at least; so many on a multiprocessor. */
-static inline int64_t ln_blocks(const md_backend *be, int64_t rows, int64_t per_sm)
-{
-    return cuda_chunks(rows, LN_LEAST, cuda_sms(be) * (per_sm < 1 ? 1 : per_sm > 16 ? 16 : per_sm));
 }
 
 #endif

@@ -1,15 +1,42 @@
 /* cuda_norm_bwd: backward of the residual step with its LayerNorm. A block's sums for the gradients
- * of parameters go to the scratch, [BWD_SUMS][blocks][C]: dgamma, dweight, dbias, dbranch_sum. */
+ * of parameters go to the scratch, [BWD_SUMS][blocks][C]: dgamma, dweight, dbias, dbranch_sum.
+ * Their columns stay in registers, so few blocks each go through many rows. They take batches of
+ * rows in turn, so that what all of them read at a time lies close together. While a block works on
+ * a batch, its next one is on its way to shared memory: each thread copies what it alone will read.
+ */
 #include "kernels/cuda/cuda_norm.cuh"
 
 /* dr, branch, r, dy. */
 #define BWD_OPERANDS 4
 #define BWD_SUMS     4
+/* Batches of a block in shared memory: the one it works on, the one to come. */
+#define BWD_STAGES 2
+/* Rows of a batch, of rows for up to BWD_NARROW threads and of longer ones. */
+#define BWD_NARROW      192
+#define BWD_NARROW_ROWS 4
+#define BWD_WIDE_ROWS   1
+/* Rows of a block at least: three batches, so that one stage serves twice. */
+#define BWD_LEAST ((BWD_STAGES + 1) * BWD_NARROW_ROWS)
+/* Threads of a multiprocessor: one block of long rows, whose batch to come covers the latency of
+ * memory. With two of them an H100 takes a tenth longer. */
+#define BWD_THREADS 192
 /* Shared memory begins with the sums of two batches of R rows, in bytes; the stages follow. */
 #define BWD_ROW_SUMS(R, threads) (2 * 2 * (R) * ((threads) / MD_WARP) * (int)sizeof(float))
 
 namespace
 {
+
+/* What a thread works on: a batch of the rows [row, end), at the columns from col on. end is 0
+ * where there are no such columns. */
+struct md_ln_spot {
+    int row, end, col;
+};
+
+/* Sends the vector at `col` of row `at`, zeros where that is -1, to shared memory. */
+template <class T> MD_DEV void md_ln_send(uint4 *slot, const T *p, int at, int cols, int col)
+{
+    md_async_copy16(slot, p + md_ln_at(at < 0 ? 0 : at, cols, col), at >= 0);
+}
 
 /* branch only where dgamma is wanted, part only where a sum is. */
 template <class T> struct md_ln_bwd {
@@ -41,7 +68,6 @@ template <int R> struct md_ln_rows_of {
     md_ln_places<R> place;
 };
 template <int R> struct md_ln_batch {
-    uint4 r[R], branch[R], dr[R], dy[R];
     md_ln_rows_of<R> row;
     float sums[2 * R];
 };
@@ -69,30 +95,24 @@ MD_DEV void md_ln_bwd_fetch(const md_ln_bwd<T> &k, md_ln_spot spot, uint4 *slot,
     md_async_commit();
 }
 
-/* The vectors that have come; zeros of an operand that is not there. */
-template <class T, int R, bool ALL>
-MD_DEV void md_ln_bwd_take(const md_ln_bwd<T> &k, const uint4 *slot, md_ln_batch<R> &b)
+/* Numbers of an operand in row i of the batch that has come; `slot` is this thread's. */
+enum { SLOT_DR, SLOT_BRANCH, SLOT_R, SLOT_DY };
+template <class T, int R>
+MD_DEV void md_ln_take(const uint4 *slot, int operand, int i, float (&x)[md_vec<T>::N])
 {
-    const int step = (int)blockDim.x;
-    const uint4 zero = make_uint4(0, 0, 0, 0);
-#pragma unroll
-    for (int i = 0; i < R; i++) {
-        b.dr[i] = md_given<ALL>(k.dr) ? slot[i * step] : zero;
-        b.branch[i] = md_given<ALL>(k.branch) ? slot[(R + i) * step] : zero;
-        b.r[i] = md_given<ALL>(k.dy) ? slot[(2 * R + i) * step] : zero;
-        b.dy[i] = md_given<ALL>(k.dy) ? slot[(3 * R + i) * step] : zero;
-    }
+    md_raw<T>::unpack(slot[(operand * R + i) * blockDim.x], x);
 }
 
 template <class T, int R>
-MD_DEV void md_ln_bwd_sums(md_ln_batch<R> &b, const float (&weight)[md_vec<T>::N])
+MD_DEV void md_ln_bwd_sums(const uint4 *slot, const float (&weight)[md_vec<T>::N],
+                           md_ln_batch<R> &b)
 {
     enum { N = md_vec<T>::N };
 #pragma unroll
     for (int i = 0; i < R; i++) {
         float r[N], dy[N];
-        md_raw<T>::unpack(b.r[i], r);
-        md_raw<T>::unpack(b.dy[i], dy);
+        md_ln_take<T, R>(slot, SLOT_R, i, r);
+        md_ln_take<T, R>(slot, SLOT_DY, i, dy);
         b.sums[2 * i] = b.sums[2 * i + 1] = 0.0f;
 #pragma unroll
         for (int j = 0; j < N; j++) {
@@ -104,19 +124,21 @@ MD_DEV void md_ln_bwd_sums(md_ln_batch<R> &b, const float (&weight)[md_vec<T>::N
     }
 }
 
-/* Row i of the batch, row `row` of all: writes dx and dbranch at col and adds to the columns. */
+/* Row i of the batch: writes dx and dbranch and adds to the columns. The vectors come from shared
+ * memory once more: in registers they would have to wait for the sums. */
 template <class T, int R, bool ALL>
-MD_DEV void md_ln_bwd_row(const md_ln_bwd<T> &k, const md_ln_batch<R> &b, int i, int row, int col,
-                          md_ln_columns<md_vec<T>::N> &c)
+MD_DEV void md_ln_bwd_row(const md_ln_bwd<T> &k, md_ln_spot spot, const uint4 *slot,
+                          const md_ln_batch<R> &b, int i, md_ln_columns<md_vec<T>::N> &c)
 {
     enum { N = md_vec<T>::N };
-    float g[N];
-    md_raw<T>::unpack(b.dr[i], g);
+    float g[N] = {};
+    if (md_given<ALL>(k.dr))
+        md_ln_take<T, R>(slot, SLOT_DR, i, g);
     if (md_given<ALL>(k.dy)) {
         const float s1 = b.sums[2 * i] * k.per_col, s2 = b.sums[2 * i + 1] * k.per_col;
         float r[N], dy[N];
-        md_raw<T>::unpack(b.r[i], r);
-        md_raw<T>::unpack(b.dy[i], dy);
+        md_ln_take<T, R>(slot, SLOT_R, i, r);
+        md_ln_take<T, R>(slot, SLOT_DY, i, dy);
 #pragma unroll
         for (int j = 0; j < N; j++) {
             const float xhat = (r[j] - b.row.mean[i]) * b.row.rstd[i];
@@ -125,13 +147,13 @@ MD_DEV void md_ln_bwd_row(const md_ln_bwd<T> &k, const md_ln_batch<R> &b, int i,
             c.dbias[j] += dy[j];
         }
     }
-    md_vec<T>::store(k.dx + md_ln_at(row, k.cols, col), g);
+    md_vec<T>::store(k.dx + md_ln_at(spot.row + i, k.cols, spot.col), g);
 #pragma unroll
     for (int j = 0; j < N; j++)
         g[j] *= b.row.place.keep[i];
     if (md_given<ALL>(k.branch)) {
         float branch[N];
-        md_raw<T>::unpack(b.branch[i], branch);
+        md_ln_take<T, R>(slot, SLOT_BRANCH, i, branch);
 #pragma unroll
         for (int j = 0; j < N; j++)
             c.dgamma[j] += branch[j] * g[j];
@@ -142,7 +164,7 @@ MD_DEV void md_ln_bwd_row(const md_ln_bwd<T> &k, const md_ln_batch<R> &b, int i,
             g[j] *= c.gamma[j];
             c.dbranch[j] += g[j];
         }
-        md_vec<T>::store(k.dbranch + md_ln_at(b.row.place.from[i], k.cols, col), g);
+        md_vec<T>::store(k.dbranch + md_ln_at(b.row.place.from[i], k.cols, spot.col), g);
     }
 }
 
@@ -157,11 +179,8 @@ MD_DEV void md_ln_bwd_begin(md_ln_columns<md_vec<T>::N> &c, const md_ln_bwd<T> &
         c.dgamma[j] = c.dweight[j] = c.dbias[j] = c.dbranch[j] = 0.0f;
 }
 
-/* ALL: dr, branch, dy with r, dbranch and part are there. Left alone, the compiler takes so many
- * registers that one block of 160 threads fits on a multiprocessor instead of two. */
-template <class T, int THREADS, int R, bool ALL>
-MD_KERNEL_OF(THREADS, LN_BLOCK / THREADS)
-md_ln_bwd_rows(md_ln_bwd<T> k)
+/* ALL: dr, branch, dy with r, dbranch and part are there. */
+template <class T, int THREADS, int R, bool ALL> MD_KERNEL(THREADS) md_ln_bwd_rows(md_ln_bwd<T> k)
 {
     enum { N = md_vec<T>::N };
     const int threads = (int)blockDim.x, stage = BWD_OPERANDS * R * threads;
@@ -169,34 +188,27 @@ md_ln_bwd_rows(md_ln_bwd<T> k)
     const int next = (int)gridDim.x * R; /* rows from a batch of this block to its next one */
     float *smem = reinterpret_cast<float *>(md_smem());
     uint4 *slot = reinterpret_cast<uint4 *>(md_smem() + BWD_ROW_SUMS(R, threads)) + threadIdx.x;
+    md_ln_rows_of<R> coming;
+    md_ln_spot spot = {(int)blockIdx.x * R, end, col};
+    md_ln_bwd_fetch<T, R, ALL>(k, spot, slot, coming);
     md_ln_columns<N> c;
-    md_ln_batch<R> b;
-    md_ln_rows_of<R> coming[LN_STAGES - 1];
-    md_ln_bwd_begin(c, k, col, col < k.cols);
-    /* turn: two calls of md_block_sums in a row need two places */
-    int row = (int)blockIdx.x * R, from = 0, to = 0, turn = 0;
-#pragma unroll
-    for (int s = 0; s < LN_STAGES - 1; s++, to += stage)
-        md_ln_bwd_fetch<T, R, ALL>(k, {row + s * next, end, col}, slot + to, coming[s]);
-    for (; row < k.rows; row += next, turn ^= 1) {
-        b.row = coming[0];
-#pragma unroll
-        for (int s = 1; s < LN_STAGES - 1; s++)
-            coming[s - 1] = coming[s];
-        md_ln_bwd_fetch<T, R, ALL>(k, {row + (LN_STAGES - 1) * next, end, col}, slot + to,
-                                   coming[LN_STAGES - 2]);
-        to = to == (LN_STAGES - 1) * stage ? 0 : to + stage;
-        md_async_wait<LN_STAGES - 1>();
-        md_ln_bwd_take<T, R, ALL>(k, slot + from, b);
-        from = from == (LN_STAGES - 1) * stage ? 0 : from + stage;
+    md_ln_bwd_begin(c, k, col, end > 0);
+    /* turn: of the two stages, and of two calls of md_block_sums in a row */
+    for (int turn = 0; spot.row < k.rows; spot.row += next, turn ^= 1) {
+        const uint4 *here = slot + turn * stage;
+        md_ln_batch<R> b;
+        b.row = coming;
+        md_ln_bwd_fetch<T, R, ALL>(k, {spot.row + next, end, col}, slot + (turn ^ 1) * stage,
+                                   coming);
+        md_async_wait<1>();
         if (md_given<ALL>(k.dy)) {
-            md_ln_bwd_sums<T>(b, c.weight);
+            md_ln_bwd_sums<T>(here, c.weight, b);
             md_block_sums(b.sums, smem + turn * 2 * R * (threads / MD_WARP));
         }
 #pragma unroll
         for (int i = 0; i < R; i++)
-            if (row + i < end)
-                md_ln_bwd_row<T, R, ALL>(k, b, i, row + i, col, c);
+            if (spot.row + i < end)
+                md_ln_bwd_row<T, R, ALL>(k, spot, here, b, i, c);
     }
     md_async_wait<0>();
     if (!md_given<ALL>(k.part) || end == 0)
@@ -283,22 +295,19 @@ int64_t bwd_chunks(const md_backend *be, const md_tensor *dx)
 {
     const int64_t vectors = md_tensor_cols(dx) / (cuda_is_bf16(dx) ? 8 : 4);
     const int64_t threads = cuda_ceil(vectors > 0 ? vectors : 1, MD_WARP) * MD_WARP;
-    const int64_t per_sm = LN_BWD_THREADS / threads;
-    return ln_blocks(be, md_tensor_rows(dx), per_sm > 4 ? 4 : per_sm);
+    const int64_t fit = BWD_THREADS / threads, per_sm = fit < 1 ? 1 : fit > 4 ? 4 : fit;
+    return cuda_chunks(md_tensor_rows(dx), BWD_LEAST, per_sm * cuda_sms(be));
 }
 
-/* Up to 192 threads; and up to LN_BLOCK, with fewer rows, for which registers and shared memory
- * suffice. */
 template <class T> struct ln_bwd_launch {
-    enum { NARROW = 192, NARROW_ROWS = LN_ROWS, WIDE_ROWS = 1 };
-    static constexpr auto narrow = md_ln_bwd_rows<T, NARROW, NARROW_ROWS, false>;
-    static constexpr auto narrow_all = md_ln_bwd_rows<T, NARROW, NARROW_ROWS, true>;
-    static constexpr auto wide = md_ln_bwd_rows<T, LN_BLOCK, WIDE_ROWS, false>;
+    static constexpr auto narrow = md_ln_bwd_rows<T, BWD_NARROW, BWD_NARROW_ROWS, false>;
+    static constexpr auto narrow_all = md_ln_bwd_rows<T, BWD_NARROW, BWD_NARROW_ROWS, true>;
+    static constexpr auto wide = md_ln_bwd_rows<T, LN_BLOCK, BWD_WIDE_ROWS, false>;
 
     static size_t smem(int threads)
     {
-        const int rows = threads <= NARROW ? NARROW_ROWS : WIDE_ROWS;
-        const int stages = LN_STAGES * BWD_OPERANDS * rows * threads;
+        const int rows = threads <= BWD_NARROW ? BWD_NARROW_ROWS : BWD_WIDE_ROWS;
+        const int stages = BWD_STAGES * BWD_OPERANDS * rows * threads;
         return (size_t)BWD_ROW_SUMS(rows, threads) + (size_t)stages * sizeof(uint4);
     }
 };
@@ -306,8 +315,8 @@ template <class T> struct ln_bwd_launch {
 template <class T> md_status allow_smem(void)
 {
     typedef ln_bwd_launch<T> l;
-    MD_TRY(cuda_ok(MD_ALLOW_SMEM(l::narrow, l::smem(l::NARROW)), "shared memory"));
-    MD_TRY(cuda_ok(MD_ALLOW_SMEM(l::narrow_all, l::smem(l::NARROW)), "shared memory"));
+    MD_TRY(cuda_ok(MD_ALLOW_SMEM(l::narrow, l::smem(BWD_NARROW)), "shared memory"));
+    MD_TRY(cuda_ok(MD_ALLOW_SMEM(l::narrow_all, l::smem(BWD_NARROW)), "shared memory"));
     return cuda_ok(MD_ALLOW_SMEM(l::wide, l::smem(LN_BLOCK)), "shared memory");
 }
 
@@ -337,14 +346,14 @@ md_status bwd_run(md_backend *be, const md_residual_ln_bwd_args *a, int64_t chun
 {
     md_ln_bwd<T> k = {};
     MD_TRY(bwd_operands(a, part, k));
-    const int threads =
-        ln_threads<T>(k.cols, cuda_aligned(k.r, k.branch, k.dr, k.dy, k.dx, k.dbranch));
+    const int threads = ln_threads<T>(
+        k.cols, cuda_aligned(k.r, k.branch, k.dr, k.dy, k.dx, k.dbranch, k.gamma, k.weight));
     typedef ln_bwd_launch<T> l;
     const bool all = k.dr && k.branch && k.dy && k.dbranch && k.part;
     if (threads == 0)
         MD_LAUNCH(md_ln_bwd_any<T>, (unsigned)chunks, VEC_BLOCK, 2 * 2 * VEC_WARPS * sizeof(float),
                   cuda_stream(be), k);
-    else if (threads <= l::NARROW)
+    else if (threads <= BWD_NARROW)
         MD_LAUNCH((all ? l::narrow_all : l::narrow), (unsigned)chunks, (unsigned)threads,
                   l::smem(threads), cuda_stream(be), k);
     else
@@ -365,7 +374,7 @@ md_status bwd_check(const md_residual_ln_bwd_args *a)
 
 } // namespace
 
-md_status cuda_norm_bwd_setup(void)
+md_status cuda_norm_setup(void)
 {
     MD_TRY(allow_smem<float>());
     return allow_smem<md_bf16>();
