@@ -12,6 +12,12 @@
 #include <stdlib.h>
 #include <stdio.h>
 #include <string.h>
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(p, bytes)   ((void)(p), (void)(bytes))
+#define ASAN_UNPOISON_MEMORY_REGION(p, bytes) ((void)(p), (void)(bytes))
+#endif
 
 #define GUARD      256
 #define GUARD_BYTE 0xA7
@@ -284,13 +290,41 @@ static void scratch_end(run *r, unsigned char *raw)
     r->be->scratch_size = 0;
 }
 
+/* AddressSanitizer finds what is read outside, too: of memory that the host reaches, which that of
+ * the fake device is not. */
+static void forbid_guards(const run *r, unsigned char *scratch)
+{
+    if (strncmp(r->be->name, "fake", 4) == 0)
+        return;
+    ASAN_POISON_MEMORY_REGION(scratch, GUARD);
+    ASAN_POISON_MEMORY_REGION(scratch + GUARD + r->be->scratch_size, GUARD);
+    for (int i = 0; i < r->c->tensors; i++) {
+        const placed *p = &r->operand[i];
+        ASAN_POISON_MEMORY_REGION(p->raw, GUARD);
+        ASAN_POISON_MEMORY_REGION(p->raw + GUARD + md_tensor_bytes(&p->tensor), GUARD);
+    }
+}
+
+static void allow_guards(const run *r, unsigned char *scratch)
+{
+    if (strncmp(r->be->name, "fake", 4) == 0)
+        return;
+    ASAN_UNPOISON_MEMORY_REGION(scratch, r->be->scratch_size + 2 * GUARD);
+    for (int i = 0; i < r->c->tensors; i++) {
+        const placed *p = &r->operand[i];
+        ASAN_UNPOISON_MEMORY_REGION(p->raw, md_tensor_bytes(&p->tensor) + 2 * GUARD);
+    }
+}
+
 void case_run(op_case *c, md_backend *be)
 {
     run r = {.c = c, .be = be};
     place(&r);
     unsigned char *scratch = scratch_begin(&r);
+    forbid_guards(&r, scratch);
     must(&r, call_op(be, c->row->op, &r.args));
     must(&r, md_backend_sync(be));
+    allow_guards(&r, scratch);
     scratch_end(&r, scratch);
     for (int i = 0; i < c->tensors; i++)
         collect(&r, i);
