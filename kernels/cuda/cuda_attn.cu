@@ -116,9 +116,15 @@ template <int W, bool REL, int N> MD_DEV void fwd_step(fwd_tile<W> &t, const fwd
     }
 }
 
-template <int W> MD_DEV void fwd_begin(fwd_tile<W> &t, const attn_rows &r, const attn_dims &d)
+/* Begins to read a tile's queries, which fwd_begin waits for. */
+template <int W> MD_DEV void fwd_load(fwd_tile<W> &t, attn_rows q, const attn_dims &d, int tile)
 {
-    attn_load<W>(t.q, r, d);
+    q.first = tile * ATTN_BLOCK;
+    attn_load<W>(t.q, q, d, attn_thread() % MD_WARP);
+}
+
+template <int W> MD_DEV void fwd_begin(fwd_tile<W> &t)
+{
     attn_left<W>(t.q);
 #pragma unroll
     for (int n = 0; n < W / 8; n++)
@@ -157,25 +163,29 @@ template <int W, bool REL> MD_KERNEL(ATTN_BOUNDS(FWD_WARPS(W), 2)) attn_fwd(fwd_
     md_bf16 *keys = reinterpret_cast<md_bf16 *>(md_smem());
     attn_rows q = {a.qkv + attn_at(d, image, head, 3 * d.row), 3 * d.row, 0, ATTN_BLOCK};
     fwd_keys k = {attn_scores_at<W>(keys), attn_sum_at<W>(keys + W), a.rel, 0, d.tokens, d.scale};
+    fwd_tile<W> t;
+    if (warp < blocks)
+        fwd_load<W>(t, q, d, warp);
     for (int round = 0; round < blocks; round += warps) {
         const int tile = round + warp;
-        fwd_tile<W> t;
-        q.first = tile * ATTN_BLOCK;
-        if (tile < blocks)
-            fwd_begin<W>(t, q, d);
         if (REL)
             k.rel = a.rel + ((int64_t)head * blocks + tile) * blocks * MD_WARP +
                     (int)threadIdx.x % MD_WARP;
         for (k.first = 0; k.first < blocks; k.first += a.part) {
             const int end = k.first + a.part < blocks ? k.first + a.part : blocks;
-            if (round == 0 || blocks > a.part) {
+            const bool fetch = round == 0 || blocks > a.part;
+            if (fetch) {
                 md_barrier();
                 attn_pair from = {{q.from + d.row, q.from + 2 * d.row},
                                   {3 * d.row, 3 * d.row},
                                   k.first * ATTN_BLOCK,
                                   (end - k.first) * ATTN_BLOCK};
-                attn_fetch<W, 4>(keys, from, d);
+                attn_fetch<W, 10>(keys, from, d);
                 md_async_commit();
+            }
+            if (k.first == 0 && tile < blocks)
+                fwd_begin<W>(t);
+            if (fetch) {
                 md_async_wait<0>();
                 md_barrier();
             }
@@ -189,8 +199,10 @@ template <int W, bool REL> MD_KERNEL(ATTN_BOUNDS(FWD_WARPS(W), 2)) attn_fwd(fwd_
             for (; block < end; block++)
                 fwd_step<W, REL, 1>(t, k, block);
         }
+        if (tile + warps < blocks)
+            fwd_load<W>(t, q, d, tile + warps);
         if (tile < blocks)
-            fwd_end<W>(a, t, image, head, q.first);
+            fwd_end<W>(a, t, image, head, tile * ATTN_BLOCK);
     }
 }
 

@@ -166,33 +166,34 @@ struct attn_pair {
 };
 
 /* Starts copies of rows into shared memory, all threads of the block together; zeros beyond the
- * tokens. A thread has 16 bytes of every so-many-th row, so that one addition finds the next; those
- * that are left over have none. A copy holds its addresses until the memory has them, so U of them
- * have registers. */
+ * tokens. A thread has 16 bytes of every so-many-th row; those that are left over have none. A
+ * copy holds its addresses until the memory has them, so U of them have registers. */
 template <int W, int U> MD_DEV void attn_fetch(md_bf16 *to, const attn_pair &r, const attn_dims &d)
 {
     const int step = (int)blockDim.x / (W / 4), thread = attn_thread();
     const int begin = thread / (W / 4), col = thread % (W / 4) * 8, second = col >= W;
     const int stride = second ? r.stride[1] : r.stride[0];
-    const md_bf16 *from = (second ? r.from[1] - W : r.from[0]) + (r.first + begin) * stride + col;
-    to += begin * ATTN_ROW(W) + col;
+    const md_bf16 *from = (second ? r.from[1] - W : r.from[0]) + r.first * stride + col;
     if (begin >= step)
         return;
-#pragma unroll U
-    for (int row = begin; row < r.count; row += step) {
-        md_async_copy16(to, from, r.first + row < d.tokens);
-        from += step * stride;
-        to += step * ATTN_ROW(W);
+    for (int first = begin; first < r.count; first += U * step) {
+#pragma unroll
+        for (int u = 0; u < U; u++) {
+            const int row = first + u * step;
+            if (row < r.count)
+                md_async_copy16(to + row * ATTN_ROW(W) + col, from + row * stride,
+                                r.first + row < d.tokens);
+        }
     }
 }
 
-/* Brings a warp's 16 rows near. */
-template <int W> MD_DEV void attn_prefetch(const attn_rows &r, const attn_dims &d)
+/* Brings a warp's 16 rows near, 32 bytes a lane at a time. */
+template <int W> MD_DEV void attn_prefetch(const attn_rows &r, const attn_dims &d, int lane)
 {
-#pragma unroll 1
-    for (int i = attn_thread() % MD_WARP; i < ATTN_BLOCK * (W / 16); i += MD_WARP) {
-        const int row = r.first + i / (W / 16);
-        if (row < d.tokens)
+#pragma unroll
+    for (int part = 0; part < W; part += MD_WARP) {
+        const int i = part + lane, row = r.first + i / (W / 16);
+        if (i < W && row < d.tokens)
             md_prefetch(r.from + row * r.stride + i % (W / 16) * 16);
     }
 }
@@ -228,11 +229,12 @@ MD_DEV int attn_lane_column(int lane)
     return lane % 4 / 2 * 8;
 }
 
-/* A warp's 16 rows, 16 bytes a lane for every 16 columns; zeros beyond the tokens. */
+/* A warp's 16 rows, 16 bytes a lane for every 16 columns; zeros beyond the tokens.
+ */
 template <int W>
-MD_DEV void attn_load(uint32_t (&a)[W / 16][4], const attn_rows &r, const attn_dims &d)
+MD_DEV void attn_load(uint32_t (&a)[W / 16][4], const attn_rows &r, const attn_dims &d, int lane)
 {
-    const int lane = attn_thread() % MD_WARP, row = r.first + attn_lane_row(lane);
+    const int row = r.first + attn_lane_row(lane);
     const bool there = row < d.tokens;
     const md_bf16 *from = r.from + (there ? row : 0) * r.stride + attn_lane_column(lane);
 #pragma unroll
@@ -306,6 +308,26 @@ MD_DEV void attn_sum(float (&acc)[W / 8][4], const uint32_t (&p)[4], const md_bf
         md_ldmatrix_trans(r, b + 16 * n);
         md_mma(acc[2 * n], p, r[0], r[1]);
         md_mma(acc[2 * n + 1], p, r[2], r[3]);
+    }
+}
+
+/* The same in two halves: the right factors, which are on their way while other things are done,
+ * and the products. */
+template <int W> MD_DEV void attn_factors(uint32_t (&r)[W / 16][4], const md_bf16 *b)
+{
+#pragma unroll
+    for (int n = 0; n < W / 16; n++)
+        md_ldmatrix_trans(r[n], b + 16 * n);
+}
+
+template <int W>
+MD_DEV void attn_sum_of(float (&acc)[W / 8][4], const uint32_t (&p)[4],
+                        const uint32_t (&r)[W / 16][4])
+{
+#pragma unroll
+    for (int n = 0; n < W / 16; n++) {
+        md_mma(acc[2 * n], p, r[n][0], r[n][1]);
+        md_mma(acc[2 * n + 1], p, r[n][2], r[n][3]);
     }
 }
 

@@ -44,15 +44,11 @@ struct query_keys {
     float scale;
 };
 
-/* delta of rows g and g + 8. */
+/* delta of rows g and g + 8, from rows of o and d_o as attn_load gives them. */
 template <int W>
-MD_DEV void query_delta(float (&delta)[2], const uint32_t (&g)[W / 16][4], const attn_bwd_args &a,
-                        int image, int head, int first)
+MD_DEV void query_delta(float (&delta)[2], const uint32_t (&x)[W / 16][4],
+                        const uint32_t (&g)[W / 16][4], int lane)
 {
-    const int lane = attn_thread() % MD_WARP;
-    attn_rows o = {a.o + attn_at(a.d, image, head, a.d.row), a.d.row, first, ATTN_BLOCK};
-    uint32_t x[W / 16][4];
-    attn_load<W>(x, o, a.d);
     float sum = 0.0f; /* of row attn_lane_row, over this lane's columns */
 #pragma unroll
     for (int k = 0; k < W / 16; k++)
@@ -73,9 +69,12 @@ MD_DEV void query_begin(query_tile<W> &t, const attn_bwd_args &a, int image, int
     const int lane = attn_thread() % MD_WARP;
     attn_rows q = {a.qkv + attn_at(d, image, head, 3 * d.row), 3 * d.row, first, ATTN_BLOCK};
     attn_rows g = {a.d_o + attn_at(d, image, head, d.row), d.row, first, ATTN_BLOCK};
-    attn_load<W>(t.q, q, d);
-    attn_load<W>(t.g, g, d);
-    query_delta<W>(t.delta, t.g, a, image, head, first);
+    attn_rows o = {a.o + attn_at(d, image, head, d.row), d.row, first, ATTN_BLOCK};
+    uint32_t x[W / 16][4];
+    attn_load<W>(t.g, g, d, lane);
+    attn_load<W>(x, o, d, lane);
+    attn_load<W>(t.q, q, d, lane);
+    query_delta<W>(t.delta, x, t.g, lane);
     attn_left<W>(t.q);
     attn_left<W>(t.g);
 #pragma unroll
@@ -105,13 +104,14 @@ MD_DEV void query_end(const query_tile<W> &t, const attn_bwd_args &a, int image,
 /* Brings near what query_begin will read of another image. */
 template <int W> MD_DEV void query_expect(const attn_bwd_args &a, int image, int head, int first)
 {
+    const int lane = attn_thread() % MD_WARP;
     attn_rows rows = {a.o + attn_at(a.d, image, head, a.d.row), a.d.row, first, ATTN_BLOCK};
-    attn_prefetch<W>(rows, a.d);
+    attn_prefetch<W>(rows, a.d, lane);
     rows.from = a.d_o + attn_at(a.d, image, head, a.d.row);
-    attn_prefetch<W>(rows, a.d);
+    attn_prefetch<W>(rows, a.d, lane);
     rows.from = a.qkv + attn_at(a.d, image, head, 3 * a.d.row);
     rows.stride = 3 * a.d.row;
-    attn_prefetch<W>(rows, a.d);
+    attn_prefetch<W>(rows, a.d, lane);
 }
 
 /* Gradients of the logits of one block, in dp, and their sums over images. */
@@ -169,7 +169,8 @@ MD_DEV void query_step(query_tile<W> &t, query_keys &k, int at, int block)
     const float row[4] = {t.lse[0], t.lse[1], t.delta[0], t.delta[1]};
 #pragma unroll
     for (int n = 0; n < N; n++) {
-        uint32_t ds[4];
+        uint32_t ds[4], keys[W / 16][4];
+        attn_factors<W>(keys, k.k_sum + offset + n * ATTN_BLOCK * ATTN_ROW(W));
         query_logits<REL>(s[n], dp[n], word[n], k, block + n, row);
         if (REL && n == N - 1) {
             k.rel += N * MD_WARP;
@@ -177,7 +178,7 @@ MD_DEV void query_step(query_tile<W> &t, query_keys &k, int at, int block)
                 k.word = *k.rel;
         }
         attn_round(ds, dp[n]);
-        attn_sum<W>(t.dq, ds, k.k_sum + offset + n * ATTN_BLOCK * ATTN_ROW(W));
+        attn_sum_of<W>(t.dq, ds, keys);
     }
 }
 
@@ -214,7 +215,7 @@ MD_DEV void query_fetch(const attn_bwd_args &a, int head, query_walk w, int end,
                           {3 * a.d.row, 3 * a.d.row},
                           first,
                           padded - first < rows ? padded - first : rows};
-        attn_fetch<W, 2>(query_buffer<W>(buffer), from, a.d);
+        attn_fetch<W, 8>(query_buffer<W>(buffer), from, a.d);
     }
     md_async_commit();
 }

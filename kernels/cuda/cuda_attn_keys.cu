@@ -41,6 +41,8 @@ MD_DEV void key_step(key_tile<W> &t, const key_queries &k, uint4 &word, int bloc
     }
     if (REL)
         attn_bias(bias, word);
+    uint32_t factor[W / 16][4];
+    attn_factors<W>(factor, k.q_sum + offset + W);
 #pragma unroll
     for (int h = 0; h < 2; h++)
 #pragma unroll
@@ -53,21 +55,32 @@ MD_DEV void key_step(key_tile<W> &t, const key_queries &k, uint4 &word, int bloc
         }
     if (REL)
         word = k.rel[(block + 1) * MD_WARP];
-    uint32_t p[4];
+    uint32_t p[4], ds[4];
     attn_round(p, s);
-    attn_sum<W>(t.dv, p, k.q_sum + offset + W);
-    attn_round(p, dp);
-    attn_sum<W>(t.dk, p, k.q_sum + offset);
+    attn_round(ds, dp);
+#pragma unroll
+    for (int n = 0; n < W / 16; n++) { /* each of the factors of dk when one of dv's is through */
+        md_mma(t.dv[2 * n], p, factor[n][0], factor[n][1]);
+        md_mma(t.dv[2 * n + 1], p, factor[n][2], factor[n][3]);
+        md_ldmatrix_trans(factor[n], k.q_sum + offset + 16 * n);
+    }
+    attn_sum_of<W>(t.dk, ds, factor);
 }
 
+/* Begins to read a tile's keys and values, which key_begin waits for. */
 template <int W>
-MD_DEV void key_begin(key_tile<W> &t, const attn_bwd_args &a, int image, int head, int first)
+MD_DEV void key_load(key_tile<W> &t, const attn_bwd_args &a, int image, int head, int first)
 {
+    const int lane = attn_thread() % MD_WARP;
     attn_rows from = {a.qkv + attn_at(a.d, image, head, 3 * a.d.row) + a.d.row, 3 * a.d.row, first,
                       ATTN_BLOCK};
-    attn_load<W>(t.k, from, a.d);
+    attn_load<W>(t.k, from, a.d, lane);
     from.from += a.d.row;
-    attn_load<W>(t.v, from, a.d);
+    attn_load<W>(t.v, from, a.d, lane);
+}
+
+template <int W> MD_DEV void key_begin(key_tile<W> &t)
+{
     attn_left<W>(t.k);
     attn_left<W>(t.v);
 #pragma unroll
@@ -93,18 +106,8 @@ MD_DEV void key_fetch(const attn_bwd_args &a, int image, int head, const key_que
                       {3 * a.d.row, a.d.row},
                       first,
                       count};
-    attn_fetch<W, 4>(to, from, a.d);
+    attn_fetch<W, 10>(to, from, a.d);
     md_async_commit();
-}
-
-/* Brings a tile's keys and values near. */
-template <int W> MD_DEV void key_expect(const attn_bwd_args &a, int image, int head, int first)
-{
-    attn_rows rows = {a.qkv + attn_at(a.d, image, head, 3 * a.d.row) + a.d.row, 3 * a.d.row, first,
-                      ATTN_BLOCK};
-    attn_prefetch<W>(rows, a.d);
-    rows.from += a.d.row;
-    attn_prefetch<W>(rows, a.d);
 }
 
 template <int W>
@@ -131,23 +134,20 @@ template <int W, bool REL> MD_KERNEL(ATTN_BOUNDS(KEY_WARPS(W), 2)) attn_bwd_keys
                      nullptr,
                      0,
                      a.scale};
+    key_tile<W> t;
+    if (warp < blocks)
+        key_load<W>(t, a, image, head, warp * ATTN_BLOCK);
+    key_fetch<W>(a, image, head, k, MD_MIN(a.resident, blocks) * ATTN_BLOCK);
     for (int round = 0; round < blocks; round += warps) {
         const int tile = round + warp;
-        key_tile<W> t;
         uint4 word = {};
-        if (round == 0) {
-            k.first = 0;
-            key_fetch<W>(a, image, head, k, MD_MIN(a.resident, blocks) * ATTN_BLOCK);
-        }
-        if (tile + warps < blocks)
-            key_expect<W>(a, image, head, (tile + warps) * ATTN_BLOCK);
-        if (tile < blocks)
-            key_begin<W>(t, a, image, head, tile * ATTN_BLOCK);
         if (REL && tile < blocks) {
             k.rel = a.rel + ((int64_t)(d.heads + head) * blocks + tile) * blocks * MD_WARP +
                     attn_thread() % MD_WARP;
             word = *k.rel;
         }
+        if (tile < blocks)
+            key_begin<W>(t);
         for (k.first = 0; k.first < blocks; k.first += a.resident) {
             const int end = k.first + a.resident < blocks ? k.first + a.resident : blocks;
             if (k.first > 0 || (round > 0 && blocks > a.resident)) {
@@ -162,6 +162,8 @@ template <int W, bool REL> MD_KERNEL(ATTN_BOUNDS(KEY_WARPS(W), 2)) attn_bwd_keys
             for (int block = k.first; tile < blocks && block < end; block++)
                 key_step<W, REL>(t, k, word, block);
         }
+        if (tile + warps < blocks)
+            key_load<W>(t, a, image, head, (tile + warps) * ATTN_BLOCK);
         if (tile < blocks)
             key_end<W>(a, t, image, head, tile * ATTN_BLOCK);
     }
