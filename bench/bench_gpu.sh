@@ -97,18 +97,35 @@ table() {
         }' "$log"
 }
 
-# The ops that $out lists, each with its share of what was measured last: products and attention of
-# 8192^3, what only moves memory of a copy.
+# The ops that $out lists, each with its share of what was measured: products and attention of
+# 8192^3, what only moves memory of a copy of as many bytes, of which a small one is slower than a
+# large one, too. Between the copies measured, and below them, time goes with a line through two.
 ops_table() {
-    awk -v gemm="$(sed -n 's/.*"gemm 8192 8192 8192 bf16".*"tflops": \([0-9.]*\).*/\1/p' "$log" | tail -n 1)" \
-        -v copy="$(sed -n 's/.*"copy on the device, read + write".*"gb_per_second": \([0-9.]*\).*/\1/p' "$log" |
-            tail -n 1)" '
+    awk -v log_file="$log" '
+        function field(line, name) {
+            if (!match(line, "\"" name "\": [0-9.]+")) return 0
+            line = substr(line, RSTART, RLENGTH); sub(/.*: /, "", line); return line + 0
+        }
+        function copy_us(bytes,   i) {
+            if (copies < 2) return 0
+            for (i = 2; i < copies && bytes > moved[i]; i++) ;
+            return us[i] + (bytes - moved[i]) * (us[i] - us[i - 1]) / (moved[i] - moved[i - 1])
+        }
+        BEGIN {
+            while ((getline line < log_file) > 0) {
+                if (line ~ /"gemm 8192 8192 8192 bf16"/) gemm = field(line, "tflops")
+                if (line ~ /"copy of as much as 2 streams/) copies = 0
+                if (line !~ /"copy (of as much|on the device)/) continue
+                us[++copies] = 1e3 * field(line, "ms")
+                moved[copies] = 1e3 * us[copies] * field(line, "gb_per_second")
+            }
+        }
         /^{/ { next }
         $1 == "op" { print $0 "  of limit"; next }
         $1 == "all" { print; next }
         {
-            gbs = substr($0, 92, 10) + 0; tflops = substr($0, 102, 10) + 0
-            share = tflops ? (gemm ? tflops / gemm : 0) : copy ? gbs / copy : 0
+            each = substr($0, 65, 10) + 0; gbs = substr($0, 92, 10) + 0; tflops = substr($0, 102, 10) + 0
+            share = tflops ? (gemm ? tflops / gemm : 0) : copy_us(1e3 * each * gbs) / each
             printf "%-111s%s\n", $0, share ? sprintf(" %9.2f", share) : ""
         }' "$out"
 }
