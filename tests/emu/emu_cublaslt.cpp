@@ -247,7 +247,7 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t lt, cublasLtMatmulDesc_t desc, co
     });
     emu_queue(stream, [=] {
         if (*kept != mark)
-            emu_set_error(cudaErrorLaunchFailure);
+            emu_fail(cudaErrorLaunchFailure);
         else
             multiply(p);
         return true;

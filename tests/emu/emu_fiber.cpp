@@ -350,7 +350,7 @@ void emu_launch_blocks(const emu_launch &how, const void *kernel, std::function<
                       how.grid.y < 65536 && how.grid.z < 65536;
     if (!fits || how.smem > limit || emu_fails("launch")) {
         std::fprintf(stderr, "emulated launch of %s refused\n", how.name);
-        emu_set_error(fits ? cudaErrorInvalidValue : cudaErrorInvalidConfiguration);
+        emu_fail(fits ? cudaErrorInvalidValue : cudaErrorInvalidConfiguration);
         return;
     }
     emu_queue(how.stream, [how, body] {

@@ -13,7 +13,6 @@
 #include <deque>
 #include <list>
 #include <map>
-#include <string>
 #include <vector>
 
 struct emu_graph {
@@ -42,20 +41,11 @@ namespace
 
 std::vector<emu_stream *> streams;
 std::map<char *, size_t> device_memory, pinned_memory;
-std::map<std::string, long> calls;
 size_t in_use;
-cudaError_t last_error;
-int current_device;
-
-long environment(const char *name, long otherwise)
-{
-    const char *text = std::getenv(name);
-    return text ? std::strtol(text, nullptr, 10) : otherwise;
-}
 
 size_t memory_limit()
 {
-    return (size_t)environment("MD_EMU_MEMORY", 8l << 30);
+    return (size_t)emu_environment("MD_EMU_MEMORY", 8l << 30);
 }
 
 double seconds()
@@ -71,12 +61,6 @@ bool within(const std::map<char *, size_t> &blocks, const void *p)
         return false;
     --block;
     return p < block->first + block->second;
-}
-
-cudaError_t fail(cudaError_t err)
-{
-    last_error = err;
-    return err;
 }
 
 /* While a stream records, CUDA takes no call that waits or allocates. */
@@ -99,27 +83,6 @@ template <class F> void run_until(F done)
 }
 
 } // namespace
-
-std::mt19937 &emu_random()
-{
-    static std::mt19937 source((unsigned)environment("MD_EMU_SEED", 1));
-    return source;
-}
-
-void emu_set_error(cudaError_t err)
-{
-    last_error = err;
-}
-
-bool emu_fails(const char *what)
-{
-    const char *spec = std::getenv("MD_EMU_FAIL");
-    if (!spec)
-        return false;
-    const size_t n = std::strlen(what);
-    return std::strncmp(spec, what, n) == 0 && spec[n] == '#' &&
-           ++calls[what] == std::strtol(spec + n + 1, nullptr, 10);
-}
 
 void emu_queue(cudaStream_t stream, emu_work work)
 {
@@ -148,85 +111,6 @@ bool emu_step()
     return true;
 }
 
-/* ---- errors and devices ---- */
-
-const char *cudaGetErrorString(cudaError_t err)
-{
-    static const char *const text[] = {"no error",
-                                       "invalid argument",
-                                       "out of memory",
-                                       "invalid configuration argument",
-                                       "no CUDA-capable device is detected",
-                                       "invalid device ordinal",
-                                       "device not ready",
-                                       "unspecified launch failure",
-                                       "operation not permitted when stream is capturing"};
-    return (size_t)err < sizeof text / sizeof *text ? text[err] : "unknown error";
-}
-
-cudaError_t cudaGetLastError(void)
-{
-    const cudaError_t err = last_error;
-    last_error = cudaSuccess;
-    return err;
-}
-
-cudaError_t cudaDriverGetVersion(int *version)
-{
-    *version = environment("MD_EMU_DEVICES", 1) < 0 ? 0 : 13000;
-    return cudaSuccess;
-}
-
-cudaError_t cudaRuntimeGetVersion(int *version)
-{
-    *version = 13000;
-    return cudaSuccess;
-}
-
-cudaError_t cudaGetDeviceCount(int *count)
-{
-    *count = (int)environment("MD_EMU_DEVICES", 1);
-    return *count > 0 ? cudaSuccess : fail(cudaErrorNoDevice);
-}
-
-cudaError_t cudaGetDevice(int *device)
-{
-    *device = current_device;
-    return cudaSuccess;
-}
-
-cudaError_t cudaSetDevice(int device)
-{
-    if (device < 0 || device >= environment("MD_EMU_DEVICES", 1))
-        return fail(cudaErrorInvalidDevice);
-    current_device = device;
-    return cudaSuccess;
-}
-
-cudaError_t cudaGetDeviceProperties(cudaDeviceProp *prop, int)
-{
-    std::snprintf(prop->name, sizeof prop->name, "emulated GPU");
-    prop->major = 9;
-    prop->minor = 0;
-    return cudaSuccess;
-}
-
-cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr which, int device)
-{
-    cudaDeviceProp prop;
-    cudaGetDeviceProperties(&prop, device);
-    *value = which == cudaDevAttrMultiProcessorCount      ? (int)environment("MD_EMU_SMS", 132)
-             : which == cudaDevAttrComputeCapabilityMajor ? prop.major
-                                                          : prop.minor;
-    return cudaSuccess;
-}
-
-cudaError_t cudaDeviceGetPCIBusId(char *id, int size, int device)
-{
-    std::snprintf(id, (size_t)size, "0000:%02X:00.0", device);
-    return cudaSuccess;
-}
-
 /* ---- memory ---- */
 
 cudaError_t cudaMemGetInfo(size_t *left, size_t *total)
@@ -240,10 +124,10 @@ cudaError_t cudaMalloc(void **out, size_t bytes)
 {
     *out = nullptr;
     if (records(nullptr))
-        return fail(cudaErrorStreamCaptureUnsupported);
+        return emu_fail(cudaErrorStreamCaptureUnsupported);
     if (in_use + bytes > memory_limit() || emu_fails("malloc") ||
         posix_memalign(out, 256, bytes) != 0)
-        return fail(cudaErrorMemoryAllocation);
+        return emu_fail(cudaErrorMemoryAllocation);
     std::memset(*out, 0xff, bytes);
     device_memory[static_cast<char *>(*out)] = bytes;
     in_use += bytes;
@@ -253,12 +137,12 @@ cudaError_t cudaMalloc(void **out, size_t bytes)
 cudaError_t cudaFree(void *p)
 {
     if (records(nullptr))
-        return fail(cudaErrorStreamCaptureUnsupported);
+        return emu_fail(cudaErrorStreamCaptureUnsupported);
     const auto block = device_memory.find(static_cast<char *>(p));
     if (!p)
         return cudaSuccess;
     if (block == device_memory.end())
-        return fail(cudaErrorInvalidValue);
+        return emu_fail(cudaErrorInvalidValue);
     while (emu_step())
         ;
     in_use -= block->second;
@@ -270,7 +154,7 @@ cudaError_t cudaFree(void *p)
 cudaError_t cudaMallocHost(void **out, size_t bytes)
 {
     if (emu_fails("pinned") || posix_memalign(out, 256, bytes) != 0)
-        return fail(cudaErrorMemoryAllocation);
+        return emu_fail(cudaErrorMemoryAllocation);
     pinned_memory[static_cast<char *>(*out)] = bytes;
     return cudaSuccess;
 }
@@ -278,7 +162,7 @@ cudaError_t cudaMallocHost(void **out, size_t bytes)
 cudaError_t cudaFreeHost(void *p)
 {
     if (p && !pinned_memory.erase(static_cast<char *>(p)))
-        return fail(cudaErrorInvalidValue);
+        return emu_fail(cudaErrorInvalidValue);
     while (emu_step())
         ;
     std::free(p);
@@ -305,7 +189,7 @@ cudaError_t cudaMemcpyAsync(void *dst, const void *src, size_t bytes, cudaMemcpy
         return cudaSuccess;
     if (within(device_memory, src) == up || within(device_memory, dst) == down ||
         emu_fails("memcpy"))
-        return fail(cudaErrorInvalidValue);
+        return emu_fail(cudaErrorInvalidValue);
     if (up && !within(pinned_memory, src)) {
         const char *from = static_cast<const char *>(src);
         const std::vector<char> now(from, from + bytes);
@@ -380,7 +264,7 @@ static void go_ahead()
 cudaError_t cudaStreamQuery(cudaStream_t stream)
 {
     if (records(stream))
-        return fail(cudaErrorStreamCaptureUnsupported);
+        return emu_fail(cudaErrorStreamCaptureUnsupported);
     go_ahead();
     return stream->work.empty() ? cudaSuccess : cudaErrorNotReady;
 }
@@ -388,7 +272,7 @@ cudaError_t cudaStreamQuery(cudaStream_t stream)
 cudaError_t cudaStreamSynchronize(cudaStream_t stream)
 {
     if (records(stream))
-        return fail(cudaErrorStreamCaptureUnsupported);
+        return emu_fail(cudaErrorStreamCaptureUnsupported);
     run_until([=] { return stream->work.empty(); });
     return cudaSuccess;
 }
@@ -460,7 +344,7 @@ cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t begin, cudaEvent_t end)
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode)
 {
     if (stream->recording)
-        return fail(cudaErrorInvalidValue);
+        return emu_fail(cudaErrorInvalidValue);
     stream->recording = new emu_graph;
     return cudaSuccess;
 }
@@ -468,7 +352,7 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode)
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *out)
 {
     if (!stream->recording || stream->joined_in)
-        return fail(cudaErrorInvalidValue);
+        return emu_fail(cudaErrorInvalidValue);
     bool left = false;
     for (emu_stream *s : streams)
         if (s->joined_in && s->recording == stream->recording) {
@@ -478,7 +362,7 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *out)
         }
     *out = stream->recording;
     stream->recording = nullptr;
-    return left ? fail(cudaErrorInvalidValue) : cudaSuccess;
+    return left ? emu_fail(cudaErrorInvalidValue) : cudaSuccess;
 }
 
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t *out, cudaGraph_t graph, unsigned long long)
