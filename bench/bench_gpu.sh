@@ -97,9 +97,9 @@ table() {
         }' "$log"
 }
 
-# The ops that $out lists, each with its share of what was measured: products and attention of
+# The ops that $out lists, each with its share of what was measured last: products and attention of
 # 8192^3, what only moves memory of a copy of as many bytes, of which a small one is slower than a
-# large one, too. Between the copies measured, and below them, time goes with a line through two.
+# large one, too. Elsewhere than at the copies measured, time is on a line through two of them.
 ops_table() {
     awk -v log_file="$log" '
         function field(line, name) {
@@ -111,13 +111,15 @@ ops_table() {
             for (i = 2; i < copies && bytes > moved[i]; i++) ;
             return us[i] + (bytes - moved[i]) * (us[i] - us[i - 1]) / (moved[i] - moved[i - 1])
         }
-        BEGIN {
+        BEGIN { # every run of the limits begins with that product, and its copies end on a large one
             while ((getline line < log_file) > 0) {
-                if (line ~ /"gemm 8192 8192 8192 bf16"/) gemm = field(line, "tflops")
-                if (line ~ /"copy of as much as 2 streams/) copies = 0
+                if (line ~ /"gemm 8192 8192 8192 bf16"/) { gemm = field(line, "tflops"); n = 0 }
                 if (line !~ /"copy (of as much|on the device)/) continue
-                us[++copies] = 1e3 * field(line, "ms")
-                moved[copies] = 1e3 * us[copies] * field(line, "gb_per_second")
+                new_us[++n] = 1e3 * field(line, "ms")
+                new_moved[n] = 1e3 * new_us[n] * field(line, "gb_per_second")
+                if (n > 1 && new_moved[n] <= new_moved[n - 1]) n--
+                if (line !~ /"copy on the device/) continue
+                for (copies = n; n > 0; n--) { us[n] = new_us[n]; moved[n] = new_moved[n] }
             }
         }
         /^{/ { next }
@@ -125,7 +127,7 @@ ops_table() {
         $1 == "all" { print; next }
         {
             each = substr($0, 65, 10) + 0; gbs = substr($0, 92, 10) + 0; tflops = substr($0, 102, 10) + 0
-            share = tflops ? (gemm ? tflops / gemm : 0) : copy_us(1e3 * each * gbs) / each
+            share = tflops ? (gemm ? tflops / gemm : 0) : each ? copy_us(1e3 * each * gbs) / each : 0
             printf "%-111s%s\n", $0, share ? sprintf(" %9.2f", share) : ""
         }' "$out"
 }
