@@ -229,8 +229,7 @@ MD_DEV int attn_lane_column(int lane)
     return lane % 4 / 2 * 8;
 }
 
-/* A warp's 16 rows, 16 bytes a lane for every 16 columns; zeros beyond the tokens.
- */
+/* A warp's 16 rows, 16 bytes a lane for every 16 columns; zeros beyond the tokens. */
 template <int W>
 MD_DEV void attn_load(uint32_t (&a)[W / 16][4], const attn_rows &r, const attn_dims &d, int lane)
 {
@@ -276,7 +275,7 @@ MD_DEV void attn_write(md_bf16 *to, const float (&acc)[W / 8][4], const attn_row
 }
 
 /* Where this lane points in a matrix in shared memory whose first 16 rows are the right factor of
- * attn_scores or of attn_sum. */
+ * attn_scores, or of attn_sum and attn_factors. */
 template <int W> MD_DEV const md_bf16 *attn_scores_at(const md_bf16 *m)
 {
     int lane = (int)threadIdx.x % MD_WARP;
@@ -298,7 +297,15 @@ MD_DEV void attn_scores(float (&s)[2][4], const uint32_t (&a)[4], const md_bf16 
     md_mma(s[1], a, r[2], r[3]);
 }
 
-/* acc[16, W] += p[16, 16] b[16, W]. */
+/* Columns [16 n, 16 n + 16) of acc[16, W] += p[16, 16] b[16, W], r the right factor of these. */
+template <int M>
+MD_DEV void attn_add(float (&acc)[M][4], int n, const uint32_t (&p)[4], const uint32_t (&r)[4])
+{
+    md_mma(acc[2 * n], p, r[0], r[1]);
+    md_mma(acc[2 * n + 1], p, r[2], r[3]);
+}
+
+/* All columns. */
 template <int W>
 MD_DEV void attn_sum(float (&acc)[W / 8][4], const uint32_t (&p)[4], const md_bf16 *b)
 {
@@ -306,8 +313,7 @@ MD_DEV void attn_sum(float (&acc)[W / 8][4], const uint32_t (&p)[4], const md_bf
     for (int n = 0; n < W / 16; n++) {
         uint32_t r[4];
         md_ldmatrix_trans(r, b + 16 * n);
-        md_mma(acc[2 * n], p, r[0], r[1]);
-        md_mma(acc[2 * n + 1], p, r[2], r[3]);
+        attn_add(acc, n, p, r);
     }
 }
 
@@ -325,10 +331,8 @@ MD_DEV void attn_sum_of(float (&acc)[W / 8][4], const uint32_t (&p)[4],
                         const uint32_t (&r)[W / 16][4])
 {
 #pragma unroll
-    for (int n = 0; n < W / 16; n++) {
-        md_mma(acc[2 * n], p, r[n][0], r[n][1]);
-        md_mma(acc[2 * n + 1], p, r[n][2], r[n][3]);
-    }
+    for (int n = 0; n < W / 16; n++)
+        attn_add(acc, n, p, r[n]);
 }
 
 /* A block of values as the left factor of the next product. */

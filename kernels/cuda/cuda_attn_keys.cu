@@ -60,8 +60,7 @@ MD_DEV void key_step(key_tile<W> &t, const key_queries &k, uint4 &word, int bloc
     attn_round(ds, dp);
 #pragma unroll
     for (int n = 0; n < W / 16; n++) { /* each of the factors of dk when one of dv's is through */
-        md_mma(t.dv[2 * n], p, factor[n][0], factor[n][1]);
-        md_mma(t.dv[2 * n + 1], p, factor[n][2], factor[n][3]);
+        attn_add(t.dv, n, p, factor[n]);
         md_ldmatrix_trans(factor[n], k.q_sum + offset + 16 * n);
     }
     attn_sum_of<W>(t.dk, ds, factor);

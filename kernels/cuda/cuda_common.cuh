@@ -10,7 +10,7 @@
  *   md_async_*               copies from device to shared memory that end later (cp.async)
  *   md_ldmatrix*, md_mma     tensor cores, bf16 in, f32 sums
  *   md_pack, md_unpack       two bf16 in a word
- *   md_load16, md_store16    16 bytes of memory in one access
+ *   md_load16, md_store16    16 aligned bytes of memory
  *   md_exp2, md_exp, md_rcp  fast exponentials and 1/x
  *
  * No float atomics: every sum has one order. Blocks are one-dimensional and a multiple of 32. */

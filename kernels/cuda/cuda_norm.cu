@@ -1,8 +1,8 @@
 /* cuda_norm: LayerNorm alone, and fused with the residual step before it. */
 #include "kernels/cuda/cuda_norm.cuh"
 
-/* Threads of a multiprocessor at least, as registers allow them: each reads 16 bytes of x and of
- * the branch, so 48 KiB are under way. */
+/* Threads of a multiprocessor for which there are registers, in blocks of LN_BLOCK: each reads 16
+ * bytes of x and of the branch, so 48 KiB are under way, or a little less in other blocks. */
 #define FWD_THREADS 1536
 
 namespace

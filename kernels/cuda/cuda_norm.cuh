@@ -1,8 +1,8 @@
 /* cuda_norm: what LayerNorm forward and backward share.
  *
  * A block has whole rows, each of its threads the same 16 bytes of every row: so memory is read
- * once. Rows that are too long for that, or not in whole aligned vectors, take slow kernels, which
- * read a row several times. */
+ * once. Rows that are too long for that, or not in whole vectors, and operands or parameters that
+ * are not aligned take slow kernels, which read a row several times. */
 #ifndef MD_CUDA_NORM_CUH
 #define MD_CUDA_NORM_CUH
 

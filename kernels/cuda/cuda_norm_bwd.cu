@@ -2,29 +2,33 @@
  * of parameters go to the scratch, [BWD_SUMS][blocks][C]: dgamma, dweight, dbias, dbranch_sum.
  * Their columns stay in registers, so few blocks each go through many rows. They take batches of
  * rows in turn, so that what all of them read at a time lies close together. While a block works on
- * a batch, its next one is on its way to shared memory: each thread copies what it alone will read.
- */
+ * a batch, its next ones are on their way to shared memory: each thread copies what it alone will
+ * read. */
 #include "kernels/cuda/cuda_norm.cuh"
 
-/* dr, branch, r, dy. */
-#define BWD_OPERANDS 4
-#define BWD_SUMS     4
-/* Batches of a block in shared memory: the one it works on, the one to come. */
-#define BWD_STAGES 2
-/* Rows of a batch, of rows for up to BWD_NARROW threads and of longer ones. */
-#define BWD_NARROW      192
-#define BWD_NARROW_ROWS 4
-#define BWD_WIDE_ROWS   1
-/* Rows of a block at least: three batches, so that one stage serves twice. */
-#define BWD_LEAST ((BWD_STAGES + 1) * BWD_NARROW_ROWS)
-/* Threads of a multiprocessor: one block of long rows, whose batch to come covers the latency of
- * memory. With two of them an H100 takes a tenth longer. */
+#define BWD_SUMS 4
+/* Rows of a batch, and batches of a block in shared memory (the one it works on, those to come), of
+ * rows for up to BWD_NARROW threads and of longer ones. */
+#define BWD_NARROW        192
+#define BWD_NARROW_ROWS   4
+#define BWD_NARROW_STAGES 2
+#define BWD_WIDE_ROWS     1
+#define BWD_WIDE_STAGES   3
+/* Rows of a block at least: three narrow batches, so that one stage serves twice. */
+#define BWD_LEAST ((BWD_NARROW_STAGES + 1) * BWD_NARROW_ROWS)
+/* Threads of a multiprocessor, and blocks at most, since each has sums of its own: one block of
+ * rows of 1,280, with two of which an H100 takes a tenth longer; other widths have not been
+ * measured. */
 #define BWD_THREADS 192
+#define BWD_PER_SM  4
 /* Shared memory begins with the sums of two batches of R rows, in bytes; the stages follow. */
 #define BWD_ROW_SUMS(R, threads) (2 * 2 * (R) * ((threads) / MD_WARP) * (int)sizeof(float))
 
 namespace
 {
+
+/* Operands of a batch in shared memory. */
+enum { SLOT_DR, SLOT_BRANCH, SLOT_R, SLOT_DY, BWD_OPERANDS };
 
 /* What a thread works on: a batch of the rows [row, end), at the columns from col on. end is 0
  * where there are no such columns. */
@@ -79,12 +83,16 @@ MD_DEV void md_ln_bwd_fetch(const md_ln_bwd<T> &k, md_ln_spot spot, uint4 *slot,
                             md_ln_rows_of<R> &of)
 {
     const bool normed = md_given<ALL>(k.dy);
-    const T *const from[BWD_OPERANDS] = {k.dr, k.branch, normed ? k.r : nullptr, k.dy};
+    const T *from[BWD_OPERANDS];
+    from[SLOT_DR] = k.dr, from[SLOT_BRANCH] = k.branch;
+    from[SLOT_R] = normed ? k.r : nullptr, from[SLOT_DY] = k.dy;
     md_places_of(k.images, spot.row, spot.end, of.place);
 #pragma unroll
     for (int i = 0; i < R; i++) {
         const int own = spot.row + i < spot.end ? spot.row + i : -1, to = of.place.to[i];
-        const int at[BWD_OPERANDS] = {own, of.place.from[i], to < 0 ? -1 : own, to};
+        int at[BWD_OPERANDS];
+        at[SLOT_DR] = own, at[SLOT_BRANCH] = of.place.from[i];
+        at[SLOT_R] = to < 0 ? -1 : own, at[SLOT_DY] = to;
 #pragma unroll
         for (int o = 0; o < BWD_OPERANDS; o++)
             if (md_given<ALL>(from[o]))
@@ -96,7 +104,6 @@ MD_DEV void md_ln_bwd_fetch(const md_ln_bwd<T> &k, md_ln_spot spot, uint4 *slot,
 }
 
 /* Numbers of an operand in row i of the batch that has come; `slot` is this thread's. */
-enum { SLOT_DR, SLOT_BRANCH, SLOT_R, SLOT_DY };
 template <class T, int R>
 MD_DEV void md_ln_take(const uint4 *slot, int operand, int i, float (&x)[md_vec<T>::N])
 {
@@ -179,8 +186,10 @@ MD_DEV void md_ln_bwd_begin(md_ln_columns<md_vec<T>::N> &c, const md_ln_bwd<T> &
         c.dgamma[j] = c.dweight[j] = c.dbias[j] = c.dbranch[j] = 0.0f;
 }
 
-/* ALL: dr, branch, dy with r, dbranch and part are there. */
-template <class T, int THREADS, int R, bool ALL> MD_KERNEL(THREADS) md_ln_bwd_rows(md_ln_bwd<T> k)
+/* R rows of a batch, S stages. ALL: dr, branch, dy with r, dbranch and part are there. */
+template <class T, int THREADS, int R, int S, bool ALL>
+MD_KERNEL(THREADS)
+md_ln_bwd_rows(md_ln_bwd<T> k)
 {
     enum { N = md_vec<T>::N };
     const int threads = (int)blockDim.x, stage = BWD_OPERANDS * R * threads;
@@ -188,30 +197,37 @@ template <class T, int THREADS, int R, bool ALL> MD_KERNEL(THREADS) md_ln_bwd_ro
     const int next = (int)gridDim.x * R; /* rows from a batch of this block to its next one */
     float *smem = reinterpret_cast<float *>(md_smem());
     uint4 *slot = reinterpret_cast<uint4 *>(md_smem() + BWD_ROW_SUMS(R, threads)) + threadIdx.x;
-    md_ln_rows_of<R> coming;
+    md_ln_rows_of<R> coming[S - 1];
     md_ln_spot spot = {(int)blockIdx.x * R, end, col};
-    md_ln_bwd_fetch<T, R, ALL>(k, spot, slot, coming);
+    int from = 0, to = 0; /* slots of this batch, and of the last one to come */
+#pragma unroll
+    for (int s = 0; s < S - 1; s++, to += stage)
+        md_ln_bwd_fetch<T, R, ALL>(k, {spot.row + s * next, end, col}, slot + to, coming[s]);
     md_ln_columns<N> c;
-    md_ln_bwd_begin(c, k, col, end > 0);
-    /* turn: of the two stages, and of two calls of md_block_sums in a row */
+    md_ln_bwd_begin(c, k, col, col < k.cols);
+    /* turn: two calls of md_block_sums in a row need two places */
     for (int turn = 0; spot.row < k.rows; spot.row += next, turn ^= 1) {
-        const uint4 *here = slot + turn * stage;
         md_ln_batch<R> b;
-        b.row = coming;
-        md_ln_bwd_fetch<T, R, ALL>(k, {spot.row + next, end, col}, slot + (turn ^ 1) * stage,
-                                   coming);
-        md_async_wait<1>();
+        b.row = coming[0];
+#pragma unroll
+        for (int s = 1; s < S - 1; s++)
+            coming[s - 1] = coming[s];
+        md_ln_bwd_fetch<T, R, ALL>(k, {spot.row + (S - 1) * next, end, col}, slot + to,
+                                   coming[S - 2]);
+        to = to == (S - 1) * stage ? 0 : to + stage;
+        md_async_wait<S - 1>();
         if (md_given<ALL>(k.dy)) {
-            md_ln_bwd_sums<T>(here, c.weight, b);
+            md_ln_bwd_sums<T>(slot + from, c.weight, b);
             md_block_sums(b.sums, smem + turn * 2 * R * (threads / MD_WARP));
         }
 #pragma unroll
         for (int i = 0; i < R; i++)
             if (spot.row + i < end)
-                md_ln_bwd_row<T, R, ALL>(k, spot, here, b, i, c);
+                md_ln_bwd_row<T, R, ALL>(k, spot, slot + from, b, i, c);
+        from = from == (S - 1) * stage ? 0 : from + stage;
     }
     md_async_wait<0>();
-    if (!md_given<ALL>(k.part) || end == 0)
+    if (!md_given<ALL>(k.part) || col >= k.cols)
         return;
     float *part = k.part + md_ln_at((int)blockIdx.x, k.cols, col);
     const int64_t sums = (int64_t)gridDim.x * k.cols;
@@ -295,20 +311,24 @@ int64_t bwd_chunks(const md_backend *be, const md_tensor *dx)
 {
     const int64_t vectors = md_tensor_cols(dx) / (cuda_is_bf16(dx) ? 8 : 4);
     const int64_t threads = cuda_ceil(vectors > 0 ? vectors : 1, MD_WARP) * MD_WARP;
-    const int64_t fit = BWD_THREADS / threads, per_sm = fit < 1 ? 1 : fit > 4 ? 4 : fit;
+    const int64_t fit = MD_MIN(BWD_THREADS / threads, BWD_PER_SM), per_sm = MD_MAX(fit, 1);
     return cuda_chunks(md_tensor_rows(dx), BWD_LEAST, per_sm * cuda_sms(be));
 }
 
 template <class T> struct ln_bwd_launch {
-    static constexpr auto narrow = md_ln_bwd_rows<T, BWD_NARROW, BWD_NARROW_ROWS, false>;
-    static constexpr auto narrow_all = md_ln_bwd_rows<T, BWD_NARROW, BWD_NARROW_ROWS, true>;
-    static constexpr auto wide = md_ln_bwd_rows<T, LN_BLOCK, BWD_WIDE_ROWS, false>;
+    static constexpr auto narrow =
+        md_ln_bwd_rows<T, BWD_NARROW, BWD_NARROW_ROWS, BWD_NARROW_STAGES, false>;
+    static constexpr auto narrow_all =
+        md_ln_bwd_rows<T, BWD_NARROW, BWD_NARROW_ROWS, BWD_NARROW_STAGES, true>;
+    static constexpr auto wide = md_ln_bwd_rows<T, LN_BLOCK, BWD_WIDE_ROWS, BWD_WIDE_STAGES, false>;
 
     static size_t smem(int threads)
     {
-        const int rows = threads <= BWD_NARROW ? BWD_NARROW_ROWS : BWD_WIDE_ROWS;
-        const int stages = BWD_STAGES * BWD_OPERANDS * rows * threads;
-        return (size_t)BWD_ROW_SUMS(rows, threads) + (size_t)stages * sizeof(uint4);
+        const bool fits = threads <= BWD_NARROW;
+        const int rows = fits ? BWD_NARROW_ROWS : BWD_WIDE_ROWS;
+        const int stages = fits ? BWD_NARROW_STAGES : BWD_WIDE_STAGES;
+        return (size_t)BWD_ROW_SUMS(rows, threads) +
+               (size_t)(stages * BWD_OPERANDS * rows * threads) * sizeof(uint4);
     }
 };
 

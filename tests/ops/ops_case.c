@@ -3,6 +3,7 @@
 
 #include "kernels/scalar_math.h"
 #include "src/rng.h"
+#include "tests/ops/fake_device.h"
 
 #include <stdarg.h>
 #include <setjmp.h>
@@ -90,12 +91,17 @@ double case_load(const md_tensor *t, int64_t i)
     }
 }
 
+static size_t shift_of(const op_case *c, const md_tensor *t)
+{
+    return t->dtype == MD_F32 ? c->shift : 0;
+}
+
 md_tensor *case_tensor(op_case *c, md_dtype dtype, case_fill fill, int rank, const int64_t *dim)
 {
     md_tensor *t = &c->tensor[c->tensors++];
     *t = md_tensor_make(NULL, dtype, rank, dim);
-    size_t bytes = md_tensor_bytes(t);
-    unsigned char *raw = case_block(c, bytes + 2 * GUARD);
+    size_t bytes = md_tensor_bytes(t), shift = shift_of(c, t);
+    unsigned char *raw = (unsigned char *)case_block(c, shift + bytes + 2 * GUARD) + shift;
     memset(raw, GUARD_BYTE, bytes + 2 * GUARD);
     t->data = raw + GUARD;
     md_rng r = md_rng_at(c->seed, MD_RNG_TEST, 0, (uint64_t)c->tensors);
@@ -139,6 +145,14 @@ void case_begin(op_case *c, const op_row *row, md_dtype compute)
     }
 }
 
+bool case_is_empty(const op_case *c)
+{
+    for (int i = 0; i < c->tensors; i++)
+        if (md_tensor_count(&c->tensor[i]) == 0)
+            return true;
+    return false;
+}
+
 bool case_is_heavy(const op_case *c)
 {
     const char *light = getenv("MD_TEST_LIGHT");
@@ -171,9 +185,9 @@ static md_status call_op(md_backend *be, md_op op, const op_args *a)
 
 /* ---- a run ---- */
 
-/* An operand between its guards in the memory of the backend, and what was there before. */
+/* An operand in the memory of the backend, between guards: raw, a shift behind the block. */
 typedef struct placed {
-    unsigned char *raw;
+    unsigned char *block, *raw;
     md_tensor tensor;
     bool is_output;
 } placed;
@@ -196,13 +210,14 @@ static unsigned char *host_raw(const md_tensor *t)
     return (unsigned char *)t->data - GUARD;
 }
 
-static unsigned char *device_copy(const run *r, const void *from, size_t bytes)
+/* A block of the backend's memory with a copy of `bytes` from its byte `shift` on. */
+static unsigned char *device_copy(const run *r, const void *from, size_t bytes, size_t shift)
 {
-    void *raw;
-    must(r, md_backend_alloc(r->be, bytes, "an operand", &raw));
-    must(r, md_backend_upload(r->be, raw, from, bytes));
+    void *block;
+    must(r, md_backend_alloc(r->be, shift + bytes, "an operand", &block));
+    must(r, md_backend_upload(r->be, (unsigned char *)block + shift, from, bytes));
     must(r, md_backend_sync(r->be));
-    return raw;
+    return block;
 }
 
 /* The operand's twin; operands that are one tensor stay one. */
@@ -217,7 +232,9 @@ static void place(run *r)
     for (int i = 0; i < c->tensors; i++) {
         placed *p = &r->operand[i];
         p->tensor = c->tensor[i];
-        p->raw = device_copy(r, host_raw(&c->tensor[i]), md_tensor_bytes(&p->tensor) + 2 * GUARD);
+        const size_t bytes = md_tensor_bytes(&p->tensor), shift = shift_of(c, &p->tensor);
+        p->block = device_copy(r, host_raw(&c->tensor[i]), bytes + 2 * GUARD, shift);
+        p->raw = p->block + shift;
         p->tensor.data = p->raw + GUARD;
         p->tensor.mem = md_backend_is_device(r->be) ? MD_DEVICE : MD_HOST;
     }
@@ -255,7 +272,7 @@ static void collect(run *r, int i)
     else if (memcmp(r->c->tensor[i].data, back + GUARD, bytes) != 0)
         fail_msg("%s on %s changed %s, an input", md_op_name(r->c->row->op), r->be->name, name);
     md_free(back);
-    md_backend_free(r->be, p->raw);
+    md_backend_free(r->be, p->block);
 }
 
 /* Scratch starts as NaN in every type, between guards. */
@@ -269,7 +286,7 @@ static unsigned char *scratch_begin(run *r)
     assert_non_null(fill);
     memset(fill, GUARD_BYTE, need + 2 * GUARD);
     memset(fill + GUARD, 0xff, need);
-    unsigned char *raw = device_copy(r, fill, need + 2 * GUARD);
+    unsigned char *raw = device_copy(r, fill, need + 2 * GUARD, 0);
     md_free(fill);
     be->scratch = raw + GUARD;
     be->scratch_size = need;
@@ -290,30 +307,25 @@ static void scratch_end(run *r, unsigned char *raw)
     r->be->scratch_size = 0;
 }
 
-/* AddressSanitizer finds what is read outside, too: of memory that the host reaches, which that of
- * the fake device is not. */
-static void forbid_guards(const run *r, unsigned char *scratch)
+/* AddressSanitizer finds what is read outside, too, where the host reaches the memory: of a GPU's
+ * it only takes note. */
+static void forbid(unsigned char *raw, size_t bytes)
 {
-    if (strncmp(r->be->name, "fake", 4) == 0)
-        return;
-    ASAN_POISON_MEMORY_REGION(scratch, GUARD);
-    ASAN_POISON_MEMORY_REGION(scratch + GUARD + r->be->scratch_size, GUARD);
-    for (int i = 0; i < r->c->tensors; i++) {
-        const placed *p = &r->operand[i];
-        ASAN_POISON_MEMORY_REGION(p->raw, GUARD);
-        ASAN_POISON_MEMORY_REGION(p->raw + GUARD + md_tensor_bytes(&p->tensor), GUARD);
-    }
+    ASAN_POISON_MEMORY_REGION(fake_device_host(raw), GUARD);
+    ASAN_POISON_MEMORY_REGION(fake_device_host(raw + GUARD + bytes), GUARD);
 }
 
-static void allow_guards(const run *r, unsigned char *scratch)
+static void allow(unsigned char *raw, size_t bytes)
 {
-    if (strncmp(r->be->name, "fake", 4) == 0)
-        return;
-    ASAN_UNPOISON_MEMORY_REGION(scratch, r->be->scratch_size + 2 * GUARD);
-    for (int i = 0; i < r->c->tensors; i++) {
-        const placed *p = &r->operand[i];
-        ASAN_UNPOISON_MEMORY_REGION(p->raw, md_tensor_bytes(&p->tensor) + 2 * GUARD);
-    }
+    ASAN_UNPOISON_MEMORY_REGION(fake_device_host(raw), bytes + 2 * GUARD);
+}
+
+/* change: forbid or allow, for the guards of all operands and of the scratch. */
+static void guards(const run *r, unsigned char *scratch, void (*change)(unsigned char *, size_t))
+{
+    change(scratch, r->be->scratch_size);
+    for (int i = 0; i < r->c->tensors; i++)
+        change(r->operand[i].raw, md_tensor_bytes(&r->operand[i].tensor));
 }
 
 void case_run(op_case *c, md_backend *be)
@@ -321,10 +333,10 @@ void case_run(op_case *c, md_backend *be)
     run r = {.c = c, .be = be};
     place(&r);
     unsigned char *scratch = scratch_begin(&r);
-    forbid_guards(&r, scratch);
+    guards(&r, scratch, forbid);
     must(&r, call_op(be, c->row->op, &r.args));
     must(&r, md_backend_sync(be));
-    allow_guards(&r, scratch);
+    guards(&r, scratch, allow);
     scratch_end(&r, scratch);
     for (int i = 0; i < c->tensors; i++)
         collect(&r, i);

@@ -53,6 +53,9 @@ struct op_case {
     double *slack[MD_OP_OUT];
     /* By how much a mutant bends what it does not drop: several tolerances of the compute type. */
     double bend;
+    /* Bytes by which tensors of f32 miss the alignment that memory has; set before they are made.
+     */
+    size_t shift;
     uint64_t seed;
     int tensors, blocks;
     md_tensor tensor[MD_OP_IN + MD_OP_OUT];
@@ -95,6 +98,8 @@ double *case_array(op_case *c, int64_t n);
 void case_begin(op_case *c, const op_row *row, md_dtype compute);
 void case_end(op_case *c);
 
+/* Some operand has no elements. */
+bool case_is_empty(const op_case *c);
 /* True for a case that takes long where every thread of a GPU is a fiber. */
 bool case_is_heavy(const op_case *c);
 

@@ -19,7 +19,8 @@ enum {
     SUMS = 4096,
     ADD = 8192,
     FROM = 16384,
-    TO = 32768
+    TO = 32768,
+    UNALIGNED = 65536
 };
 
 typedef struct stats {
@@ -115,6 +116,7 @@ static void build_residual_ln(op_case *c)
     unsigned f = c->row->flags;
     md_residual_ln_args *a = &c->args.residual_ln;
     int64_t from, to;
+    c->shift = f & UNALIGNED ? sizeof(float) : 0;
     a->from = packed_index(c, FROM, 3, &from);
     a->to = packed_index(c, TO, 5, &to);
     md_tensor *x = ACT(c, b, t, w);
@@ -190,6 +192,7 @@ static void build_residual_ln_bwd(op_case *c)
     unsigned f = c->row->flags;
     md_residual_ln_bwd_args *a = &c->args.residual_ln_bwd;
     int64_t from, to;
+    c->shift = f & UNALIGNED ? sizeof(float) : 0;
     a->from = packed_index(c, FROM, 3, &from);
     a->to = packed_index(c, TO, 5, &to);
     a->r = f & DY ? ACT(c, b, t, w) : NULL;
@@ -318,14 +321,15 @@ static double objective_residual_ln_bwd(const op_case *c, int o, int64_t i, doub
         MD_OP_residual_ln_bwd, build_residual_ln_bwd, ref_residual_ln_bwd, {b, t, w}, f, \
             objective_residual_ln_bwd                                                    \
     }
-#define ALL_RLN(b, t, w)                                                                        \
-    RLN(b, t, w, AFFINE | STATS), RLN(b, t, w, NO_R | AFFINE), RLN(b, t, w, 0),                 \
-        RLN(b, t, w, BRANCH | GAMMA | KEEP | AFFINE | STATS),                                   \
-        RLN(b, t, w, BRANCH | KEEP | AFFINE | STATS), RLN(b, t, w, BRANCH | AFFINE | IN_PLACE), \
-        RLN(b, t, w, BRANCH | GAMMA | NO_Y), RLN(b, t, w, BRANCH | GAMMA | NO_Y | IN_PLACE),    \
-        RLN(b, t, w, BRANCH | STATS),                                                           \
-        RLN(b, t, w, BRANCH | GAMMA | KEEP | AFFINE | STATS | FROM | TO),                       \
-        RLN(b, t, w, BRANCH | GAMMA | IN_PLACE | NO_Y | FROM), RLN(b, t, w, AFFINE | STATS | TO)
+#define ALL_RLN(b, t, w)                                                                          \
+    RLN(b, t, w, AFFINE | STATS), RLN(b, t, w, NO_R | AFFINE), RLN(b, t, w, 0),                   \
+        RLN(b, t, w, BRANCH | GAMMA | KEEP | AFFINE | STATS),                                     \
+        RLN(b, t, w, BRANCH | KEEP | AFFINE | STATS), RLN(b, t, w, BRANCH | AFFINE | IN_PLACE),   \
+        RLN(b, t, w, BRANCH | GAMMA | NO_Y), RLN(b, t, w, BRANCH | GAMMA | NO_Y | IN_PLACE),      \
+        RLN(b, t, w, BRANCH | STATS),                                                             \
+        RLN(b, t, w, BRANCH | GAMMA | KEEP | AFFINE | STATS | FROM | TO),                         \
+        RLN(b, t, w, BRANCH | GAMMA | IN_PLACE | NO_Y | FROM), RLN(b, t, w, AFFINE | STATS | TO), \
+        RLN(b, t, w, AFFINE | UNALIGNED), RLN(b, t, w, BRANCH | GAMMA | STATS | UNALIGNED)
 #define ALL_RLN_BWD(b, t, w)                                                                     \
     RLN_BWD(b, t, w, BRANCH | GAMMA | KEEP | AFFINE | DR | DY | DBRANCH | SUMS),                 \
         RLN_BWD(b, t, w, BRANCH | GAMMA | AFFINE | DR | DY | DBRANCH | SUMS | ADD),              \
@@ -336,7 +340,9 @@ static double objective_residual_ln_bwd(const op_case *c, int o, int64_t i, doub
         RLN_BWD(b, t, w, BRANCH | GAMMA | DR | DBRANCH | SUMS | IN_PLACE | ADD),                 \
         RLN_BWD(b, t, w, BRANCH | GAMMA | KEEP | AFFINE | DR | DY | DBRANCH | SUMS | FROM | TO), \
         RLN_BWD(b, t, w, BRANCH | GAMMA | DR | DY | DBRANCH | SUMS | ADD | FROM),                \
-        RLN_BWD(b, t, w, AFFINE | DY | SUMS | IN_PLACE | TO)
+        RLN_BWD(b, t, w, AFFINE | DY | SUMS | IN_PLACE | TO),                                    \
+        RLN_BWD(b, t, w, AFFINE | DR | DY | UNALIGNED),                                          \
+        RLN_BWD(b, t, w, BRANCH | GAMMA | DR | DBRANCH | SUMS | UNALIGNED)
 
 const op_row norm_rows[] = {
     LN(1, 3, AFFINE | STATS), LN(3, 17, 0),
@@ -349,6 +355,8 @@ const op_row norm_rows[] = {
     ALL_RLN_BWD(3, 17, 33),   ALL_RLN_BWD(4, 65, 64),
     ALL_RLN_BWD(2, 257, 80),  ALL_RLN_BWD(5, 3, 1280),
     ALL_RLN_BWD(3, 7, 264),   ALL_RLN_BWD(1, 5, 1600),
-    ALL_RLN_BWD(2, 3, 768),
+    ALL_RLN_BWD(2, 3, 768),   ALL_RLN_BWD(2, 13, 1280),
+    ALL_RLN_BWD(2, 13, 1600), ALL_RLN_BWD(1, 3, 4096),
+    ALL_RLN_BWD(2, 0, 64),
 };
 const int norm_row_count = (int)MD_COUNT(norm_rows);

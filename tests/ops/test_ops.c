@@ -119,7 +119,9 @@ static double run_row(const op_row *row, const setup *s, bool mutant)
     op_case c;
     double error = -1.0;
     case_begin(&c, row, s->compute);
-    if (!s->light || !case_is_heavy(&c)) {
+    if (mutant && case_is_empty(&c)) {
+        error = INFINITY; /* nothing that it could bend */
+    } else if (!s->light || !case_is_heavy(&c)) {
         row->ref(&c, mutant);
         case_run(&c, s->be);
         error = case_error(&c);
