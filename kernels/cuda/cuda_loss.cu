@@ -1,7 +1,6 @@
 /* cuda_loss: the losses and the squared norm. Elements are dealt to threads in groups of 16 bytes,
  * whatever the address of the first; a thread adds its own in f64, the block its threads, and one
- * last block the blocks. The number of blocks depends on the number of elements
- * and the device only. */
+ * last block the blocks, whose number depends on the number of elements and on the device. */
 #include "kernels/cuda/cuda_vec.cuh"
 
 /* Blocks of a sum at most. */

@@ -1,6 +1,6 @@
 #!/bin/bash
 # md_hpc bench: what the collectives of a step send is within 1 % of what the model's shapes predict,
-# on every kind of grid; a forgotten or a doubled one would not be.
+# on every kind of grid; a forgotten or a doubled one would not be. And bench_gpu.sh's table of ops.
 set -eu
 cd "$(dirname "$0")/../.."
 . tests/tiny_run.sh
@@ -32,6 +32,32 @@ says '"data": 1, "tensor": 2' '"images_per_second"'
 awk '$1 == "colsum" || $1 == "adamw" { seen[$1] = 1; next }
     $1 != "op" && $1 != "all" { bad = 1 }
     END { exit bad || !seen["colsum"] || !seen["adamw"] }' "$log" || fail "bench ops --only"
+# Beside copies of 1 GB/s that take half a millisecond more, an op's share is its GB/s and half a
+# millisecond over its time. Of the runs of the limits the last one counts that was not cut off.
+copies() { # GB_PER_SECOND MS...
+    echo '{"name": "gemm 8192 8192 8192 bf16", "ms": 1, "tflops": 5}'
+    local ms name='copy of as much as some streams'
+    for ms in "${@:2}"; do
+        [ "$ms" != 900 ] || name='copy on the device'
+        awk -v "name=$name" -v "ms=$ms" -v "rate=$1" 'BEGIN {
+            printf "{\"name\": \"%s\", \"ms\": %s, \"gb_per_second\": %.6f}\n", name, ms + 0.5, rate * ms / (ms + 0.5)
+        }'
+    done
+}
+cp "$log" "$scratch/table"
+printf '#!/bin/sh\ncat %q\n' "$scratch/table" >"$scratch/program"
+chmod +x "$scratch/program"
+for run in "3 1 2 3 900" "2 1 2 3" "1 1 2 3 900" "2 1 2 3"; do
+    # shellcheck disable=SC2086 # a list
+    copies $run
+done >"$scratch/bench_gpu.jsonl"
+BUILD=$scratch MD_HPC=$scratch/program bench/bench_gpu.sh ours >"$log" 2>&1 || fail "bench_gpu.sh ours"
+awk '$1 == "colsum" || $1 == "adamw" {
+        lines++
+        share = $(NF - 1) + 500 / $(NF - 4)
+        if ($NF < 0.97 * share || $NF > 1.03 * share) bad = 1
+    }
+    END { exit bad || lines < 2 }' "$log" || fail "bench_gpu.sh: shares of a copy"
 rc=0
 "$MD_HPC" bench ops --only colsum,none "${keys[@]}" >"$log" 2>&1 || rc=$?
 [ "$rc" = 64 ] || fail "bench ops of no op: $rc"
